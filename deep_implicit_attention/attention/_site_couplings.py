@@ -1,0 +1,87 @@
+"""Free couplings between a fixed number of sites, shared by two mechanisms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..deq import DEQModule
+from ..deq._state import full_precision
+from ._parts import check_positive, check_sources
+
+
+class SiteCouplings(DEQModule):
+    """A module with free parameters J_ij, one d×d matrix for each ordered pair of sites.
+
+    The raw parameter `_weight` is `(N, N, d, d)`, initialised N(0, `weight_init_std`²), by
+    default with variance 1/(N d²), so that fields of unit norm give responses of order one (Bal
+    2021).
+    """
+
+    def __init__(
+        self,
+        num_spins: int,
+        dim: int,
+        weight_init_std: float | None,
+        weight_training: bool,
+        weight_sym_internal: bool,
+        weight_sym_sites: bool,
+    ) -> None:
+        super().__init__()
+        check_positive(num_spins=num_spins, dim=dim)
+        if weight_init_std is None:
+            weight_init_std = 1 / math.sqrt(num_spins * dim**2)
+        elif not weight_init_std >= 0:
+            raise ValueError(f"weight_init_std must be at least 0, got {weight_init_std}")
+        self.num_spins, self.dim = num_spins, dim
+        self.weight_sym_internal = weight_sym_internal
+        self.weight_sym_sites = weight_sym_sites
+        weight = torch.randn(num_spins, num_spins, dim, dim) * float(weight_init_std)
+        if weight_training:
+            self._weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("_weight", weight)
+
+    def extra_repr(self) -> str:
+        return f"num_spins={self.num_spins}, dim={self.dim}"
+
+    def weight(self) -> Tensor:
+        """The couplings `(N, N, d, d)`: symmetrised as asked, J_ii = 0.
+
+        `weight_sym_internal` makes each J_ij a symmetric matrix, `weight_sym_sites` makes
+        J_ij = J_ji; together J_ij = J_jiᵀ, as a spin system needs.
+        """
+        weight = full_precision(self._weight)
+        if self.weight_sym_internal:
+            weight = 0.5 * (weight + weight.transpose(2, 3))
+        if self.weight_sym_sites:
+            weight = 0.5 * (weight + weight.transpose(0, 1))
+        same = torch.eye(self.num_spins, dtype=torch.bool, device=weight.device)
+        return weight.masked_fill(same[:, :, None, None], 0.0)
+
+    def count_params(self) -> int:
+        """Number of free parameters in the couplings, which symmetries and J_ii = 0 reduce."""
+        pairs = self.num_spins * (self.num_spins - 1)
+        entries = self.dim**2
+        if self.weight_sym_sites:
+            pairs //= 2
+        if self.weight_sym_internal:
+            entries = self.dim * (self.dim + 1) // 2
+        return pairs * entries
+
+    def coupling_matrix(self) -> Tensor:
+        """`weight()` as one matrix `(N·d, N·d)` that acts on flattened states."""
+        size = self.num_spins * self.dim
+        return self.weight().permute(0, 2, 1, 3).reshape(size, size)
+
+    def couplings(self, x: Tensor) -> Tensor:
+        """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
+        self.sources(x)
+        norms = torch.linalg.matrix_norm(self.weight())
+        return norms.expand(x.shape[0], 1, *norms.shape)
+
+    def sources(self, x: Tensor) -> Tensor:
+        check_sources(x, self.dim, self.num_spins, self._weight)
+        return x

@@ -1,0 +1,111 @@
+"""Vector spins on a sphere, coupled by softmax attention: a bounded, contractive response."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..deq import DEQModule
+from ..deq._state import full_precision
+from ._parts import (
+    FeedForward,
+    check_key_mask,
+    check_positive,
+    check_sources,
+    hide,
+    merge_heads,
+    softmax_couplings,
+    split_heads,
+)
+
+
+class _Context(NamedTuple):
+    fields: Tensor  # (B, h, N, k): x + f(x), by heads
+    couplings: Tensor  # (B, h, N, N)
+    mask: Tensor | None  # (B, N), True = keep
+
+
+class DEQVectorSpinAttention(DEQModule):
+    """The response of spins on a sphere to their fields, one spin per site and head:
+
+        z_i = φ_β( x_i + f(x_i) + Σ_j J_ij(x) z_j ),   φ_β(h) = β h / (1 + √(1 + β² ‖h‖² / R²))
+
+    φ is the large-dimension response of a spin of radius R, R² = k/2 − 1, with k = dim / heads
+    components (Bal 2023, *Spin-Model Transformers*). J are the softmax couplings of queries and
+    keys of x, f a two-layer GELU network of the input alone. The slope of φ_β is at most β/2 and
+    the rows of J sum to one, so the update contracts by β/2 in the maximum over sites and heads
+    of the spins' norms: for ``beta < 2`` there is one fixed point and iteration always reaches
+    it. `contraction` is that factor. The couplings are not symmetric, so no Boltzmann
+    distribution stands behind the fixed point.
+
+    Wrap it in `DEQFixedPoint`; x and z are `(B, N, dim)` with any N, and the layer takes an
+    optional boolean key mask `(B, N)`, True = keep: ``layer(x, mask)``. A masked site has z = 0
+    and counts in no sum and no residual.
+
+    Args:
+        dim: components of a site, divisible by `heads`, at least 3 a head.
+        heads: spins per site.
+        beta: inverse temperature, > 0; it multiplies couplings and fields.
+        scale: factor of the logits, default 1/√(dim / heads).
+        causal: J_ij = 0 for j > i, so that no site depends on later ones.
+
+    Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        beta: float = 1.0,
+        *,
+        scale: float | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads)
+        if dim % heads or dim // heads < 3:
+            raise ValueError(
+                f"dim must be divisible by heads with at least 3 components a head, got "
+                f"dim={dim}, heads={heads}"
+            )
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta}")
+        components = dim // heads
+        self.dim, self.heads, self.beta, self.causal = dim, heads, float(beta), causal
+        self.radius = (components / 2 - 1) ** 0.5
+        self.scale = components**-0.5 if scale is None else float(scale)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.source = FeedForward(dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}, beta={self.beta:g}, causal={self.causal}"
+
+    @property
+    def contraction(self) -> float:
+        """β/2, which bounds the update's Lipschitz constant in the maximum of spin norms."""
+        return self.beta / 2
+
+    def sources(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_sources(x, self.dim, None, self.to_q.weight)
+        check_key_mask(mask, x)
+        return hide(x, mask)
+
+    def couplings(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """J_ij of each head, `(B, heads, N, N)`; rows sum to one (zero without any key)."""
+        x = self.sources(x, mask)
+        q = split_heads(F.linear(x, full_precision(self.to_q.weight)), self.heads)
+        k = split_heads(F.linear(x, full_precision(self.to_k.weight)), self.heads)
+        return softmax_couplings(q, k, self.scale, mask, self.causal)
+
+    def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
+        fields = split_heads(x + self.source(x), self.heads)
+        return _Context(fields, self.couplings(x, mask), mask)
+
+    def update(self, z: Tensor, context: _Context) -> Tensor:
+        field = context.fields + context.couplings @ split_heads(z, self.heads)
+        field = self.beta * field
+        stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
+        return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)

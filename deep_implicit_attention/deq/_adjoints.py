@@ -1,0 +1,360 @@
+"""How a solution is attached to the graph: exactly, or by a cheaper approximation.
+
+A tape of f at a detached solution is right to first order only: dz*/dθ inside ∂f/∂θ is missing.
+So the exact adjoint is an autograd Function whose inputs are the tensors that f depends on and
+whose backward evaluates f again at the *attached* solution, differentiates with respect to fresh
+aliases, and solves its linear equation by a fixed point that is itself differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..solvers import Solution, gmres
+from ..solvers._validate import check_count, check_number, check_options
+from ._failure import report
+from ._map import TracedMap, without_autocast
+
+FlatMap = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+class Adjoint:
+    """Attaches a solution to the graph. Subclasses: `Implicit`, `OneStep`, `Phantom`."""
+
+    def attach(
+        self,
+        f: TracedMap,
+        z: Tensor,
+        *,
+        tol: float,
+        max_iter: int,
+        on_failure: str,
+    ) -> Tensor:
+        """`z` `(B, n)`, bit for bit, as a differentiable function of what `f` depends on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, init=False)
+class Implicit(Adjoint):
+    """The exact gradient, by the implicit function theorem.
+
+    With z* = f(z*, θ) and g = ∂L/∂z*, solves u = (∂f/∂z)ᵀ u + g and returns (∂f/∂θ)ᵀ u (Bai,
+    Kolter, Koltun 2019, arXiv:1909.01377; Kolter, Duvenaud, Johnson 2020, chapter 4). The
+    gradient is differentiable in turn, to any order, with respect to the tensors in `args` and
+    the parameters of an f that is a module; second derivatives that involve tensors f merely
+    closes over raise `RuntimeError`.
+
+    Approximates nothing but to `tol`. Costs one evaluation of f with a graph and one
+    vector–Jacobian product per solver step; memory is that of one evaluation, however many steps
+    forward or backward take (and the solver's history).
+
+    Args:
+        solver: `gmres`, which needs the fewest products, or any fixed-point solver.
+        tol: tolerance of the backward solve; by default that of the forward solve.
+        max_iter: its step limit; by default that of the forward solve.
+        observe: called with the `Solution` of each backward solve.
+        **options: further options of `solver`.
+
+    A backward solve that fails warns or raises as the forward solve's `on_failure` says.
+    """
+
+    solver: Callable[..., Solution]
+    tol: float | None
+    max_iter: int | None
+    observe: Callable[[Solution], Any] | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        solver: Callable[..., Solution] = gmres,
+        *,
+        tol: float | None = None,
+        max_iter: int | None = None,
+        observe: Callable[[Solution], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if not callable(solver):
+            raise TypeError(f"solver must be callable, got {type(solver).__name__}")
+        if tol is not None:
+            check_number("tol", tol, minimum=0.0)
+        if max_iter is not None:
+            check_count("max_iter", max_iter)
+        if observe is not None and not callable(observe):
+            raise TypeError(f"observe must be callable or None, got {type(observe).__name__}")
+        check_options(solver, options, owner="Implicit")
+        for name, value in (
+            ("solver", solver),
+            ("tol", tol),
+            ("max_iter", max_iter),
+            ("observe", observe),
+            ("options", options),
+        ):
+            object.__setattr__(self, name, value)
+
+    def attach(
+        self, f: TracedMap, z: Tensor, *, tol: float, max_iter: int, on_failure: str
+    ) -> Tensor:
+        equation = _Equation(
+            self,
+            tol if self.tol is None else self.tol,
+            max_iter if self.max_iter is None else self.max_iter,
+            on_failure,
+        )
+        tape = None
+        if f.closes_over:
+            tape = f(z, [t.detach() for t in f.tensors])
+        return _attach(f, equation, z, tape, f.tensors)
+
+
+@dataclass(frozen=True)
+class Phantom(Adjoint):
+    """The phantom gradient: `steps` damped steps from the solution, differentiated through.
+
+    Approximates (1 − ∂f/∂z)⁻¹ by the first `steps` terms of its (damped) Neumann series (Geng et
+    al. 2021, arXiv:2111.05177). Costs `steps` evaluations with a graph, in time and memory, and
+    no solve. Right where ∂f/∂z is small; second derivatives raise.
+
+    Args:
+        steps: evaluations of f.
+        damping: part of the old state kept at each step, in [0, 1).
+    """
+
+    steps: int = 5
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_number("damping", self.damping, minimum=0.0, below=1.0)
+
+    def attach(
+        self, f: TracedMap, z: Tensor, *, tol: float, max_iter: int, on_failure: str
+    ) -> Tensor:
+        unrolled = z
+        for _ in range(self.steps):
+            image = f(unrolled, f.tensors)
+            unrolled = self.damping * unrolled + (1 - self.damping) * image
+        return _Reroute.apply(z, unrolled)
+
+
+@dataclass(frozen=True)
+class OneStep(Phantom):
+    """The Jacobian-free gradient: (1 − ∂f/∂z)⁻¹ replaced by 1, so u = ∂L/∂z*.
+
+    Approximates the exact gradient by the derivative of one step from the solution (Fung et al.
+    2022, arXiv:2103.12803). Costs one evaluation with a graph and no solve. A descent direction
+    where f contracts well; second derivatives raise.
+    """
+
+    steps: int = field(default=1, init=False)
+    damping: float = field(default=0.0, init=False)
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """How the linear equation u = (∂f/∂z)ᵀ u + g of one backward pass is solved."""
+
+    adjoint: Implicit
+    tol: float
+    max_iter: int
+    on_failure: str
+
+    def solve(self, product: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
+        solver, settings = self.adjoint.solver, self.adjoint.options
+        settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
+        if solver is gmres:
+            solution = gmres(lambda u: u - product(u), g, **settings)
+        else:
+            solution = solver(lambda u: product(u) + g, g, **settings)
+        if self.adjoint.observe is not None:
+            self.adjoint.observe(solution)
+        # A gradient that was not finite when it came is not the solve's failure.
+        blameless = ~torch.isfinite(g).all(dim=1)
+        judged = solution.with_value(None)
+        if bool(blameless.any()):
+            judged = judged.accepting(blameless)
+        report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
+        return solution.value
+
+
+def _attach(
+    f: FlatMap, equation: _Equation, z: Tensor, tape: Tensor | None, tensors: Sequence[Tensor]
+) -> Tensor:
+    return _Attach.apply(f, equation, z, tape, *tensors)
+
+
+class _Attach(Function):
+    """z* as a function of the tensors f depends on; `tape` leads to what it closes over."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        f: FlatMap,
+        equation: _Equation,
+        z: Tensor,
+        tape: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        value = z.clone()
+        ctx.f, ctx.equation = f, equation
+        ctx.save_for_backward(value, tape, *tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        z, tape, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        u = _solve_adjoint(ctx.f, ctx.equation, z, tensors, needed, g)
+        if torch.is_grad_enabled():
+            transposed = _Transposed(ctx.f)
+            u = _attach(transposed, ctx.equation, u.value, None, (g, z, *tensors))
+            grads = _products(ctx.f, z, tensors, needed, u)
+            if tape is not None:
+                # What f closes over has no alias, so whoever differentiates these products with
+                # respect to it, or the tape's own gradient with respect to anything, is refused.
+                refusal = _Refuse.apply(tape)
+                grads = [None if d is None else _Link.apply(d, refusal) for d in grads]
+                u = _Link.apply(u, _Refuse.apply(z))
+        else:
+            grads, u = u.finish(), u.value
+        return None, None, None, (u if tape is not None else None), *grads
+
+
+@dataclass
+class _Adjoined:
+    """The solution u of one adjoint equation and the graph of f that it came from."""
+
+    value: Tensor
+    image: Tensor
+    aliases: list[Tensor]
+    needed: Sequence[bool]
+
+    def finish(self) -> list[Tensor | None]:
+        """(∂f/∂θ)ᵀ u for every tensor that needs it."""
+        return _gradients(self.image, self.aliases, self.needed, self.value, create_graph=False)
+
+
+def _solve_adjoint(
+    f: FlatMap,
+    equation: _Equation,
+    z: Tensor,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    g: Tensor,
+) -> _Adjoined:
+    """Solve u = (∂f/∂z)ᵀ u + g with one evaluation of f and no graph of the solve."""
+    with torch.enable_grad(), without_autocast(z):
+        z = z.detach().requires_grad_()
+        aliases = [
+            t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)
+        ]
+        image = f(z, aliases)
+
+    def product(v: Tensor) -> Tensor:
+        return _vjp(image, z, v, create_graph=False)
+
+    with torch.no_grad(), without_autocast(z):
+        u = equation.solve(product, g.detach())
+    return _Adjoined(u, image, aliases, needed)
+
+
+def _products(
+    f: FlatMap, z: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool], u: Tensor
+) -> list[Tensor | None]:
+    """(∂f/∂θ)ᵀ u as a differentiable function of u, of the attached z and of the tensors."""
+    with without_autocast(z):
+        # Fresh aliases: the derivative is the partial one, through f's own use of each tensor
+        # and not through z, which depends on the same tensors.
+        aliases = [t.view_as(t) for t in tensors]
+        return _gradients(f(z, aliases), aliases, needed, u, create_graph=True)
+
+
+def _gradients(
+    image: Tensor,
+    aliases: Sequence[Tensor],
+    needed: Sequence[bool],
+    u: Tensor,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    wanted = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+    if not wanted or not image.requires_grad:
+        return [None] * len(needed)
+    found = iter(
+        torch.autograd.grad(image, wanted, u, create_graph=create_graph, allow_unused=True)
+    )
+    return [next(found) if need else None for need in needed]
+
+
+def _vjp(image: Tensor, z: Tensor, v: Tensor, create_graph: bool) -> Tensor:
+    if not image.requires_grad:
+        return torch.zeros_like(v)
+    (product,) = torch.autograd.grad(
+        image, z, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(v) if product is None else product
+
+
+class _Transposed:
+    """(u; g, z, θ) ↦ (∂f/∂z)ᵀ u + g: the map whose fixed point is the adjoint."""
+
+    def __init__(self, f: FlatMap) -> None:
+        self.f = f
+
+    def __call__(self, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        g, z, *rest = tensors
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+            image = self.f(at, rest)
+            return _vjp(image, at, u, create_graph) + g
+
+
+class _Reroute(Function):
+    """The value of the first argument with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, tape: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(tape)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            (tape,) = ctx.saved_tensors
+            g = _Link.apply(g, _Refuse.apply(tape))
+        return None, g
+
+
+class _Link(Function):
+    """The first argument; whoever differentiates it reaches the second, too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(other)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        (other,) = ctx.saved_tensors
+        return g, torch.zeros_like(other)
+
+
+class _Refuse(Function):
+    """The identity, which raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tensor) -> Tensor:  # type: ignore[override]
+        return tape.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        raise RuntimeError(
+            "second derivatives would be wrong here: the gradient came from a tape at a fixed "
+            "solution (OneStep, Phantom, or a tensor that f merely closes over). Use Implicit() "
+            "and pass such tensors in args, or make f a module that owns them."
+        )

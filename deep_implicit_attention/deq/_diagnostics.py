@@ -1,0 +1,139 @@
+"""Numbers that say how well a map contracts at a state, for each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..solvers import Solution, _arnoldi
+from ..solvers._validate import check_count, check_number
+from ._state import Layout, State, full_precision
+
+
+def spectral_radius(
+    f: Callable[[State], State], z: State, *, max_iter: int = 30, seed: int = 0
+) -> Tensor:
+    """Spectral radius of ∂f/∂z at `z`, `(B,)`: plain iteration contracts near z if it is < 1.
+
+    The largest modulus of the Ritz values of an Arnoldi process on (∂f/∂z)ᵀ from a random vector:
+    exact if `max_iter` reaches the number of components, from below and usually to three digits
+    otherwise. Costs one evaluation, `max_iter` vector–Jacobian products, and memory for
+    `max_iter` states.
+    """
+    flat, product = _linearise(f, z)
+    ritz = _ritz_values(product, flat, max_iter, seed)
+    return ritz.abs().amax(dim=1)
+
+
+def jacobian_norm(
+    f: Callable[[State], State], z: State, *, max_iter: int = 20, seed: int = 0
+) -> Tensor:
+    """Spectral norm of ∂f/∂z at `z`, `(B,)`: the local Lipschitz constant of f.
+
+    Lanczos on (∂f/∂z)ᵀ(∂f/∂z), from below. Costs `max_iter` products with the Jacobian and as
+    many with its transpose.
+    """
+    flat, product = _linearise(f, z)
+    with torch.enable_grad():
+        dummy = torch.zeros_like(flat, requires_grad=True)
+        image = product(dummy, create_graph=True)
+
+    def both(v: Tensor) -> Tensor:
+        if not image.requires_grad:
+            return torch.zeros_like(v)
+        (forward,) = torch.autograd.grad(image, dummy, v, retain_graph=True)
+        return product(forward)
+
+    ritz = _ritz_values(both, flat, max_iter, seed)
+    return ritz.real.amax(dim=1).clamp_min(0).sqrt()
+
+
+def jacobian_penalty(
+    f: Callable[[State], State],
+    z: State,
+    *,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate of ‖∂f/∂z‖_F² at `z`, `(B,)`, differentiable: a term for the loss.
+
+    Hutchinson's estimator, the mean of ‖(∂f/∂z)ᵀ v‖² over `samples` Gaussian vectors v (Bai,
+    Koltun, Kolter 2021, arXiv:2106.14342). It is differentiable with respect to what f depends
+    on and, where z carries a graph, with respect to z. Costs one evaluation and `samples`
+    products, each with a graph. Divide by the number of components for a scale-free penalty.
+    """
+    check_count("samples", samples)
+    layout = Layout.of(z)
+    with torch.enable_grad():
+        flat = layout.pack(z)
+        flat = flat.view_as(flat) if flat.requires_grad else flat.detach().requires_grad_()
+        image = layout.pack(f(layout.unpack(flat)))
+        total = flat.new_zeros(flat.shape[0])
+        for _ in range(samples):
+            v = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
+            if image.requires_grad:
+                product = torch.autograd.grad(image, flat, v, create_graph=True, allow_unused=True)
+                if product[0] is not None:
+                    total = total + product[0].square().sum(dim=1)
+    return total / samples
+
+
+def error_bound(solution: Solution, contraction: float | Tensor) -> Tensor:
+    """Bound on ‖z − z*‖, `(B,)`, for a map that contracts with factor L = `contraction`.
+
+    ‖z − z*‖ ≤ ‖f(z) − z‖ / (1 − L); infinite where L ≥ 1. L must bound ‖∂f/∂z‖ between z and
+    z*, as the vector-spin mechanism's β/2 does everywhere (in its own norm); `jacobian_norm` is
+    its value at one point.
+    """
+    norm = solution.residual_norm
+    if not isinstance(contraction, Tensor):
+        check_number("contraction", contraction, minimum=0.0)
+        contraction = norm.new_tensor(float(contraction))
+    contraction = contraction.to(norm)
+    return torch.where(contraction < 1, norm / (1 - contraction), math.inf)
+
+
+def _linearise(f: Callable[[State], State], z: State) -> tuple[Tensor, Callable[..., Tensor]]:
+    """The flat state and v ↦ (∂f/∂z)ᵀ v at it."""
+    z = full_precision(z) if isinstance(z, Tensor) else tuple(map(full_precision, z))
+    layout = Layout.of(z)
+    with torch.enable_grad():
+        flat = layout.pack(z).detach().requires_grad_()
+        image = layout.pack(f(layout.unpack(flat)))
+
+    def product(v: Tensor, create_graph: bool = False) -> Tensor:
+        if not image.requires_grad:
+            return torch.zeros_like(v)
+        (result,) = torch.autograd.grad(
+            image, flat, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return torch.zeros_like(v) if result is None else result
+
+    return flat.detach(), product
+
+
+@torch.no_grad()
+def _ritz_values(
+    product: Callable[[Tensor], Tensor], like: Tensor, max_iter: int, seed: int
+) -> Tensor:
+    """Eigenvalues of the projection of a linear map on a Krylov space, `(B, k)`, complex."""
+    check_count("max_iter", max_iter)
+    batch, n = like.shape
+    size = min(max_iter, n)
+    if batch == 0 or n == 0:
+        return like.new_zeros(batch, 1, dtype=torch.complex64)
+    generator = torch.Generator().manual_seed(seed)
+    # One start for all samples: what a sample gets does not depend on its batch mates.
+    start = torch.randn(n, dtype=like.dtype, generator=generator).to(like.device)
+    basis = like.new_zeros(batch, size + 1, n)
+    basis[:, 0] = start / torch.linalg.vector_norm(start)
+    hessenberg = like.new_zeros(batch, size + 1, size)
+    for k in range(size):
+        hessenberg[:, : k + 2, k] = _arnoldi.extend(basis, k, product(basis[:, k]))
+    square = hessenberg[:, :size]
+    finite = torch.isfinite(square).flatten(1).all(dim=1)
+    values = torch.linalg.eigvals(torch.where(finite[:, None, None], square, 0))
+    return torch.where(finite[:, None], values, torch.nan)

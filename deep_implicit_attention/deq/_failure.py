@@ -1,0 +1,48 @@
+"""What happens when a solve fails: nothing, a warning, or an error, always with the evidence."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, get_args
+
+from ..solvers import Solution, Status
+
+OnFailure = Literal["ignore", "warn", "raise"]
+
+
+class ConvergenceWarning(UserWarning):
+    """A solve did not reach its tolerance for some samples."""
+
+
+class ConvergenceError(RuntimeError):
+    """A solve did not reach its tolerance for some samples; `solution` holds the evidence."""
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+def check_on_failure(value: str) -> None:
+    """Raise `ValueError` unless `value` names a policy."""
+    if value not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {value!r}")
+
+
+def report(
+    solution: Solution, on_failure: str, what: str, tol: float, advice: str = "", stacklevel: int = 3
+) -> None:
+    """Warn or raise, as `on_failure` says, if any sample of `solution` failed."""
+    if on_failure == "ignore" or bool(solution.converged.all()):
+        return
+    failed = [status for status in solution.status if status is not Status.CONVERGED]
+    kinds = [status for status in Status if status in failed]
+    counts = ", ".join(f"{kind}: {failed.count(kind)}" for kind in kinds)
+    worst = solution.residual[~solution.converged].max().item()
+    message = (
+        f"{what}: {len(failed)} of {len(solution.converged)} samples did not converge ({counts}); "
+        f"worst residual {worst:.2e} after {int(solution.steps.max())} steps, tolerance {tol:g}. "
+        + " ".join([f"{kind}: {kind.sentence}" for kind in kinds] + [solution.note] + [advice])
+    ).strip()
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)

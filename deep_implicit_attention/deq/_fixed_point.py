@@ -1,0 +1,119 @@
+"""`fixed_point`: solve z = f(z, *args), with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..solvers import Solution, anderson
+from ..solvers._validate import check_options
+from ._adjoints import Adjoint, Implicit
+from ._failure import OnFailure, check_on_failure, report
+from ._map import TracedMap, without_autocast
+from ._state import Layout, State, full_precision
+
+
+def fixed_point(
+    f: Callable[..., State],
+    z0: State,
+    args: Sequence[Any] = (),
+    *,
+    solver: Callable[..., Solution] = anderson,
+    adjoint: Adjoint = Implicit(),  # noqa: B008 (immutable)
+    on_failure: OnFailure = "warn",
+    tol: float = 1e-4,
+    max_iter: int = 50,
+    **solver_options: Any,
+) -> Solution:
+    """Solve z = f(z, *args) for every sample of a batch, differentiably.
+
+    Args:
+        f: the map, ``f(z, *args) -> z``: a function or an `nn.Module`. Each sample's image is a
+            function of the same sample of z.
+        z0: where to start: a tensor `(B, ...)` or a tuple of them. It gets no gradient: a fixed
+            point does not depend on where the solver came from.
+        args: what f depends on; tensors may stand inside tuples, lists and dicts.
+        solver: one of `deep_implicit_attention.solvers`, or a function with their signature.
+        adjoint: how to differentiate: `Implicit()` (exact), `OneStep()`, `Phantom(steps)`.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, forward and backward, where a sample
+            does not reach the tolerance.
+        tol: bound on each sample's residual ‖f(z) − z‖ / ‖f(z)‖ (or as `stop_mode` says).
+        max_iter: the solver's step limit.
+        **solver_options: further keywords of `solver`.
+
+    Returns:
+        `Solution`; `value` has the structure of `z0` and is the solver's iterate, bit for bit
+        the same with and without gradients. Tensors in `args` and the parameters of an f that is
+        a module are differentiable to any order; tensors that f merely closes over get first
+        derivatives, and an attempt at second ones raises. Floating types narrower than float32
+        are widened for the solve, and autocast is off inside it.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or range, and unknown
+            options.
+        ConvergenceError: with ``on_failure="raise"``.
+    """
+    solution = solve_and_attach(
+        f,
+        z0,
+        args,
+        solver=solver,
+        adjoint=adjoint,
+        on_failure=on_failure,
+        tol=tol,
+        max_iter=max_iter,
+        **solver_options,
+    )
+    report(solution, on_failure, "fixed_point", tol)
+    return solution
+
+
+def solve_and_attach(
+    f: Callable[..., State],
+    z0: State,
+    args: Sequence[Any],
+    *,
+    solver: Callable[..., Solution],
+    adjoint: Adjoint,
+    on_failure: str,
+    tol: float,
+    max_iter: int,
+    **solver_options: Any,
+) -> Solution:
+    """`fixed_point` without its report on the forward solve."""
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be Implicit, OneStep or Phantom, got {adjoint!r}")
+    check_on_failure(on_failure)
+    check_options(solver, solver_options, owner="fixed_point")
+    z0 = full_precision(z0) if isinstance(z0, Tensor) else tuple(map(full_precision, z0))
+    layout = Layout.of(z0)
+    flat = layout.pack(z0).detach()
+    traced = TracedMap(f, layout, args)
+    differentiable = torch.is_grad_enabled()
+
+    with torch.no_grad(), without_autocast(flat):
+        constants: list[Tensor] | None = None
+
+        def step(z: Tensor) -> Tensor:
+            nonlocal constants
+            if constants is not None:
+                return traced(z, constants)
+            image = traced.trace(z) if differentiable else traced(z, traced.tensors)
+            constants = [full_precision(t.detach()) for t in traced.tensors]
+            return image
+
+        solution = solver(step, flat, tol=tol, max_iter=max_iter, **solver_options)
+
+    value = solution.value
+    depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)
+    if differentiable and depends:
+        with without_autocast(flat):
+            value = adjoint.attach(
+                traced, value, tol=tol, max_iter=max_iter, on_failure=on_failure
+            )
+    return solution.with_value(layout.unpack(value))

@@ -1,0 +1,56 @@
+"""The contract between a mechanism and the layer that solves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._state import State
+
+
+class DEQModule(nn.Module):
+    """A map z ↦ update(z, context) whose fixed point `DEQFixedPoint` finds.
+
+    Write `update`; override the others where the mechanism has more to say. `DEQFixedPoint` asks
+    for these methods by name, so a plain `nn.Module` that has `initial_state` and `update`
+    serves as well.
+
+    A mechanism may also have
+
+    - ``solve(context, wanted) -> state``: the fixed point in closed form, differentiable; only
+      the state elements whose indices are in `wanted` need to be computed, others are `None`;
+      with it ``residual(context, state) -> (relative, absolute)``, each `(B,)`, of what `solve`
+      returned, and optionally ``judge(context) -> str``, what is wrong with a system whose
+      equations have a solution that no distribution stands behind (empty if nothing is);
+    - ``preconditioner(context) -> (residual -> residual)``;
+    - ``append(context, state, x_new) -> context``: one more site (causal mechanisms).
+
+    Nothing may be stored on the module while it is called: all that is constant during a solve
+    goes into the context, which `prepare` returns.
+    """
+
+    def initial_state(self, x: Tensor) -> State:
+        """Where relaxation starts: zeros like `x`."""
+        return torch.zeros_like(x)
+
+    def sources(self, x: Tensor, *inputs: Any) -> Tensor:
+        """The fields that act on the sites: `x`, checked, without what a mask hides."""
+        return x
+
+    def prepare(self, x: Tensor, *inputs: Any) -> Any:
+        """Everything that does not depend on z, computed once for each solve.
+
+        Tensors, also inside tuples and dicts, are differentiable to any order. Parametrised
+        weights belong here, where they are evaluated once and with gradients.
+        """
+        return x
+
+    def update(self, z: Any, context: Any) -> Any:
+        """One step of the mean-field equations."""
+        raise NotImplementedError(f"{type(self).__name__} must implement update(z, context)")
+
+    def forward(self, z: Any, context: Any) -> Any:
+        """The same as `update`."""
+        return self.update(z, context)

@@ -1,0 +1,83 @@
+"""States (a tensor or a tuple of tensors, batch first) as one batch of vectors, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def full_precision(x: Any) -> Any:
+    """`x` in float32 if it is a tensor of a narrower floating type; a solve needs the digits."""
+    if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() < 4:
+        return x.float()
+    return x
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of the parts of a state, and whether it is a bare tensor."""
+
+    shapes: tuple[torch.Size, ...]
+    bare: bool
+
+    @staticmethod
+    def of(state: Any) -> Layout:
+        """The layout of a state; raises for anything that is none."""
+        parts = (state,) if isinstance(state, Tensor) else state
+        if not isinstance(parts, tuple | list) or not parts:
+            raise TypeError(
+                f"a state is a tensor or a tuple of tensors, got {type(state).__name__}"
+            )
+        for part in parts:
+            if not isinstance(part, Tensor) or not part.is_floating_point():
+                kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
+                raise TypeError(f"every part of a state is a real floating tensor, got {kind}")
+            if part.dim() < 1 or part.shape[0] != parts[0].shape[0]:
+                raise ValueError(
+                    "the parts of a state share their first dimension, the batch; got shapes "
+                    f"{[tuple(p.shape) for p in parts]}"
+                )
+            if part.dtype != parts[0].dtype:
+                raise TypeError(
+                    f"the parts of a state share a dtype, got {[p.dtype for p in parts]}"
+                )
+        return Layout(tuple(part.shape for part in parts), isinstance(state, Tensor))
+
+    def pack(self, state: Any) -> Tensor:
+        """`(B, n)`; a view where the state is one tensor."""
+        parts = (state,) if isinstance(state, Tensor) else state
+        if len(parts) == 1:
+            return parts[0].reshape(parts[0].shape[0], self.sizes[0])
+        return torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1)
+
+    def unpack(self, flat: Tensor) -> State:
+        """The inverse of `pack`."""
+        if self.bare:
+            return flat.reshape(self.shapes[0])
+        parts = flat.split(self.sizes, dim=1)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers per sample in each part."""
+        return [shape[1:].numel() for shape in self.shapes]
+
+    def check_image(self, state: Any) -> None:
+        """Raise unless a map returned a state of this layout."""
+        parts = (state,) if isinstance(state, Tensor) else state
+        if isinstance(state, Tensor) != self.bare or not isinstance(parts, tuple | list):
+            raise TypeError(
+                f"the map must return what it is given, a {'tensor' if self.bare else 'tuple'}, "
+                f"got {type(state).__name__}"
+            )
+        shapes = tuple(getattr(part, "shape", None) for part in parts)
+        if shapes != self.shapes:
+            raise ValueError(
+                f"the map must keep shapes {[tuple(s) for s in self.shapes]}, returned "
+                f"{[None if s is None else tuple(s) for s in shapes]}"
+            )

@@ -1,0 +1,145 @@
+"""GMRES: linear systems, one Krylov space for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _arnoldi
+from ._solution import Solution, Status
+from ._validate import check_arguments, check_count, check_same_shape
+
+
+@torch.no_grad()
+def gmres(
+    matvec: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    tol: float = 1e-4,
+    max_iter: int = 50,
+    restart: int | None = None,
+) -> Solution:
+    """Solve A x = b from x = 0 by restarted GMRES, each sample by itself.
+
+    Minimises ‖b − A x‖ over the Krylov space of A and b (Saad, Schultz 1986, SIAM J. Sci. Stat.
+    Comput. 7, 856). Of all Krylov methods it needs the fewest products with A.
+
+    Args:
+        matvec: v ↦ A v, `(B, n) -> (B, n)`, linear, each row a function of the same row only.
+        b: right-hand sides `(B, n)`, float32 or float64.
+        tol: bound on ‖b − A x‖ / ‖b‖ of each sample.
+        max_iter: Krylov vectors at most, over all restarts.
+        restart: vectors after which the space is dropped and built anew; by default never.
+
+    Returns:
+        `Solution`; a sample with b = 0 has x = 0, one that met NaN or infinity has x = NaN.
+        `trace` holds the recurrence's residuals, `residual` the true one of the value, for which
+        each cycle spends one more product. Cost: one product and O(B k n) at vector k; memory
+        B restart n.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind, shape or range.
+    """
+    check_arguments(matvec, b, "b", tol, max_iter)
+    if restart is not None:
+        check_count("restart", restart)
+    batch, n = b.shape
+    size = min(max_iter, n if restart is None else min(restart, n))
+    b_norm = torch.linalg.vector_norm(b, dim=1)
+    scale = torch.where(b_norm > 0, b_norm, 1)
+
+    x, r = torch.zeros_like(b), b
+    norm = b_norm
+    finite = torch.isfinite(b_norm)
+    converged = b_norm == 0
+    stalled = torch.zeros_like(converged)
+    steps = torch.zeros(batch, dtype=torch.long, device=b.device)
+    trace: list[Tensor] = []
+    while len(trace) < max_iter:
+        active = finite & ~converged & ~stalled
+        if not active.any():
+            break
+        correction, used, rows = _cycle(
+            matvec, r, active, tol * scale, min(size, max_iter - len(trace))
+        )
+        trace.extend(row / scale for row in rows)
+        steps += used
+        trial = x + correction
+        trial_r = b - matvec(trial)
+        trial_norm = torch.linalg.vector_norm(trial_r, dim=1)
+        finite = torch.where(active, torch.isfinite(trial_norm), finite)
+        # A cycle that gained nothing has met rounding, or a singular matrix.
+        stalled |= active & ~(trial_norm < 0.9 * norm)
+        better = active & (trial_norm < norm)
+        x = torch.where(better[:, None], trial, x)
+        r = torch.where(better[:, None], trial_r, r)
+        norm = torch.where(better, trial_norm, norm)
+        converged |= finite & (norm <= tol * scale)
+
+    codes = torch.full_like(steps, Status.MAX_ITER.code)
+    codes = codes.masked_fill(converged, Status.CONVERGED.code)
+    codes = codes.masked_fill(~finite, Status.NONFINITE.code)
+    residual = torch.where(finite, norm / scale, torch.inf)
+    value = torch.where(finite[:, None], x, torch.nan)
+    rows = int(steps.max()) if batch else 0
+    stacked = torch.stack(trace)[:rows] if trace else b.new_zeros(0, batch)
+    return Solution(value, residual, steps, converged, codes, stacked, norm)
+
+
+def _cycle(
+    matvec: Callable[[Tensor], Tensor], r: Tensor, active: Tensor, bound: Tensor, size: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One Krylov space of at most `size` vectors for A x = r.
+
+    Returns the correction, the number of vectors each sample used, and the residual norm of
+    every sample after each vector. The Hessenberg matrix is triangularised by Givens rotations as
+    it grows; for a sample that is done, further columns are those of the identity.
+    """
+    batch, n = r.shape
+    norm = torch.linalg.vector_norm(r, dim=1)
+    basis = r.new_zeros(batch, size + 1, n)
+    basis[:, 0] = torch.where(active[:, None], r / torch.where(norm > 0, norm, 1)[:, None], 0)
+    triangle = torch.eye(size, dtype=r.dtype, device=r.device).repeat(batch, 1, 1)
+    rhs = r.new_zeros(batch, size + 1)
+    rhs[:, 0] = torch.where(active, norm, 0)
+    cosines, sines = r.new_ones(batch, size), r.new_zeros(batch, size)
+    used = torch.zeros(batch, dtype=torch.long, device=r.device)
+    rows: list[Tensor] = []
+    now = norm
+
+    for k in range(size):
+        image = matvec(basis[:, k])
+        if k == 0:
+            check_same_shape(image, r, "matvec")
+        column = _arnoldi.extend(basis, k, image)
+        for i in range(k):
+            upper, lower = column[:, i].clone(), column[:, i + 1].clone()
+            column[:, i] = cosines[:, i] * upper + sines[:, i] * lower
+            column[:, i + 1] = cosines[:, i] * lower - sines[:, i] * upper
+        length = torch.hypot(column[:, k], column[:, k + 1])
+        # A zero (or non-finite) pivot: A is singular on this space, stop the sample here.
+        sound = active & (length > torch.finfo(r.dtype).tiny) & torch.isfinite(length)
+        used += active
+        safe = torch.where(sound, length, 1)
+        cosines[:, k] = torch.where(sound, column[:, k] / safe, 1)
+        sines[:, k] = torch.where(sound, column[:, k + 1] / safe, 0)
+        column[:, k] = length
+        triangle[:, : k + 1, k] = torch.where(
+            sound[:, None], column[:, : k + 1], triangle[:, : k + 1, k]
+        )
+        old = rhs[:, k].clone()
+        rhs[:, k] = torch.where(sound, cosines[:, k] * old, 0)
+        rhs[:, k + 1] = torch.where(sound, -sines[:, k] * old, 0)
+        now = torch.where(sound, rhs[:, k + 1].abs(), now)
+        rows.append(now)
+        active = sound & (now > bound)
+        if not active.any():
+            break
+
+    k = len(rows)
+    weights = torch.linalg.solve_triangular(
+        triangle[:, :k, :k], rhs[:, :k].unsqueeze(2), upper=True
+    )
+    return (weights.mT @ basis[:, :k]).squeeze(1), used, rows

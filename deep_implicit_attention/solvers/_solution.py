@@ -1,0 +1,135 @@
+"""What a solver gives back: the value, the evidence for it, and a status in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Status(str, Enum):
+    """How a solve ended for one sample. `str(status)` is its name, `status.sentence` explains it."""
+
+    sentence: str
+
+    def __new__(cls, value: str, sentence: str) -> Status:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.sentence = sentence
+        return member
+
+    CONVERGED = ("converged", "The residual is within the tolerance.")
+    MAX_ITER = (
+        "max_iter",
+        "The step limit was reached before the tolerance: raise max_iter, loosen tol (float32 "
+        "rarely gets below 1e-6), or try another solver.",
+    )
+    DIVERGED = (
+        "diverged",
+        "The iterates grew instead of settling: make the couplings weaker (smaller "
+        "initialisation, weight normalisation, a Jacobian penalty in the loss), scale the sources "
+        "down, add damping, or try broyden or newton_krylov. The best iterate is returned.",
+    )
+    NONFINITE = (
+        "nonfinite",
+        "NaN or infinity came up: look at the input and the parameters of this sample's map.",
+    )
+    INDEFINITE = (
+        "indefinite",
+        "P − J is not positive definite, so no distribution stands behind this fixed point: make "
+        "the couplings weaker or the prior narrower.",
+    )
+    FIXED_STEPS = (
+        "fixed_steps",
+        "A fixed number of steps was asked for; the residual says how far equilibrium is.",
+    )
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def code(self) -> int:
+        """The status as an integer, for tensors."""
+        return _MEMBERS.index(self)
+
+
+_MEMBERS = list(Status)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of a batched solve, with the evidence for every sample.
+
+    Unpacks as ``value, solution = ...``, so that a call can take both at once.
+
+    Attributes:
+        value: the solution; `(B, n)` from a solver, the structure of `z0` from `fixed_point`.
+        residual: `(B,)`, of exactly this `value` on the plain (undamped) map:
+            ‖f(z) − z‖ / ‖f(z)‖ with ``stop_mode="rel"``, ‖f(z) − z‖ with ``"abs"``; for `gmres`
+            ‖b − A x‖ / ‖b‖. Infinite where the map was never finite.
+        steps: `(B,)`, iterates at which the map was evaluated until the sample was done (for
+            `gmres`: Krylov vectors).
+        converged: `(B,)`, boolean.
+        codes: `(B,)`, the integer codes behind `status`.
+        trace: `(steps, B)`, residual at each step; a finished sample repeats its last entry.
+        residual_norm: `(B,)`, the absolute ‖f(z) − z‖ (‖b − A x‖), whatever the stop mode.
+        note: what else there is to say about a failure, for the warning.
+    """
+
+    value: Any
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+    codes: Tensor
+    trace: Tensor
+    residual_norm: Tensor
+    note: str = ""
+
+    @property
+    def status(self) -> tuple[Status, ...]:
+        """One `Status` per sample."""
+        return tuple(_MEMBERS[code] for code in self.codes.tolist())
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.value
+        yield self
+
+    def __repr__(self) -> str:
+        size = self.residual.numel()
+        if size == 0:
+            return "Solution(empty batch)"
+        counts = ", ".join(
+            f"{name}: {self.status.count(name)}" for name in Status if name in self.status
+        )
+        return (
+            f"Solution({counts}; worst residual {self.residual.max().item():.2e}, "
+            f"{int(self.steps.max())} steps, batch of {size})"
+        )
+
+    def with_value(self, value: Any) -> Solution:
+        """The same evidence for `value`, another arrangement of the same numbers."""
+        return replace(self, value=value)
+
+    def accepting(self, where: Tensor) -> Solution:
+        """The samples in the boolean `where` `(B,)` counted as converged."""
+        return replace(
+            self,
+            converged=self.converged | where,
+            codes=self.codes.masked_fill(where, Status.CONVERGED.code),
+        )
+
+    def with_status(self, where: Tensor, status: Status) -> Solution:
+        """The samples in the boolean `where` `(B,)` marked as failed with `status`."""
+        residual = self.residual
+        if status is Status.NONFINITE:
+            residual = residual.masked_fill(where, torch.inf)
+        return replace(
+            self,
+            residual=residual,
+            converged=self.converged & ~where,
+            codes=self.codes.masked_fill(where, status.code),
+        )

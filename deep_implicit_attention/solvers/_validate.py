@@ -1,0 +1,91 @@
+"""One place where the arguments that all solvers share are checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STOP_MODES = ("rel", "abs")
+
+
+def check_arguments(
+    function: Callable, start: Tensor, name: str, tol: float, max_iter: int, stop_mode: str = "rel"
+) -> None:
+    """Raise `TypeError` or `ValueError`, naming the argument, for anything a solver cannot use."""
+    if not callable(function):
+        raise TypeError(f"the map must be callable, got {type(function).__name__}")
+    if not isinstance(start, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(start).__name__}")
+    if start.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {start.dtype}")
+    if start.dim() != 2:
+        raise ValueError(f"{name} must have shape (batch, n), got {tuple(start.shape)}")
+    check_number("tol", tol, minimum=0.0)
+    check_count("max_iter", max_iter)
+    if stop_mode not in STOP_MODES:
+        raise ValueError(f"stop_mode must be one of {STOP_MODES}, got {stop_mode!r}")
+
+
+def check_number(
+    name: str, value: float, minimum: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise unless `minimum <= value < below`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not minimum <= value < below:
+        upper = "" if below == math.inf else f" and below {below:g}"
+        raise ValueError(f"{name} must be at least {minimum:g}{upper}, got {value}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_same_shape(out: Any, like: Tensor, what: str) -> None:
+    """Raise unless the map returned a tensor of the shape and dtype it was given."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{what} must return a tensor, got {type(out).__name__}")
+    if out.shape != like.shape or out.dtype != like.dtype:
+        raise ValueError(
+            f"{what} must keep shape and dtype {tuple(like.shape)} {like.dtype}, "
+            f"returned {tuple(out.shape)} {out.dtype}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _keywords(solver: Callable) -> frozenset[str] | None:
+    parameters = inspect.signature(solver).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None  # takes anything: it checks by itself
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def check_options(
+    solver: Callable, options: Mapping[str, Any], prefix: str = "", owner: str = ""
+) -> None:
+    """Raise `TypeError` for an option that `solver` does not have, listing those it has.
+
+    `prefix` is what the user writes before the solver's own name of the option
+    (`solver_fwd_`), `owner` who takes it, for the message.
+    """
+    known = _keywords(solver)
+    if known is None:
+        return
+    for name in options:
+        if name not in known:
+            has = ", ".join(prefix + option for option in sorted(known))
+            solver_name = getattr(solver, "__name__", repr(solver))
+            raise TypeError(
+                f"{owner or solver_name}: unknown option {prefix + name!r}; "
+                f"{solver_name} has {has}"
+            )
