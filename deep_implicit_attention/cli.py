@@ -1,0 +1,51 @@
+"""The command `dia`."""
+
+# No `from __future__ import annotations`: tyro evaluates annotations that name local recipes.
+
+import sys
+from typing import Annotated, Any, Union
+
+from .training import require
+
+_DESCRIPTION = """Deep implicit attention: attention as the collective response of a spin system.
+
+  dia train digits      a minute on a laptop, nothing to download
+  dia train mnist       the 2021 project's task, at its size and schedule
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `dia`; returns the exit status."""
+    try:
+        tyro = require("tyro", "train")
+        for module in ("sklearn", "rich", "matplotlib"):
+            require(module, "train")
+    except ModuleNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+    from . import recipes
+
+    digits = Annotated[recipes.Digits, tyro.conf.subcommand("digits")]
+    mnist = Annotated[recipes.Mnist, tyro.conf.subcommand("mnist")]
+
+    def train(recipe: tyro.conf.OmitSubcommandPrefixes[Union[digits, mnist]]) -> dict[str, Any]:  # type: ignore
+        """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
+
+        The folder of the run holds config.json, metrics.jsonl (one line an epoch, the test last),
+        model.safetensors (the best epoch) and pictures. Ctrl-C tests and draws what was learned
+        so far.
+        """
+        return recipes.run_images(recipe)
+
+    app = tyro.extras.SubcommandApp()
+    app.command(train)
+    try:
+        result = app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
+    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+        print(f"dia: {error}", file=sys.stderr)
+        return 1
+    return 130 if result["interrupted"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

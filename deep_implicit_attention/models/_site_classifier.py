@@ -1,0 +1,114 @@
+"""A small image classifier: convolutions make the fields, spins respond, one site is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention import DEQMeanFieldAttention
+from ..attention._parts import check_positive
+from ..deq import DEQFixedPoint
+from ..solvers import anderson
+from ._count import count_params
+
+
+class SiteClassifier(nn.Module):
+    """Image → class scores by the mean-field response of a small spin system.
+
+    1. Convolutions with normalisation and GELU; each of `strides` that is 2 halves the map. A
+       1×1 convolution leaves `dim` channels on a grid of sites.
+    2. Every site's channels, normalised to unit length on average, are the field x_i there; a
+       learned class token is one more site, number 0.
+    3. `DEQMeanFieldAttention` on all sites, with free symmetric couplings, solved to equilibrium.
+    4. A linear head reads the magnetization of site 0.
+
+    Images are `(B, channels, image_size, image_size)`, scores `(B, num_classes)`.
+
+    Args:
+        image_size: height and width of the images.
+        num_classes: number of classes.
+        channels: channels of the images.
+        widths: output channels of the convolutions.
+        strides: their strides, 1 or 2.
+        dim: components of a spin.
+        dropout: dropout on the magnetization that is read, while training.
+        symmetric: J_ij = J_ji, so that the spins are a Boltzmann system but for f.
+        **options: options of `DEQFixedPoint`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_classes: int,
+        channels: int = 1,
+        widths: Sequence[int] = (16, 32),
+        strides: Sequence[int] = (1, 2),
+        dim: int = 10,
+        dropout: float = 0.0,
+        symmetric: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        check_positive(image_size=image_size, num_classes=num_classes, channels=channels, dim=dim)
+        if len(widths) != len(strides) or not widths:
+            raise ValueError(f"widths and strides must pair up, got {widths} and {strides}")
+        if any(stride not in (1, 2) for stride in strides):
+            raise ValueError(f"strides must be 1 or 2, got {strides}")
+        layers: list[nn.Module] = []
+        before = channels
+        for width, stride in zip(widths, strides, strict=True):
+            layers += [
+                nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.GELU(),
+            ]
+            before = width
+        self.stem = nn.Sequential(*layers, nn.Conv2d(before, dim, 1))
+        self.image_size, self.channels, self.dim = image_size, channels, dim
+        self.grid = image_size
+        for stride in strides:
+            self.grid = math.ceil(self.grid / stride)
+        self.token = nn.Parameter(torch.randn(1, 1, dim))
+        self.norm = nn.LayerNorm(dim)
+        couplings = DEQMeanFieldAttention(
+            self.grid**2 + 1, dim, weight_sym_internal=True, weight_sym_sites=symmetric
+        )
+        self.attention = DEQFixedPoint(couplings, anderson, **options)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def sources(self, images: Tensor) -> Tensor:
+        """The fields `(B, sites, dim)` that an image applies."""
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.dim() != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images must have shape (batch, {', '.join(map(str, expected))}), "
+                f"got {tuple(images.shape)}"
+            )
+        patches = self.stem(images).flatten(2).mT
+        x = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
+        return self.norm(x) / math.sqrt(self.dim)
+
+    def forward(self, images: Tensor, *, return_solution: bool = False, **overrides: Any) -> Any:
+        """Scores, or with `return_solution` a pair of scores and the layer's `Solution`."""
+        solution = self.attention(self.sources(images), return_solution=True, **overrides)
+        scores = self.head(self.dropout(solution.value[:, 0]))
+        return (scores, solution) if return_solution else scores
+
+    def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats."""
+        return F.cross_entropy(scores, labels, label_smoothing=smoothing)
+
+    def couplings(self) -> Tensor:
+        """‖J_ij‖_F between the sites, `(N, N)`; site 0 is the class token."""
+        return torch.linalg.matrix_norm(self.attention.fun.weight()).detach()  # type: ignore
+
+    def count_params(self) -> int:
+        """Effective number of parameters, with the symmetries of the couplings."""
+        return count_params(self)

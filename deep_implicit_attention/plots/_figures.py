@@ -1,0 +1,114 @@
+"""Arrays in, matplotlib figures out. Colours that colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+# Okabe, Ito 2008: black, orange, blue, green, vermilion.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00")
+
+
+def learning_curves(
+    epochs: Sequence[int],
+    train_loss: Sequence[float],
+    validation_loss: Sequence[float],
+    train_accuracy: Sequence[float],
+    validation_accuracy: Sequence[float],
+) -> Figure:
+    """Loss (nats) and error (one minus accuracy) against epochs, training and validation."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, title, train, validation in (
+        (left, "cross-entropy (nats)", train_loss, validation_loss),
+        (right, "error (%)", _error(train_accuracy), _error(validation_accuracy)),
+    ):
+        axes.plot(epochs, train, color=COLOURS[1], label="training")
+        axes.plot(epochs, validation, color=COLOURS[2], label="validation")
+        axes.set(xlabel="epoch", ylabel=title, yscale="log")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _error(accuracy: Sequence[float]) -> np.ndarray:
+    """Per cent; a perfect score is drawn at 0.01 %, since the axis is logarithmic."""
+    return np.maximum(100 * (1 - np.asarray(accuracy)), 0.01)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
+    """Counts `(classes, classes)` of true class (rows) against predicted class (columns)."""
+    counts = np.asarray(counts)
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            colour = "black" if share[row, column] > 0.5 else "white"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, label="share of the true class")
+    return figure
+
+
+def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
+    """Relative residual of every sample, `trace` `(steps, samples)`, against solver steps."""
+    trace = np.asarray(trace)
+    figure = Figure(figsize=(5.2, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(trace) + 1)
+    axes.plot(steps, trace, color=COLOURS[2], alpha=max(0.08, 2 / trace.shape[1]), linewidth=1)
+    axes.plot(steps, np.median(trace, axis=1), color=COLOURS[0], linewidth=2, label="median")
+    axes.axhline(tolerance, color=COLOURS[4], linestyle="--", label=f"tolerance {tolerance:g}")
+    axes.set(
+        xlabel="solver step", ylabel="relative residual ‖f(z) − z‖ / ‖f(z)‖", yscale="log",
+        title=title,
+    )  # fmt: skip
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def coupling_graph(
+    strengths: np.ndarray, positions: np.ndarray, names: Sequence[str], title: str = ""
+) -> Figure:
+    """Symmetric coupling strengths `(N, N)` as a matrix, and as a graph between sites.
+
+    `positions` `(N, 2)` are the places of the sites, x to the right and y downwards, as in an
+    image. Lines are as wide and as dark as the coupling is strong; the strongest fifth is drawn.
+    """
+    strengths, positions = np.asarray(strengths), np.asarray(positions, dtype=float)
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    top = strengths.max() or 1.0
+    image = left.imshow(strengths, cmap="cividis", vmin=0, vmax=top)
+    left.set(xlabel="site j", ylabel="site i", title=title)
+    ticks = range(0, len(names), max(1, len(names) // 12))
+    left.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=8)
+    left.set_yticks(ticks, [names[i] for i in ticks], fontsize=8)
+    figure.colorbar(image, label="coupling strength ‖J_ij‖_F (dimensionless)")
+
+    rows, columns = np.triu_indices(len(strengths), 1)
+    values = strengths[rows, columns]
+    order = np.argsort(values)[int(0.8 * len(values)) :]
+    weight = values[order] / top
+    lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
+    right.add_collection(
+        LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
+                       alpha=0.15 + 0.75 * weight, zorder=1)
+    )  # fmt: skip
+    right.scatter(*positions.T, s=110, color="white", edgecolors=COLOURS[0], zorder=2)
+    for name, place in zip(names, positions, strict=True):
+        right.annotate(name, place, ha="center", va="center", fontsize=6, zorder=3)
+    right.set(title="strongest fifth of the couplings", xticks=[], yticks=[])
+    right.invert_yaxis()
+    right.set_aspect("equal")
+    for side in right.spines.values():
+        side.set_visible(False)
+    return figure

@@ -1,0 +1,31 @@
+"""Floor 5: data, training loops and the folder a run leaves behind."""
+
+from ._classify import (
+    Measured,
+    Schedule,
+    augment,
+    batch_spectral_radius,
+    measure,
+    train_classifier,
+)
+from ._data import ImageData, Split, digits, mnist
+from ._extras import require
+from ._progress import Progress
+from ._run import Run, seed_everything
+
+__all__ = [
+    "ImageData",
+    "Measured",
+    "Progress",
+    "Run",
+    "Schedule",
+    "Split",
+    "augment",
+    "batch_spectral_radius",
+    "digits",
+    "measure",
+    "mnist",
+    "require",
+    "seed_everything",
+    "train_classifier",
+]
