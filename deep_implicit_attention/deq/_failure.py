@@ -38,11 +38,19 @@ def report(
     kinds = [status for status in Status if status in failed]
     counts = ", ".join(f"{kind}: {failed.count(kind)}" for kind in kinds)
     worst = solution.residual[~solution.converged].max().item()
-    message = (
-        f"{what}: {len(failed)} of {len(solution.converged)} samples did not converge ({counts}); "
-        f"worst residual {worst:.2e} after {int(solution.steps.max())} steps, tolerance {tol:g}. "
-        + " ".join([f"{kind}: {kind.sentence}" for kind in kinds] + [solution.note] + [advice])
-    ).strip()
+    sentences = [f"{kind}: {kind.sentence}" for kind in kinds]
+    message = " ".join(
+        part
+        for part in (
+            f"{what}: {len(failed)} of {len(solution.converged)} samples did not converge "
+            f"({counts}); worst residual {worst:.2e} after {int(solution.steps.max())} steps, "
+            f"tolerance {tol:g}.",
+            *sentences,
+            solution.note,
+            advice,
+        )
+        if part
+    )
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
