@@ -185,9 +185,15 @@ class DEQFixedPoint(nn.Module):
         """The solution for the sources `fields`; `value` is the list of output elements."""
         fun = self.fun
         context = fun.prepare(fields, *inputs) if hasattr(fun, "prepare") else fields
+        start = self._start(fields, state, settings)
+        elements = 1 if isinstance(start, Tensor) else len(start)
+        if not all(0 <= i < elements for i in self.output_elements):
+            raise ValueError(
+                f"output_elements must be among 0 to {elements - 1} for "
+                f"{type(fun).__name__}, got {self.output_elements}"
+            )
         if settings.steps is None and hasattr(fun, "solve"):
             return closed_form(fun, context, self.output_elements, settings.tol)
-        start = self._start(fields, state, settings)
         if settings.steps is not None:
             solution = relax(fun.update, start, context, settings.steps, settings.tol, want_evidence)
         else:

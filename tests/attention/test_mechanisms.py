@@ -1,0 +1,554 @@
+"""What holds for every mechanism, and for each against its equations written as loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQMeanFieldAttention,
+    DEQMLPMixerAttention,
+    DEQVanillaSoftmaxAttention,
+    DEQVectorSpinAttention,
+)
+from deep_implicit_attention.deq import DEQFixedPoint, fixed_point, jacobian_norm
+from deep_implicit_attention.solvers import anderson, broyden, newton_krylov, picard
+
+TIGHT = {
+    "solver_fwd_tol": 1e-13,
+    "solver_fwd_max_iter": 300,
+    "solver_bwd_tol": 1e-13,
+    "solver_bwd_max_iter": 300,
+}
+
+
+def network(weights, x):
+    """The two-layer network of `FeedForward`, from its parameters."""
+    hidden = F.gelu(x @ weights.expand.weight.T + weights.expand.bias)
+    return hidden @ weights.contract.weight.T + weights.contract.bias
+
+
+class TestEquations:
+    """One update against the equation of the docstring, site by site."""
+
+    def test_mean_field(self, x):
+        torch.manual_seed(0)
+        module = DEQMeanFieldAttention(4, 6).double()
+        z = torch.randn_like(x)
+        weight = module._weight
+        expected = torch.zeros_like(x)
+        for i in range(4):
+            for j in range(4):
+                if i != j:
+                    expected[:, i] += z[:, j] @ weight[i, j].T
+            expected[:, i] += x[:, i] - network(module.correction, z[:, i])
+        torch.testing.assert_close(module.update(z, module.prepare(x)), expected)
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_softmax(self, x, causal, masked):
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(4, 6, heads=2, dim_head=5, causal=causal).double()
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        if masked:
+            mask[0, 0] = mask[1, 3] = mask[2, 1] = False
+        z = torch.randn_like(x)
+        expected = torch.zeros_like(x)
+        for b in range(3):
+            for i in range(4):
+                if not mask[b, i]:
+                    continue
+                heads = []
+                for h in range(2):
+                    rows = slice(5 * h, 5 * h + 5)
+                    q = module.to_q.weight[rows] @ x[b, i]
+                    keys = [j for j in range(4) if mask[b, j] and (j <= i or not causal)]
+                    logits = torch.stack(
+                        [q @ (module.to_k.weight[rows] @ x[b, j]) / math.sqrt(5) for j in keys]
+                    )
+                    part = z[b, :, 3 * h : 3 * h + 3]
+                    heads.append(logits.softmax(0) @ part[keys])
+                field = module.to_out.weight @ torch.cat(heads) + module.to_out.bias
+                expected[b, i] = field + x[b, i] - network(module.correction, z[b, i])
+        hidden = module.sources(x, mask)
+        torch.testing.assert_close(module.update(z, module.prepare(hidden, mask)), expected)
+
+    def test_mixer(self, x):
+        torch.manual_seed(0)
+        module = DEQMLPMixerAttention(4, 6).double()
+        z = torch.randn_like(x)
+        expected = torch.zeros_like(x)
+        for a in range(6):
+            expected[:, :, a] = network(module.sum_over_couplings, z[:, :, a]) + x[:, :, a]
+        expected = expected - network(module.correction, z)
+        torch.testing.assert_close(module.update(z, module.prepare(x)), expected)
+
+    def test_vector_spin(self, x):
+        torch.manual_seed(0)
+        module = DEQVectorSpinAttention(6, 2, beta=1.7).double()
+        z = torch.randn_like(x)
+        couplings = module.couplings(x)
+        fields = x + network(module.source, x)
+        expected = torch.zeros_like(x)
+        radius2 = 3 / 2 - 1
+        for i in range(4):
+            for h in range(2):
+                part = slice(3 * h, 3 * h + 3)
+                field = fields[:, i, part] + sum(
+                    couplings[:, h, i, j, None] * z[:, j, part] for j in range(4)
+                )
+                field = 1.7 * field
+                length2 = (field**2).sum(dim=1, keepdim=True)
+                expected[:, i, part] = field / (1 + torch.sqrt(1 + length2 / radius2))
+        torch.testing.assert_close(module.update(z, module.prepare(x)), expected)
+
+    def test_lin_response_false_drops_the_correction(self, x):
+        for make in (
+            lambda: DEQMeanFieldAttention(4, 6, lin_response=False),
+            lambda: DEQVanillaSoftmaxAttention(4, 6, lin_response=False),
+            lambda: DEQMLPMixerAttention(4, 6, lin_response=False),
+        ):
+            torch.manual_seed(0)
+            module = make().double()
+            assert not any("correction" in name for name, _ in module.named_parameters())
+            z = torch.randn_like(x)
+            step = module.update(z, module.prepare(x)) - module.update(0 * z, module.prepare(x))
+            assert step.norm() > 0.1  # the couplings act
+
+
+class TestGradients:
+    def run(self, case, x, *parameters):
+        layer = DEQFixedPoint(case.module, anderson, **TIGHT)
+        names = [f"fun.{name}" for name, _ in case.module.named_parameters()]
+        state = dict(zip(names, parameters, strict=True))
+        return functional_call(layer, state, (x, *case.inputs))
+
+    def tensors(self, case, x):
+        parameters = [p.detach().clone().requires_grad_() for p in case.module.parameters()]
+        return (x.requires_grad_(), *parameters)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_first_order(self, case, x, training):
+        case.module.train(training)
+        function = lambda x, *p: self.run(case, x, *p)  # noqa: E731
+        assert gradcheck(
+            function, self.tensors(case, x), eps=1e-6, atol=1e-6, fast_mode=True
+        )
+
+    def test_second_order(self, case, x):
+        case.module.eval()
+        function = lambda x, *p: self.run(case, x[None], *p)  # noqa: E731
+        case.inputs = tuple(mask[:1] for mask in case.inputs)
+        assert gradgradcheck(
+            function, self.tensors(case, x[0]), eps=1e-6, atol=1e-6, fast_mode=True
+        )
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("training", [True, False])
+    def test_both_orders_entry_by_entry(self, case, x, training):
+        case.module.train(training)
+        function = lambda x, *p: self.run(case, x, *p)  # noqa: E731
+        assert gradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6)
+        assert gradgradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6)
+
+    def test_implicit_is_backpropagation_through_500_steps(self, case, x):
+        layer = DEQFixedPoint(case.module, anderson, **TIGHT)
+        tensors = self.tensors(case, x)
+        weights = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
+        context = case.module.prepare(case.module.sources(x, *case.inputs), *case.inputs)
+        z = case.module.initial_state(x)
+        for _ in range(500):
+            z = case.module.update(z, context)
+        z = z if isinstance(z, torch.Tensor) else z[0]
+        inside = [tensors[0], *case.module.parameters()]
+        expected = grad((weights * z).sum(), inside)
+        for solver in (anderson, picard, broyden, newton_krylov):
+            layer = DEQFixedPoint(case.module, solver, **TIGHT)
+            mine = grad((weights * layer(x, *case.inputs)).sum(), inside)
+            for a, b in zip(mine, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+    def test_third_order(self, case, x):
+        layer = DEQFixedPoint(case.module, anderson, **TIGHT)
+        x = x.requires_grad_()
+        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+
+        def second(t):
+            """∂²/∂t² of a loss along `direction`, with its graph."""
+            loss = layer(x.detach() + t * direction, *case.inputs).pow(4).sum()
+            (first,) = grad(loss, t, create_graph=True)
+            return grad(first, t, create_graph=True)[0]
+
+        t = torch.zeros((), dtype=x.dtype, requires_grad=True)
+        (third,) = grad(second(t), t)
+        h = 1e-4
+        ends = [second(torch.tensor(s, dtype=x.dtype, requires_grad=True)) for s in (h, -h)]
+        difference = (ends[0] - ends[1]) / (2 * h)
+        torch.testing.assert_close(third, difference, rtol=1e-5, atol=1e-6)
+
+    def test_every_parameter_learns(self, case, x):
+        layer = DEQFixedPoint(case.module)
+        layer(x, *case.inputs).square().sum().backward()
+        for name, parameter in case.module.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.norm() > 0, name
+            assert bool(parameter.grad.isfinite().all()), name
+
+    def test_bytes_saved_do_not_depend_on_steps(self, case, x):
+        def saved(steps):
+            total = 0
+
+            def pack(t):
+                nonlocal total
+                total += t.numel() * t.element_size()
+                return t
+
+            layer = DEQFixedPoint(
+                case.module, on_failure="ignore", solver_fwd_tol=0.0, solver_fwd_max_iter=steps
+            )
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                layer(x, *case.inputs)
+            return total
+
+        assert 0 < saved(5) == saved(500)
+
+
+class TestBatch:
+    @pytest.mark.parametrize("solver", [picard, anderson, broyden, newton_krylov])
+    @pytest.mark.parametrize(
+        ("dtype", "tol", "close"),
+        [
+            (torch.float64, 1e-4, 1e-10),
+            (torch.float64, 1e-10, 1e-10),
+            (torch.float32, 1e-4, 1e-5),
+            (torch.float32, 1e-6, 1e-5),
+        ],
+    )
+    def test_a_sample_alone_and_in_a_batch_of_64(self, case, solver, dtype, tol, close):
+        case.module.to(dtype)
+        torch.manual_seed(2)
+        scales = torch.logspace(-2, 1, 64, dtype=torch.float64)[:, None, None]
+        fields = (scales * torch.randn(64, 4, 6, dtype=torch.float64)).to(dtype)
+        inputs = tuple(mask[torch.arange(64) % len(mask)] for mask in case.inputs)
+        layer = DEQFixedPoint(
+            case.module, solver, solver_fwd_tol=tol, solver_fwd_max_iter=200, on_failure="ignore"
+        )
+        with torch.no_grad():
+            together = layer(fields, *inputs)
+            for i in (0, 17, 40, 63):
+                pick = slice(i, i + 1)
+                alone = layer(fields[pick], *(mask[pick] for mask in inputs))
+                gap = (alone - together[pick]).norm() / together[pick].norm()
+                assert gap <= close
+
+    def test_permuting_samples_permutes_answers(self, case, x):
+        layer = DEQFixedPoint(case.module, **TIGHT)
+        order = torch.tensor([2, 0, 1])
+        there = layer(x[order], *(mask[order] for mask in case.inputs))
+        torch.testing.assert_close(there, layer(x, *case.inputs)[order])
+
+    def test_empty_batch(self, case):
+        layer = DEQFixedPoint(case.module)
+        x = torch.zeros(0, 4, 6, dtype=torch.float64, requires_grad=True)
+        z = layer(x, *(mask[:0] for mask in case.inputs))
+        z.sum().backward()
+        assert z.shape == (0, 4, 6)
+
+    def test_couplings_are_computed_once_a_solve(self, case, x, monkeypatch):
+        calls = []
+        prepare = type(case.module).prepare
+        monkeypatch.setattr(
+            type(case.module), "prepare", lambda *a: calls.append(1) or prepare(*a)
+        )
+        DEQFixedPoint(case.module)(x, *case.inputs).sum().backward()
+        assert len(calls) == 1
+
+
+class TestCouplings:
+    def test_shape_and_locality(self, case, x):
+        couplings = case.module.couplings(x, *case.inputs)
+        heads = getattr(case.module, "heads", 1)
+        assert couplings.shape == (3, heads, 4, 4)
+        assert bool((couplings >= 0).all())
+
+    @pytest.mark.parametrize("sites", [False, True])
+    @pytest.mark.parametrize("internal", [False, True])
+    def test_site_couplings(self, internal, sites):
+        torch.manual_seed(0)
+        module = DEQMeanFieldAttention(4, 3, None, True, internal, sites)
+        weight = module.weight()
+        assert not bool(weight.diagonal(dim1=0, dim2=1).any())
+        assert torch.equal(weight, weight.transpose(2, 3)) == internal
+        assert torch.equal(weight, weight.transpose(0, 1)) == sites
+        # Free parameters: the rank of the linear map from the raw parameter to the couplings.
+        raw = torch.eye(4 * 4 * 3 * 3).view(-1, 4, 4, 3, 3)
+        images = []
+        for direction in raw:
+            module._weight.data = direction
+            images.append(module.weight().detach().flatten())
+        assert torch.linalg.matrix_rank(torch.stack(images)) == module.count_params()
+
+    def test_initialisation(self):
+        torch.manual_seed(0)
+        module = DEQMeanFieldAttention(20, 8)
+        expected = 1 / math.sqrt(20 * 8**2)
+        assert abs(module._weight.std().item() / expected - 1) < 0.02
+        frozen = DEQMeanFieldAttention(4, 3, weight_init_std=0.5, weight_training=False)
+        assert "_weight" in dict(frozen.named_buffers())
+        assert 0.3 < frozen._weight.std() < 0.7
+
+    def test_softmax_rows(self, x):
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(4, 6, heads=2, causal=True).double()
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        mask[0, :2] = False
+        couplings = module.couplings(x, mask)
+        sums = couplings.sum(dim=-1)
+        expected = torch.ones_like(sums)
+        expected[0, :, :2] = 0  # queries without any key
+        torch.testing.assert_close(sums, expected)
+        assert not bool(couplings.triu(1).any())
+        assert not bool(couplings[0, :, :, :2].any())
+
+    def test_mixer_couplings_are_its_jacobian(self, x):
+        torch.manual_seed(0)
+        module = DEQMLPMixerAttention(4, 6).double()
+        g = lambda z: network(module.sum_over_couplings, z.T).T  # noqa: E731
+        jacobian = torch.autograd.functional.jacobian(g, x[0])  # (i, a, j, b)
+        expected = torch.linalg.vector_norm(jacobian, dim=(1, 3))
+        torch.testing.assert_close(module.couplings(x)[0, 0], expected)
+
+
+class TestAttention:
+    """What makes it attention."""
+
+    def test_one_step_from_the_input_mixes_tokens(self, x):
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(4, 6, heads=2).double()
+        layer = DEQFixedPoint(module, initial_state="input")
+        changed = x.clone()
+        changed[:, 1] += 1
+        moved = (layer(changed, steps=1) - layer(x, steps=1)).norm(dim=(0, 2))
+        assert bool((moved > 1e-3).all())
+        # It is the attention block with identity values, from torch's own attention.
+        q, k, v = (
+            t.view(3, 4, 2, 3).transpose(1, 2) for t in (module.to_q(x), module.to_k(x), x)
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 4, 6)
+        block = module.to_out(pooled) + x - module.correction(x)
+        torch.testing.assert_close(layer(x, steps=1), block)
+
+    def test_one_step_from_zeros_mixes_nothing(self, x):
+        torch.manual_seed(0)
+        layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(4, 6).double())
+        changed = x.clone()
+        changed[:, 1] += 1
+        moved = (layer(changed, steps=1) - layer(x, steps=1)).norm(dim=(0, 2))
+        assert moved[[0, 2, 3]].max() == 0
+
+    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
+    def test_permuting_sites_permutes_the_answer(self, x, kind):
+        torch.manual_seed(0)
+        module = (
+            DEQVanillaSoftmaxAttention(4, 6, heads=2)
+            if kind == "softmax"
+            else DEQVectorSpinAttention(6, 2)
+        ).double()
+        layer = DEQFixedPoint(module, **TIGHT)
+        order = torch.tensor([3, 1, 0, 2])
+        torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
+
+    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
+    def test_causal_states_do_not_see_the_future(self, x, kind):
+        torch.manual_seed(0)
+        module = (
+            DEQVanillaSoftmaxAttention(4, 6, heads=2, causal=True)
+            if kind == "softmax"
+            else DEQVectorSpinAttention(6, 2, causal=True)
+        ).double()
+        layer = DEQFixedPoint(module, **TIGHT)
+        changed = x.clone()
+        changed[:, 2:] = torch.randn(3, 2, 6, dtype=x.dtype)
+        torch.testing.assert_close(layer(changed)[:, :2], layer(x)[:, :2])
+        torch.testing.assert_close(layer(x[:, :2]), layer(x)[:, :2])
+        assert (layer(changed) - layer(x))[:, 2:].norm() > 0.1
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
+    @pytest.mark.parametrize("left", [False, True])
+    def test_padding_changes_nothing(self, x, kind, causal, left):
+        torch.manual_seed(0)
+        module = (
+            DEQVanillaSoftmaxAttention(4, 6, heads=2, causal=causal)
+            if kind == "softmax"
+            else DEQVectorSpinAttention(6, 2, causal=causal)
+        ).double()
+        layer = DEQFixedPoint(module, **TIGHT)
+        garbage = torch.full((3, 2, 6), torch.nan, dtype=x.dtype)
+        parts, keep = ([garbage, x], slice(2, 6)) if left else ([x, garbage], slice(0, 4))
+        padded = torch.cat(parts, dim=1)
+        mask = torch.zeros(3, 6, dtype=torch.bool)
+        mask[:, keep] = True
+        solution = layer(padded, mask, return_solution=True)
+        assert bool(solution.converged.all())
+        torch.testing.assert_close(solution.value[:, keep], layer(x))
+        assert not bool(solution.value[~mask].any())
+        alone = layer(x, return_solution=True)
+        torch.testing.assert_close(solution.steps, alone.steps)
+
+    def test_a_query_without_keys_is_finite(self, x):
+        torch.manual_seed(0)
+        layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(4, 6, heads=2).double(), **TIGHT)
+        mask = torch.ones(3, 4, dtype=torch.bool)
+        mask[1] = False
+        x = x.requires_grad_()
+        z = layer(x, mask)
+        assert not bool(z[1].any())
+        gradient = grad(z.sum(), x)[0]
+        assert bool(gradient.isfinite().all())
+        assert not bool(gradient[1].any())
+
+
+class TestVectorSpin:
+    def test_contracts_and_is_bounded(self, x):
+        torch.manual_seed(0)
+        for beta in (0.5, 1.9):
+            module = DEQVectorSpinAttention(6, 2, beta=beta).double()
+            context = module.prepare(10 * x)
+            f = lambda z: module.update(z, context)  # noqa: B023, E731
+            torch.manual_seed(1)
+            a, b = torch.randn(2, 200, 1, 4, 6, dtype=x.dtype).mul(3)
+            for a_k, b_k in zip(a, b, strict=True):
+                a_k, b_k = a_k.expand_as(x), b_k.expand_as(x)
+                norm = lambda d: d.view(3, 4, 2, 3).norm(dim=-1).amax(dim=(1, 2))  # noqa: E731
+                assert bool((norm(f(a_k) - f(b_k)) <= module.contraction * norm(a_k - b_k)).all())
+            spins = f(100 * a[0].expand_as(x)).view(3, 4, 2, 3).norm(dim=-1)
+            assert bool((spins < module.radius).all())
+
+    def test_slope_at_zero_field_is_half_beta(self):
+        module = DEQVectorSpinAttention(6, 2, beta=1.2).double()
+        module.source.contract.weight.data.zero_()
+        module.source.contract.bias.data.zero_()
+        x = torch.zeros(1, 4, 6, dtype=torch.float64)
+        context = module.prepare(x)
+        norm = jacobian_norm(lambda z: module.update(z, context), x)
+        # All logits are equal: J is the uniform average, whose norm is 1.
+        torch.testing.assert_close(norm, torch.tensor([0.6], dtype=torch.float64))
+
+
+class TestAdaTAP:
+    @pytest.fixture
+    def module(self):
+        torch.manual_seed(0)
+        module = DEQAdaTAPMeanFieldAttention(4, 3).double()
+        blocks = torch.randn(4, 3, 3, dtype=torch.float64) / 4
+        module.spin_prior_inv_var += blocks @ blocks.mT  # a prior that is not the identity
+        return module
+
+    @pytest.fixture
+    def fields(self):
+        torch.manual_seed(1)
+        return torch.randn(3, 4, 3, dtype=torch.float64)
+
+    def dense(self, module):
+        """P − J from its entries."""
+        operator = torch.zeros(12, 12, dtype=torch.float64)
+        weight = module.weight().detach()
+        for i in range(4):
+            for j in range(4):
+                block = module.spin_prior_inv_var[i] if i == j else -weight[i, j]
+                operator[3 * i : 3 * i + 3, 3 * j : 3 * j + 3] = block
+        return operator
+
+    def test_closed_form_is_the_mean_of_the_gaussian(self, module, fields):
+        z = DEQFixedPoint(module)(fields)
+        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
+        torch.testing.assert_close(z.flatten(1), expected)
+
+    def test_closed_form_is_the_fixed_point_of_the_iterated_equations(self, module, fields):
+        layer = DEQFixedPoint(module, output_elements=(0, 1))
+        z, cavity = layer(fields)
+        context = module.prepare(fields)
+        start = module.initial_state(fields)
+        solution = fixed_point(module.update, start, (context,), tol=1e-13, max_iter=300)
+        torch.testing.assert_close(solution.value[0], z, rtol=0, atol=1e-10)
+        torch.testing.assert_close(solution.value[1], cavity, rtol=0, atol=1e-10)
+        weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
+        losses = [
+            (weight * a).sum() + b.square().sum() for a, b in ((z, cavity), solution.value)
+        ]
+        mine, theirs = (grad(loss, module._weight)[0] for loss in losses)
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+    def test_v_matches_the_response_on_the_diagonal(self, module, fields):
+        z, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
+        assert cavity.shape == (3, 4, 3, 3)
+        response = torch.linalg.inv(self.dense(module))
+        for i in range(4):
+            block = response[3 * i : 3 * i + 3, 3 * i : 3 * i + 3]
+            covariance = torch.linalg.inv(module.spin_prior_inv_var[i] - cavity[0, i])
+            torch.testing.assert_close(covariance, block)
+
+    def test_v_is_computed_only_if_wanted(self, module, fields, monkeypatch):
+        monkeypatch.setattr(torch.linalg, "inv_ex", None)
+        DEQFixedPoint(module)(fields).sum().backward()
+
+    def test_without_lin_response_v_is_zero_and_z_the_same(self, module, fields):
+        z = DEQFixedPoint(module)(fields)
+        module.lin_response = False
+        naive, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
+        assert torch.equal(naive, z)
+        assert not bool(cavity.any())
+
+    def test_residual_is_that_of_the_naive_update(self, module, fields):
+        module.lin_response = False
+        layer = DEQFixedPoint(module)
+        z, solution = layer(fields, return_solution=True)
+        cavity = torch.zeros(3, 4, 3, 3, dtype=z.dtype)
+        image = module.update((1.5 * z, cavity), module.prepare(fields))[0]
+        relative, absolute = module.residual(module.prepare(fields), (1.5 * z, None))
+        gap = (image - 1.5 * z).flatten(1).norm(dim=1)
+        torch.testing.assert_close(absolute, gap)
+        torch.testing.assert_close(relative, gap / image.flatten(1).norm(dim=1))
+        assert solution.residual.max() < 1e-12
+
+    def test_no_distribution_is_said(self, fields):
+        torch.manual_seed(0)
+        module = DEQAdaTAPMeanFieldAttention(4, 3, weight_init_std=1.0).double()
+        smallest = torch.linalg.eigvalsh(self.dense(module))[0].item()
+        assert smallest < 0
+        layer = DEQFixedPoint(module)
+        with pytest.warns(UserWarning, match=f"smallest eigenvalue of P − J is {smallest:.4g}"):
+            z, solution = layer(fields, return_solution=True)
+        assert {str(status) for status in solution.status} == {"indefinite"}
+        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
+        torch.testing.assert_close(z.flatten(1), expected)
+
+    def test_couplings_without_the_symmetry_are_no_complaint(self, fields):
+        torch.manual_seed(0)
+        module = DEQAdaTAPMeanFieldAttention(4, 3, 0.1, True, False, False).double()
+        z, solution = DEQFixedPoint(module)(fields, return_solution=True)
+        assert bool(solution.converged.all())
+        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
+        torch.testing.assert_close(z.flatten(1), expected)
+
+
+@pytest.mark.parametrize("sites", [1, 7, 40])
+def test_softmax_takes_any_length(sites):
+    torch.manual_seed(0)
+    layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(4, 6, heads=2))
+    assert layer(torch.randn(2, sites, 6) / 3).shape == (2, sites, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_zero_sources_converge(case, x, dtype):
+    case.module.to(dtype)
+    layer = DEQFixedPoint(case.module, on_failure="raise")
+    solution = layer(torch.zeros_like(x, dtype=dtype), *case.inputs, return_solution=True)
+    assert bool(solution.value.isfinite().all())

@@ -1,0 +1,127 @@
+"""Diagnostics against dense linear algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deep_implicit_attention.deq import (
+    error_bound,
+    fixed_point,
+    jacobian_norm,
+    jacobian_penalty,
+    spectral_radius,
+)
+from deep_implicit_attention.solvers import picard
+
+
+@pytest.fixture
+def matrices():
+    torch.manual_seed(0)
+    return torch.randn(5, 8, 8, dtype=torch.float64)
+
+
+def linear(matrices):
+    return lambda z: (matrices @ z.unsqueeze(-1)).squeeze(-1)
+
+
+def test_spectral_radius_is_that_of_the_matrix(matrices):
+    z = torch.randn(5, 8, dtype=torch.float64)
+    expected = torch.linalg.eigvals(matrices).abs().amax(dim=1)
+    torch.testing.assert_close(spectral_radius(linear(matrices), z), expected)
+
+
+def test_spectral_radius_of_a_large_map_from_few_products():
+    torch.manual_seed(0)
+    matrix = torch.randn(1, 200, 200, dtype=torch.float64) / 200**0.5
+    matrix = matrix + 0.2 * torch.ones_like(matrix)  # one real eigenvalue far outside
+    expected = torch.linalg.eigvals(matrix).abs().amax(dim=1)
+    z = torch.zeros(1, 200, dtype=torch.float64)
+    torch.testing.assert_close(spectral_radius(linear(matrix), z, max_iter=15), expected)
+
+
+def test_jacobian_norm_is_the_largest_singular_value(matrices):
+    z = torch.randn(5, 8, dtype=torch.float64)
+    expected = torch.linalg.matrix_norm(matrices, 2)
+    torch.testing.assert_close(jacobian_norm(linear(matrices), z), expected)
+
+
+def test_nonlinear_maps_and_tuple_states(matrices):
+    def f(z):
+        return torch.tanh(linear(matrices)(z[0]) + z[1]), z[0] * z[1]
+
+    torch.manual_seed(1)
+    z = (torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64))
+    flat = lambda v: torch.cat(  # noqa: E731
+        [part[0] for part in f((v[None, :8].expand(5, 8), v[None, 8:].expand(5, 8)))]
+    )
+    jacobian = torch.autograd.functional.jacobian(flat, torch.cat([z[0][0], z[1][0]]))
+    expected = torch.linalg.eigvals(jacobian).abs().max()
+    torch.testing.assert_close(spectral_radius(f, z)[0], expected)
+    torch.testing.assert_close(jacobian_norm(f, z)[0], torch.linalg.matrix_norm(jacobian, 2))
+
+
+def test_a_sample_does_not_depend_on_its_batch(matrices):
+    z = torch.randn(5, 8, dtype=torch.float64)
+    for diagnose in (spectral_radius, jacobian_norm):
+        alone = diagnose(linear(matrices[2:3]), z[2:3])
+        torch.testing.assert_close(diagnose(linear(matrices), z)[2:3], alone)
+
+
+def test_penalty_estimates_the_frobenius_norm(matrices):
+    z = torch.randn(5, 8, dtype=torch.float64)
+    samples = 4000
+    generator = torch.Generator().manual_seed(0)
+    estimate = jacobian_penalty(linear(matrices), z, samples=samples, generator=generator)
+    expected = matrices.square().sum(dim=(1, 2))
+    # The variance of vᵀ A v for Gaussian v is 2 ‖A‖_F², here with A = J Jᵀ.
+    gram = matrices @ matrices.mT
+    error = (2 * gram.square().sum(dim=(1, 2)) / samples).sqrt()
+    assert bool(((estimate - expected).abs() < 4 * error).all())
+
+
+def test_penalty_is_differentiable_like_its_definition():
+    w = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[0.7]], dtype=torch.float64)
+    penalty = jacobian_penalty(lambda z: torch.tanh(z @ w.T), z, samples=1)
+    # In one dimension the estimate is v² f′² with f′ = w (1 − tanh²(w z)).
+    slope = w * (1 - torch.tanh(w * z) ** 2)
+    scale = (penalty / slope.square().squeeze()).detach()
+    expected = torch.autograd.grad((scale * slope.square()).sum(), w)[0]
+    torch.testing.assert_close(torch.autograd.grad(penalty.sum(), w)[0], expected)
+
+
+def test_gradients_of_loss_and_penalty_add_up(problem, w, x):
+    z = problem.unrolled(w, x).detach()
+    f = lambda z: problem.map(z, w, x)  # noqa: E731
+
+    def penalty():
+        return jacobian_penalty(f, z, generator=torch.Generator().manual_seed(0)).sum()
+
+    loss = fixed_point(problem.map, z, (w, x), tol=1e-12).value.square().sum()
+    together = torch.autograd.grad(loss + 0.3 * penalty(), w, retain_graph=True)[0]
+    apart = torch.autograd.grad(loss, w)[0] + 0.3 * torch.autograd.grad(penalty(), w)[0]
+    assert penalty() > 0
+    torch.testing.assert_close(together, apart)
+
+
+def test_constant_maps_have_no_jacobian():
+    z = torch.ones(3, 4)
+    for diagnose in (spectral_radius, jacobian_norm, jacobian_penalty):
+        assert torch.equal(diagnose(lambda z: torch.zeros_like(z), z), torch.zeros(3))
+
+
+def test_error_bound_holds_and_is_infinite_without_contraction():
+    torch.manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(4, 6, 6, dtype=torch.float64)).Q * 0.8
+    b = torch.randn(4, 6, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - matrix, b)
+    f = lambda z: linear(matrix)(z) + b  # noqa: E731
+    solution = fixed_point(f, torch.zeros_like(b), solver=picard, tol=1e-3)
+    error = (solution.value - exact).norm(dim=1)
+    bound = error_bound(solution, 0.8)
+    assert bool((error <= bound).all())
+    assert bool((bound < 20 * error).all())
+    assert bool(error_bound(solution, 1.0).isinf().all())
+    with pytest.raises(ValueError, match="contraction"):
+        error_bound(solution, -0.1)

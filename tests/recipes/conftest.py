@@ -1,0 +1,92 @@
+"""Global settings put back, a few digits instead of all, and the command called in-process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from deep_implicit_attention import training
+from deep_implicit_attention.cli import main
+from deep_implicit_attention.training import ImageData
+
+TINY = "--epochs 2 --batch-size 32 --widths 4 --strides 2 --dim 3 --threads 1 --learning-rate 0.01"
+
+
+@dataclass
+class Outcome:
+    """What a command returned and said."""
+
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+    def files(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+    def complaint(self) -> str:
+        """The one line that a failed command says."""
+        assert self.status == 1
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("dia: ")
+        return lines[0]
+
+
+def call(folder: Path, recipe: str, *flags: str) -> Outcome:
+    """`dia train RECIPE` with tiny settings; `flags` have the last word."""
+    out, err = io.StringIO(), io.StringIO()
+    arguments = ["train", recipe, *TINY.split(), "--run-dir", str(folder), *flags]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+    return Outcome(status, out.getvalue(), err.getvalue(), folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A whole run on all digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    return call(folder, "digits", "--batch-size", "128", "--seed", "3")
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> Callable[[float, int], ImageData]:
+    whole = training.digits(0.5, 0)
+    first = torch.arange(120)
+    few = ImageData(whole.train[first], whole.validation[first], whole.test[first], -0.8)
+    return lambda validation, seed: few
+
+
+@pytest.fixture
+def dia(
+    tmp_path: Path,
+    few_digits: Callable[[float, int], ImageData],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Outcome]:
+    """Call `dia train RECIPE *flags` on a few digits."""
+    monkeypatch.setattr(training, "digits", few_digits)
+    monkeypatch.delenv("DIA_DATA", raising=False)
+
+    def run(recipe: str, *flags: str) -> Outcome:
+        return call(tmp_path / "run", recipe, *flags)
+
+    return run

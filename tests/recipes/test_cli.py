@@ -1,0 +1,397 @@
+"""`dia train`: what it leaves, what it says, how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deep_implicit_attention import recipes, training
+from deep_implicit_attention.cli import main
+from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist
+from deep_implicit_attention.training import ImageData, Progress, Run, _data, measure
+
+Dia = Callable[..., Any]
+INSTALL = "pip install 'deep-implicit-attention[train]'"
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures in `folder`, all of them whole."""
+    found = sorted(folder.glob("*.png"))
+    for path in found:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert content.endswith(b"IEND\xaeB`\x82")
+    return found
+
+
+def rebuilt(config: dict[str, Any], data: ImageData) -> Any:
+    """The untrained model of a saved configuration."""
+    names = {field.name for field in dataclasses.fields(Digits)}
+    recipe = Digits(**{name: value for name, value in config.items() if name in names})
+    return recipe.model(data)
+
+
+# --- a whole run ----------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(finished: Any) -> None:
+    assert finished.status == 0
+    assert finished.err == ""
+    assert len(pictures(finished.folder)) == 4
+    others = {name for name in finished.files() if not name.endswith(".png")}
+    assert others == {"config.json", "metrics.jsonl", "model.safetensors"}
+    assert str(finished.folder) in finished.out
+
+
+def test_the_configuration_is_the_recipe(finished: Any) -> None:
+    config = json.loads((finished.folder / "config.json").read_text())
+    assert config.pop("recipe") == "digits"
+    assert set(config) == {field.name for field in dataclasses.fields(Digits)}
+    given = {"epochs": 2, "batch_size": 128, "seed": 3, "dim": 3, "widths": [4], "threads": 1}
+    assert {name: config[name] for name in given} == given
+    assert config["run_dir"] == str(finished.folder)
+
+
+def test_the_accuracy_said_is_the_last_line_of_the_metrics(finished: Any) -> None:
+    *epochs, last = metrics(finished.folder)
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    said = re.search(r"test accuracy ([\d.]+)% \((\d+) of (\d+)\)", finished.out)
+    assert said
+    per_cent, right, total = (float(group) for group in said.groups())
+    assert last["test_accuracy"] == pytest.approx(right / total)
+    assert per_cent == pytest.approx(100 * right / total, abs=0.005)
+    assert total == 360
+    assert last["interrupted"] is False
+    best = max(epochs, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
+    assert last["best_epoch"] == best["epoch"]
+    assert last["validation_accuracy"] == best["validation_accuracy"]
+
+
+def test_the_checkpoint_scores_what_was_said(finished: Any) -> None:
+    last = metrics(finished.folder)[-1]
+    config = json.loads((finished.folder / "config.json").read_text())
+    data = training.digits(config["validation"], config["seed"])
+    model = rebuilt(config, data)
+    model.load_state_dict(load_file(finished.folder / "model.safetensors"))
+    model.eval()
+    right, loss = 0, 0.0
+    with torch.no_grad():
+        logs = model(data.test.images).log_softmax(dim=1).double()
+    for row, label in zip(logs, data.test.labels.tolist(), strict=True):
+        right += int(row.argmax()) == label
+        loss -= row[label].item() / 360
+    assert last["test_accuracy"] == pytest.approx(right / 360)
+    assert last["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert measure(model, data.validation).accuracy == pytest.approx(last["validation_accuracy"])
+    # 17 sites with a symmetric 3×3 matrix a pair or an ordered pair; all else from the shapes.
+    shapes = {name: p.numel() for name, p in model.named_parameters() if "_weight" not in name}
+    assert last["parameters"] - sum(shapes.values()) in (17 * 8 * 6, 17 * 16 * 6)
+
+
+def test_one_line_an_epoch(finished: Any) -> None:
+    lines = [line.split() for line in finished.out.splitlines()]
+    records = metrics(finished.folder)[:-1]
+    shown = [line for line in lines if line and line[0] in ("1", "2")]
+    assert [int(line[0]) for line in shown] == [1, 2]
+    for line, record in zip(shown, records, strict=True):
+        assert float(line[1]) == pytest.approx(record["train_loss"], abs=1e-4)
+        assert f"{record['validation_accuracy']:.2%}" in line
+
+
+# --- the same and other seeds ---------------------------------------------------------------
+
+
+def test_a_seed_decides_the_run(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+
+    def outcome(seed: str) -> tuple[list[dict[str, Any]], bytes]:
+        torch.manual_seed(1000)
+        torch.rand(int(seed) + 1)
+        run = dia("digits", "--seed", seed, "--dropout", "0.1")
+        assert run.status == 0
+        records = [
+            {k: v for k, v in record.items() if "seconds" not in k}
+            for record in metrics(run.folder)
+        ]
+        return records, (run.folder / "model.safetensors").read_bytes()
+
+    first, other, again = outcome("5"), outcome("6"), outcome("5")
+    assert first == again
+    assert first[0] != other[0]
+
+
+# --- interrupts -----------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    """Ctrl-C in the given batch of the given epoch."""
+    count = 0
+
+    def pressed(_: Progress, now: int, *__: Any) -> None:
+        nonlocal count
+        count += now == epoch
+        if count == batch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "batch", pressed)
+
+
+def test_interrupt_in_the_middle_leaves_a_usable_run(
+    dia: Dia, few_digits: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, 3, 2)
+    run = dia("digits", "--epochs", "9")
+    assert run.status == 130
+    *epochs, last = metrics(run.folder)
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    assert last["interrupted"] is True
+    assert len(pictures(run.folder)) == 4
+    assert "test accuracy" in run.out
+    data = few_digits(0, 0)
+    model = rebuilt(json.loads((run.folder / "config.json").read_text()), data)
+    Run(run.folder).load_weights(model)
+    assert measure(model, data.test).accuracy == last["test_accuracy"]
+    best = epochs[last["best_epoch"] - 1]
+    assert measure(model, data.validation).loss == pytest.approx(best["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_interrupt_before_the_first_epoch(
+    earlier: bool, dia: Dia, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if earlier:
+        shutil.copytree(finished.folder, tmp_path / "run")
+    interrupt(monkeypatch, 1, 1)
+    run = dia("digits")
+    assert run.status == 130
+    assert "no epoch was finished" in run.out
+    assert "test accuracy" not in run.out
+    assert run.files() == {"config.json"}  # and no picture of an earlier run
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("write", ["save_weights", "log"])
+def test_interrupt_while_an_epoch_is_written(
+    write: str, epoch: int, dia: Dia, few_digits: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epoch is better here, and what is reported is what the checkpoint does."""
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    whole, count = getattr(Run, write), 0
+
+    def pressed(*arguments: Any, **record: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == epoch:
+            raise KeyboardInterrupt
+        whole(*arguments, **record)
+
+    monkeypatch.setattr(Run, write, pressed)
+    run = dia("digits", "--epochs", "6")
+    assert run.status == 130
+    if not (run.folder / "model.safetensors").exists():
+        assert "no epoch was finished" in run.out
+        return
+    *epochs, last = metrics(run.folder)
+    data = few_digits(0, 0)
+    model = rebuilt(json.loads((run.folder / "config.json").read_text()), data)
+    Run(run.folder).load_weights(model)
+    measured = measure(model, data.validation)
+    assert measured.accuracy == last["validation_accuracy"]
+    for record in epochs:
+        own = record["epoch"] == last["best_epoch"]
+        assert (measured.loss == pytest.approx(record["validation_loss"], rel=1e-6)) == own
+
+
+# --- what goes wrong ------------------------------------------------------------------------
+
+
+def test_a_folder_without_data(dia: Dia, tmp_path: Path) -> None:
+    line = dia("mnist", "--data-dir", str(tmp_path / "nothing")).complaint()
+    assert str(tmp_path / "nothing") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_damaged_data(dia: Dia, tmp_path: Path) -> None:
+    for name in _data._MNIST:
+        (tmp_path / name).write_bytes(b"\0\0\x08\x01\0\0\0\x01\x07")
+    line = dia("mnist", "--data-dir", str(tmp_path)).complaint()
+    assert str(tmp_path / "train-images-idx3-ubyte") in line
+
+
+@pytest.mark.parametrize("status", ["404", "no connection"])
+def test_a_download_that_fails(
+    status: str, dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pooch
+    import requests
+
+    def fail(*_: Any, **__: Any) -> None:
+        if status == "404":
+            raise requests.exceptions.HTTPError("404 Client Error: Not Found")
+        raise requests.exceptions.ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(pooch, "os_cache", lambda project: tmp_path / project)
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    line = dia("mnist").complaint()
+    assert "404" in line or "name resolution" in line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batch-size 0",
+        "--batch-size 121",
+        "--epochs 0",
+        "--epochs -1",
+        "--learning-rate -1",
+        "--smoothing 2",
+        "--dropout 2",
+        "--dim 0",
+        "--strides 3",
+        "--widths 4 4",
+        "--tol -1",
+        "--max-iter 0",
+        "--threads -1",
+    ],
+)
+def test_settings_out_of_range(
+    flags: str, dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    assert dia("digits", *flags.split()).complaint()
+
+
+def test_a_run_folder_that_is_a_file(dia: Dia, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert str(tmp_path / "run") in dia("digits").complaint()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_training_that_blows_up(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = ImageRecipe.model
+
+    def broken(self: ImageRecipe, data: ImageData) -> Any:
+        model = build(self, data)
+        torch.nn.init.constant_(model.head[1].bias, torch.nan)
+        return model
+
+    monkeypatch.setattr(Digits, "model", broken)
+    assert "--learning-rate" in dia("digits").complaint()
+
+
+@pytest.mark.parametrize(
+    ("missing", "recipe"),
+    [
+        ("tyro", "digits"),
+        ("sklearn", "digits"),
+        ("rich", "digits"),
+        ("matplotlib", "digits"),
+        ("pooch", "mnist"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_remedy(
+    missing: str, recipe: str, dia: Dia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    run = dia(recipe)
+    assert run.status == 1
+    (line,) = run.err.splitlines()
+    assert INSTALL in line
+    assert missing in line
+    assert not run.folder.exists()
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [Digits, Mnist])
+def test_help_names_every_setting(
+    recipe: type[ImageRecipe], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", recipe.__name__.lower(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(recipe):
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", text), field.name
+    assert "MNIST" in text or "scikit-learn" in text
+
+
+def test_help_names_the_recipes(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "digits" in text
+    assert "mnist" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "digits", "--no-such-flag", "1"],
+        ["train", "digits", "--epochs", "many"],
+        ["train", "digits", "--data-dir", "x"],
+        ["train", "no-such-recipe"],
+        ["train"],
+        ["no-such-command"],
+    ],
+)
+def test_what_is_not_understood(
+    arguments: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# --- mnist ----------------------------------------------------------------------------------
+
+
+def test_mnist_from_a_folder(dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    sums = {}
+    for part, count in (("train", 60), ("t10k", 20)):
+        for name, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            array = random.integers(0, 10, shape, dtype=np.uint8)
+            sizes = struct.pack(f">{len(shape)}I", *shape)
+            content = bytes([0, 0, 8, len(shape)]) + sizes + array.tobytes()
+            file = f"{part}-{name}-ubyte"
+            sums[file] = hashlib.sha256(content).hexdigest()
+            (tmp_path / f"{file}.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(_data, "_MNIST", sums)
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    flags = "--widths 2 2 2 --strides 2 2 2 --batch-size 16 --validation 0.25 --epochs 1"
+    run = dia("mnist", "--data-dir", str(tmp_path), *flags.split())
+    assert run.status == 0, run.err
+    assert "45 training, 15 validation and 20 test images" in run.out
+    assert "17 sites of 3 components" in run.out  # 28 -> 14 -> 7 -> 4, and the token
+    config = json.loads((run.folder / "config.json").read_text())
+    assert (config["recipe"], config["data_dir"]) == ("mnist", str(tmp_path))
+    first = metrics(run.folder)[0]["train_loss"]
+    monkeypatch.setenv("DIA_DATA", str(tmp_path))
+    again = dia("mnist", *flags.split())
+    assert again.status == 0
+    assert metrics(again.folder)[0]["train_loss"] == first

@@ -1,0 +1,126 @@
+"""`run_images` from Python: settings reach their places, figures show the right numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from deep_implicit_attention import plots, training
+from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, _images, run_images
+from deep_implicit_attention.training import ImageData
+
+SMALL: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 40,
+    "widths": (4,),
+    "strides": (2,),
+    "dim": 3,
+    "threads": 1,
+}
+
+
+@pytest.mark.parametrize("recipe", [Digits, Mnist])
+def test_settings_reach_the_model_and_the_schedule(
+    recipe: type[ImageRecipe], few_digits: Callable[..., ImageData]
+) -> None:
+    own = {"learning_rate": 0.123, "coupling_rate": 0.7, "smoothing": 0.01, "shift": 0.25}
+    settings = recipe(
+        **{**SMALL, **own, "tol": 1e-2, "max_iter": 7, "dropout": 0.4, "batch_size": 11}
+    )
+    schedule = settings.schedule()
+    for name, value in {**own, "batch_size": 11, "epochs": 1}.items():
+        assert getattr(schedule, name) == value
+    for name in ("rotation", "zoom", "weight_decay"):
+        assert getattr(schedule, name) == getattr(settings, name)
+    model = settings.model(few_digits(0, 0))
+    assert (model.dim, model.dropout.p, model.grid) == (3, 0.4, 4)
+    options = model.attention.options
+    for direction in ("fwd", "bwd"):
+        assert options[f"solver_{direction}_tol"] == 1e-2
+        assert options[f"solver_{direction}_max_iter"] == 7
+    with torch.no_grad():
+        _, solution = model(few_digits(0, 0).test.images[:9], return_solution=True)
+    assert solution.steps.max() <= 7
+    assert solution.residual[solution.converged].max() <= 1e-2
+
+
+def test_every_setting_is_a_shared_one_but_the_data_folder() -> None:
+    shared = {field.name for field in dataclasses.fields(ImageRecipe)}
+    assert {field.name for field in dataclasses.fields(Digits)} == shared
+    assert {field.name for field in dataclasses.fields(Mnist)} == shared | {"data_dir"}
+
+
+def test_seed_and_part_reach_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(training, "digits", lambda *a: asked.append(a))
+    monkeypatch.setattr(training, "mnist", lambda *a: asked.append(a))
+    Digits(validation=0.3, seed=4).load()
+    Mnist(validation=0.2, seed=5, data_dir=Path("x")).load()
+    assert asked == [(0.3, 4), (Path("x"), 0.2, 5)]
+
+
+def test_the_figures_show_the_run(
+    few_digits: Callable[..., ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = few_digits(0, 0)
+    monkeypatch.setattr(training, "digits", few_digits)
+    drawn: dict[str, tuple] = {}
+    models = []
+    for name in plots.__all__:
+        monkeypatch.setattr(
+            plots, name, lambda *a, name=name: drawn.update({name: a}) or Figure((1, 1))
+        )
+    build = ImageRecipe.model
+
+    def noted(self: ImageRecipe, some: ImageData) -> Any:
+        models.append(build(self, some))
+        return models[-1]
+
+    monkeypatch.setattr(Digits, "model", noted)
+    settings = Digits(**{**SMALL, "epochs": 3, "run_dir": tmp_path})
+    result = run_images(settings)
+    *epochs, last = training.Run(tmp_path).metrics()
+    assert last == result
+    assert set(drawn) == set(plots.__all__)
+
+    columns = ("epoch", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
+    assert drawn["learning_curves"][:5] == tuple([r[c] for r in epochs] for c in columns)
+
+    model = models[0].eval()
+    with torch.no_grad():
+        scores, solution = model(data.test.images, return_solution=True)
+    expected = np.zeros((10, 10), dtype=int)
+    for true, predicted in zip(data.test.labels.tolist(), scores.argmax(1).tolist(), strict=True):
+        expected[true, predicted] += 1
+    counts, names = drawn["confusion_matrix"][:2]
+    np.testing.assert_array_equal(counts, expected)
+    assert list(names) == list("0123456789")
+    assert np.trace(counts) == round(result["test_accuracy"] * 120)
+
+    trace, tolerance = drawn["convergence"][:2]
+    assert tolerance == settings.tol
+    np.testing.assert_allclose(trace[-1], solution.residual.numpy(), rtol=1e-4)
+
+    strengths, places, sites = drawn["coupling_graph"][:3]
+    np.testing.assert_allclose(strengths, model.couplings().numpy())
+    assert strengths.shape == (17, 17)
+    assert len(places) == len(sites) == 17
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_sites_lie_as_their_names_say(grid: int) -> None:
+    places, names = _images._sites(grid)
+    assert names[0] == "class"
+    for k, (place, name) in enumerate(zip(places[1:], names[1:], strict=True)):
+        row, column = divmod(k, grid)  # the order in which the patches are flattened
+        assert name == f"{row},{column}"
+        assert tuple(place) == (column, row)
+    assert places[0][0] < 0  # outside the grid
+    assert places[0][1] == (grid - 1) / 2

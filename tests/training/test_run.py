@@ -1,0 +1,126 @@
+"""The folder of a run survives crashes, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from deep_implicit_attention.training import Run, seed_everything
+
+RECORDS = [
+    {"epoch": 1, "loss": 0.1 + 0.2, "tiny": 5e-324, "flag": True},
+    {"epoch": 2, "name": "zwölf\nLinien ✓", "nothing": None, "list": [1, 2.5]},
+]
+
+
+def layer(seed: int, width: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(width, 2), nn.BatchNorm1d(2))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "a" / "deep" / "folder")
+    run.start({"recipe": "x", "epochs": 3})
+    return run
+
+
+def test_weights_come_back_bit_for_bit(run: Run) -> None:
+    saved, other = layer(0), layer(1)
+    saved(torch.randn(5, 3))  # moves the running statistics, which are not parameters
+    saved[0].weight.data = torch.randn(3, 2).T  # not contiguous
+    run.save_weights(saved)
+    assert not same(saved, other)
+    run.load_weights(other)
+    assert same(saved, other)
+
+
+def test_metrics_and_configuration_round_trip(run: Run) -> None:
+    assert run.metrics() == []
+    for record in RECORDS:
+        run.log(**record)
+    assert run.metrics() == RECORDS
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == RECORDS
+    assert run.config() == {"recipe": "x", "epochs": 3}
+    assert Run(run.folder).metrics() == RECORDS
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_crash_while_writing_leaves_the_old_files(
+    run: Run, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, other = layer(0), layer(1)
+    run.save_weights(old)
+
+    def crash(*_: object) -> None:
+        raise OSError("disk full")
+
+    target = (os, "fsync") if failing == "fsync" else (Path, "replace")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, crash)
+        with pytest.raises(OSError, match="disk full"):
+            run.save_weights(layer(2))
+    run.load_weights(other)
+    assert same(old, other)
+    run.save_weights(layer(2))  # what the crash left behind is not in the way
+    run.load_weights(other)
+    assert same(layer(2), other)
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_crash_in_the_first_write_leaves_no_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        run.save_weights(layer(0))
+    assert not (run.folder / "model.safetensors").exists()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors") as caught:
+        run.load_weights(layer(1))
+    assert str(run.folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("case", ["other model", "truncated", "garbage", "empty"])
+def test_weights_that_do_not_fit(run: Run, case: str) -> None:
+    run.save_weights(layer(0))
+    path = run.folder / "model.safetensors"
+    content = path.read_bytes()
+    broken = {"truncated": content[:-20], "garbage": b"\xff" * 200, "empty": b""}
+    path.write_bytes(broken.get(case, content))
+    with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
+        run.load_weights(layer(1, width=4 if case == "other model" else 3))
+    assert str(path) in str(caught.value)
+
+
+def test_start_removes_metrics_and_weights_of_an_earlier_run(run: Run) -> None:
+    run.log(epoch=1)
+    run.save_weights(layer(0))
+    (run.folder / "notes.txt").write_text("mine")
+    run.start({"recipe": "y"})
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "notes.txt"}
+    assert run.metrics() == []
+    assert run.config() == {"recipe": "y"}
+
+
+def test_a_seed_fixes_the_numbers() -> None:
+    draws = []
+    for seed in (3, 3, 4):
+        seed_everything(seed)
+        draws.append(torch.rand(5))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert torch.are_deterministic_algorithms_enabled()
