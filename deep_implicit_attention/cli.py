@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: tyro evaluates annotations that name local recipes.
 
 import sys
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 from .training import require
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     digits = Annotated[recipes.Digits, tyro.conf.subcommand("digits")]
     mnist = Annotated[recipes.Mnist, tyro.conf.subcommand("mnist")]
 
-    def train(recipe: tyro.conf.OmitSubcommandPrefixes[Union[digits, mnist]]) -> dict[str, Any]:  # type: ignore
+    def train(recipe: tyro.conf.OmitSubcommandPrefixes[digits | mnist]) -> dict[str, Any]:  # type: ignore
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
 
         The folder of the run holds config.json, metrics.jsonl (one line an epoch, the test last),
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(train)
     try:
         result = app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
-    except (FileNotFoundError, ValueError, FloatingPointError) as error:
+    except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:
         print(f"dia: {error}", file=sys.stderr)
         return 1
     return 130 if result["interrupted"] else 0

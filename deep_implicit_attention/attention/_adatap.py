@@ -51,6 +51,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     Cost: O(N³ d³ + B N² d²) once, no iteration; an `update` costs O(B N³ d³).
     """
 
+    spin_prior_inv_var: Tensor
+
     def __init__(
         self,
         num_spins: int,

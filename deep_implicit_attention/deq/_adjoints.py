@@ -250,9 +250,7 @@ def _solve_adjoint(
     """Solve u = (∂f/∂z)ᵀ u + g with one evaluation of f and no graph of the solve."""
     with torch.enable_grad(), without_autocast(z):
         z = z.detach().requires_grad_()
-        aliases = [
-            t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)
-        ]
+        aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
         image = f(z, aliases)
 
     def product(v: Tensor) -> Tensor:

@@ -29,7 +29,12 @@ def check_on_failure(value: str) -> None:
 
 
 def report(
-    solution: Solution, on_failure: str, what: str, tol: float, advice: str = "", stacklevel: int = 3
+    solution: Solution,
+    on_failure: str,
+    what: str,
+    tol: float,
+    advice: str = "",
+    stacklevel: int = 3,
 ) -> None:
     """Warn or raise, as `on_failure` says, if any sample of `solution` failed."""
     if on_failure == "ignore" or bool(solution.converged.all()):

@@ -113,7 +113,5 @@ def solve_and_attach(
     depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)
     if differentiable and depends:
         with without_autocast(flat):
-            value = adjoint.attach(
-                traced, value, tol=tol, max_iter=max_iter, on_failure=on_failure
-            )
+            value = adjoint.attach(traced, value, tol=tol, max_iter=max_iter, on_failure=on_failure)
     return solution.with_value(layout.unpack(value))

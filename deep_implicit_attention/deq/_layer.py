@@ -67,6 +67,8 @@ class DEQFixedPoint(nn.Module):
     Cost: that of the solve; memory for backward is that of one update, however many steps.
     """
 
+    fun: Any  # an nn.Module, of which methods are asked for by name
+
     def __init__(
         self,
         fun: nn.Module,
@@ -195,7 +197,9 @@ class DEQFixedPoint(nn.Module):
         if settings.steps is None and hasattr(fun, "solve"):
             return closed_form(fun, context, self.output_elements, settings.tol)
         if settings.steps is not None:
-            solution = relax(fun.update, start, context, settings.steps, settings.tol, want_evidence)
+            solution = relax(
+                fun.update, start, context, settings.steps, settings.tol, want_evidence
+            )
         else:
             solution = solve_and_attach(
                 _Update(fun),
@@ -270,14 +274,12 @@ class DEQFixedPoint(nn.Module):
         if own["steps"] is not None:
             check_count("steps", own["steps"])
         check_on_failure(own["on_failure"])
-        initial = own["initial_state"]
+        initial: Any = own["initial_state"]
         if initial not in ("zeros", "input") and not callable(initial):
             raise ValueError(
                 f"initial_state must be 'zeros', 'input' or a callable, got {initial!r}"
             )
-        return _Settings(
-            adjoint, own["steps"], own["on_failure"], initial, tol, max_iter, forward
-        )
+        return _Settings(adjoint, own["steps"], own["on_failure"], initial, tol, max_iter, forward)
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -314,5 +316,3 @@ class _Poison(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         (bad,) = ctx.saved_tensors
         return torch.where(bad & (g != 0), torch.nan, g), None
-
-

@@ -107,7 +107,7 @@ class SiteClassifier(nn.Module):
 
     def couplings(self) -> Tensor:
         """‖J_ij‖_F between the sites, `(N, N)`; site 0 is the class token."""
-        return torch.linalg.matrix_norm(self.attention.fun.weight()).detach()  # type: ignore
+        return torch.linalg.matrix_norm(self.attention.fun.weight()).detach()
 
     def count_params(self) -> int:
         """Effective number of parameters, with the symmetries of the couplings."""

@@ -63,7 +63,8 @@ def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
     figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(trace) + 1)
-    axes.plot(steps, trace, color=COLOURS[2], alpha=max(0.08, 2 / trace.shape[1]), linewidth=1)
+    alpha = min(1.0, max(0.08, 2 / trace.shape[1]))
+    axes.plot(steps, trace, color=COLOURS[2], alpha=alpha, linewidth=1)
     axes.plot(steps, np.median(trace, axis=1), color=COLOURS[0], linewidth=2, label="median")
     axes.axhline(tolerance, color=COLOURS[4], linestyle="--", label=f"tolerance {tolerance:g}")
     axes.set(
@@ -78,10 +79,11 @@ def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
 def coupling_graph(
     strengths: np.ndarray, positions: np.ndarray, names: Sequence[str], title: str = ""
 ) -> Figure:
-    """Symmetric coupling strengths `(N, N)` as a matrix, and as a graph between sites.
+    """Coupling strengths `(N, N)` as a matrix, and as a graph between sites.
 
     `positions` `(N, 2)` are the places of the sites, x to the right and y downwards, as in an
-    image. Lines are as wide and as dark as the coupling is strong; the strongest fifth is drawn.
+    image. Lines are as wide and as dark as the stronger of the two directions of a coupling; the
+    strongest fifth is drawn.
     """
     strengths, positions = np.asarray(strengths), np.asarray(positions, dtype=float)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -95,7 +97,7 @@ def coupling_graph(
     figure.colorbar(image, label="coupling strength ‖J_ij‖_F (dimensionless)")
 
     rows, columns = np.triu_indices(len(strengths), 1)
-    values = strengths[rows, columns]
+    values = np.maximum(strengths, strengths.T)[rows, columns]
     order = np.argsort(values)[int(0.8 * len(values)) :]
     weight = values[order] / top
     lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
@@ -103,9 +105,9 @@ def coupling_graph(
         LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
                        alpha=0.15 + 0.75 * weight, zorder=1)
     )  # fmt: skip
-    right.scatter(*positions.T, s=110, color="white", edgecolors=COLOURS[0], zorder=2)
+    right.scatter(*positions.T, s=330, color="white", edgecolors=COLOURS[0], zorder=2)
     for name, place in zip(names, positions, strict=True):
-        right.annotate(name, place, ha="center", va="center", fontsize=6, zorder=3)
+        right.annotate(name, place, ha="center", va="center", fontsize=7, zorder=3)
     right.set(title="strongest fifth of the couplings", xticks=[], yticks=[])
     right.invert_yaxis()
     right.set_aspect("equal")

@@ -155,10 +155,15 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
 
     Ctrl-C ends the training early; what was learned so far is tested and drawn all the same.
     """
+    if recipe.threads < 0:
+        raise ValueError(f"threads must be at least 0, got {recipe.threads}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     training.seed_everything(recipe.seed)
+    # Whatever is wrong with the settings comes to light before an earlier run is overwritten.
+    schedule = recipe.schedule()
     data = recipe.load()
+    schedule.batches(len(data.train))
     model = recipe.model(data)
     run = Run(recipe.run_dir)
     config = {name: _plain(value) for name, value in vars(recipe).items()}
@@ -171,19 +176,20 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
         )
         interrupted = False
         try:
-            training.train_classifier(model, data, recipe.schedule(), run, progress)
+            training.train_classifier(model, data, schedule, run, progress)
         except KeyboardInterrupt:
             interrupted = True
             progress.say("interrupted: testing the best epoch so far")
         history = run.metrics()
-        if not history:
+        epoch = run.saved_epoch()
+        if epoch is None:
             progress.say(f"no epoch was finished; {run.folder} holds the configuration only")
             raise SystemExit(130)
         run.load_weights(model)
         test = training.measure(model, data.test)
-        best = max(history, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
+        best = next(record for record in history if record["epoch"] == epoch)
         result = {
-            "best_epoch": best["epoch"],
+            "best_epoch": epoch,
             "validation_accuracy": best["validation_accuracy"],
             "test_accuracy": test.accuracy,
             "test_loss": test.loss,
@@ -198,7 +204,7 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
         right = round(test.accuracy * len(data.test))
         progress.say(
             f"test accuracy {test.accuracy:.2%} ({right} of {len(data.test)}), weights of epoch "
-            f"{best['epoch']}, {result['training_seconds']:.0f} s of training; mean solver steps "
+            f"{epoch}, {result['training_seconds']:.0f} s of training; mean solver steps "
             f"{test.steps:.1f}, worst residual {test.residual:.1e}"
         )
         progress.say(f"metrics, checkpoint and pictures are in {run.folder}/")

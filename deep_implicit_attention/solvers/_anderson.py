@@ -9,6 +9,7 @@ from ._iterate import Map, iterate
 from ._solution import Solution
 from ._validate import check_count, check_number
 
+
 def anderson(
     f: Map,
     z0: Tensor,

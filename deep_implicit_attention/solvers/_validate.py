@@ -86,6 +86,5 @@ def check_options(
             has = ", ".join(prefix + option for option in sorted(known))
             solver_name = getattr(solver, "__name__", repr(solver))
             raise TypeError(
-                f"{owner or solver_name}: unknown option {prefix + name!r}; "
-                f"{solver_name} has {has}"
+                f"{owner or solver_name}: unknown option {prefix + name!r}; {solver_name} has {has}"
             )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..deq import spectral_radius
 from ..models import SiteClassifier
+from ..solvers._validate import check_count, check_number
 from ._data import ImageData, Split
 from ._progress import Progress
 from ._run import Run
@@ -33,6 +34,21 @@ class Schedule:
     zoom: float
     warmup: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        check_count("batch_size", self.batch_size)
+        check_number("smoothing", self.smoothing, minimum=0.0, below=1.0)
+        for name in ("learning_rate", "coupling_rate", "weight_decay", "shift", "rotation", "zoom"):
+            check_number(name, getattr(self, name), minimum=0.0)
+
+    def batches(self, images: int) -> int:
+        """Batches in an epoch of so many images."""
+        if images < self.batch_size:
+            raise ValueError(
+                f"{images} training images do not fill a batch of batch_size {self.batch_size}"
+            )
+        return images // self.batch_size
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -51,15 +67,11 @@ def train_classifier(
     """Train `model`, keeping in `run` the weights of the epoch with the best validation.
 
     Best is the highest validation accuracy, and among equals the lowest validation loss. Every
-    epoch adds a line to the metrics: loss and accuracy (training and validation), mean and
-    largest number of solver steps, worst residual, spectral radius of the update at the
-    equilibrium of a validation batch, seconds.
+    epoch adds a line to the metrics: loss and accuracy (training and validation), mean number of
+    solver steps, worst residual, spectral radius of the update at the equilibrium of a validation
+    batch, seconds.
     """
-    batches = len(data.train) // schedule.batch_size
-    if batches == 0:
-        raise ValueError(
-            f"{len(data.train)} training images do not fill a batch of {schedule.batch_size}"
-        )
+    batches = schedule.batches(len(data.train))
     optimizer = _optimizer(model, schedule)
     total = batches * schedule.epochs
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -105,7 +117,7 @@ def train_classifier(
         run.log(**record)
         if (measured.accuracy, -measured.loss) > best:
             best = (measured.accuracy, -measured.loss)
-            run.save_weights(model)
+            run.save_weights(model, epoch)
         progress.epoch(record)
 
 
@@ -135,10 +147,10 @@ def batch_spectral_radius(model: SiteClassifier, images: Tensor) -> float:
     model.eval()
     layer = model.attention
     with torch.no_grad():
-        x = layer.fun.sources(model.sources(images))  # type: ignore[operator]
-        context = layer.fun.prepare(x)  # type: ignore[operator]
+        x = layer.fun.sources(model.sources(images))
+        context = layer.fun.prepare(x)
         z = layer(x)
-    radii = spectral_radius(lambda state: layer.fun.update(state, context), z)  # type: ignore
+    radii = spectral_radius(lambda state: layer.fun.update(state, context), z)
     return radii.mean().item()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +97,14 @@ def _split(
     images: Tensor, labels: Tensor, rest: Tensor, test: Tensor, validation: float, seed: int
 ) -> ImageData:
     """Standardise by the mean and deviation of all that is not test, and draw the validation."""
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must be between 0 and 1, got {validation}")
     mean, std = images[rest].mean(), images[rest].std()
     order = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    cut = round(validation * len(rest))
+    cut = round(validation * len(rest)) if math.isfinite(validation) else 0
+    if not 0 < cut < len(rest):
+        raise ValueError(
+            f"validation must leave something on both sides of the {len(rest)} training images, "
+            f"got {validation}"
+        )
     data = Split((images - mean) / std, labels)
     return ImageData(data[order[cut:]], data[order[:cut]], data[test], (-mean / std).item())
 
@@ -138,7 +143,7 @@ def _read(folder: Path, name: str) -> bytes:
     assert path is not None
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != _MNIST[name]:

@@ -54,7 +54,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True, markup=False, emoji=False)
 
     def start(self, epochs: int, batches: int) -> None:
         """Head of the table."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -25,14 +27,17 @@ class Run:
         self.folder = folder
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder anew: the configuration, and no metrics or weights."""
+        """Make the folder anew: the configuration, and no metrics, weights or pictures."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, WEIGHTS):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in (self.folder / METRICS, self.folder / WEIGHTS, *self.folder.glob("*.png")):
+            path.unlink(missing_ok=True)
         self._write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     def log(self, **record: Any) -> None:
-        """Append one line of metrics."""
+        """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None
         with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -45,10 +50,18 @@ class Run:
         """The configuration."""
         return json.loads((self.folder / CONFIG).read_text())
 
-    def save_weights(self, model: nn.Module) -> None:
+    def save_weights(self, model: nn.Module, epoch: int) -> None:
         """Write the weights beside the old ones, then put them in their place."""
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        self._write(WEIGHTS, save(state))
+        self._write(WEIGHTS, save(state, {"epoch": str(epoch)}))
+
+    def saved_epoch(self) -> int | None:
+        """The epoch that the checkpoint is of, or None if there is no checkpoint."""
+        path = self.folder / WEIGHTS
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            return int(file.metadata()["epoch"])
 
     def load_weights(self, model: nn.Module) -> None:
         """Put the best weights into `model`."""
@@ -57,7 +70,7 @@ class Run:
             raise FileNotFoundError(f"{self.folder} has no checkpoint ({WEIGHTS})")
         try:
             model.load_state_dict(load_file(path))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit this model: {error}") from error
 
     def _write(self, name: str, content: bytes) -> None:

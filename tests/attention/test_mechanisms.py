@@ -137,9 +137,7 @@ class TestGradients:
     def test_first_order(self, case, x, training):
         case.module.train(training)
         function = lambda x, *p: self.run(case, x, *p)  # noqa: E731
-        assert gradcheck(
-            function, self.tensors(case, x), eps=1e-6, atol=1e-6, fast_mode=True
-        )
+        assert gradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6, fast_mode=True)
 
     def test_second_order(self, case, x):
         case.module.eval()
@@ -263,9 +261,7 @@ class TestBatch:
     def test_couplings_are_computed_once_a_solve(self, case, x, monkeypatch):
         calls = []
         prepare = type(case.module).prepare
-        monkeypatch.setattr(
-            type(case.module), "prepare", lambda *a: calls.append(1) or prepare(*a)
-        )
+        monkeypatch.setattr(type(case.module), "prepare", lambda *a: calls.append(1) or prepare(*a))
         DEQFixedPoint(case.module)(x, *case.inputs).sum().backward()
         assert len(calls) == 1
 
@@ -337,9 +333,7 @@ class TestAttention:
         moved = (layer(changed, steps=1) - layer(x, steps=1)).norm(dim=(0, 2))
         assert bool((moved > 1e-3).all())
         # It is the attention block with identity values, from torch's own attention.
-        q, k, v = (
-            t.view(3, 4, 2, 3).transpose(1, 2) for t in (module.to_q(x), module.to_k(x), x)
-        )
+        q, k, v = (t.view(3, 4, 2, 3).transpose(1, 2) for t in (module.to_q(x), module.to_k(x), x))
         pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 4, 6)
         block = module.to_out(pooled) + x - module.correction(x)
         torch.testing.assert_close(layer(x, steps=1), block)
@@ -480,9 +474,7 @@ class TestAdaTAP:
         torch.testing.assert_close(solution.value[0], z, rtol=0, atol=1e-10)
         torch.testing.assert_close(solution.value[1], cavity, rtol=0, atol=1e-10)
         weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
-        losses = [
-            (weight * a).sum() + b.square().sum() for a, b in ((z, cavity), solution.value)
-        ]
+        losses = [(weight * a).sum() + b.square().sum() for a, b in ((z, cavity), solution.value)]
         mine, theirs = (grad(loss, module._weight)[0] for loss in losses)
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 

@@ -52,7 +52,7 @@ def test_nonlinear_maps_and_tuple_states(matrices):
 
     torch.manual_seed(1)
     z = (torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64))
-    flat = lambda v: torch.cat(  # noqa: E731
+    flat = lambda v: torch.cat(
         [part[0] for part in f((v[None, :8].expand(5, 8), v[None, 8:].expand(5, 8)))]
     )
     jacobian = torch.autograd.functional.jacobian(flat, torch.cat([z[0][0], z[1][0]]))

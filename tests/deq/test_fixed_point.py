@@ -254,7 +254,9 @@ class TestStates:
 
     def test_narrow_floats_are_widened(self, problem, w, x):
         narrow = x.detach().bfloat16()
-        solution = fixed_point(problem.map, torch.zeros_like(narrow), (w.detach().bfloat16(), narrow))
+        solution = fixed_point(
+            problem.map, torch.zeros_like(narrow), (w.detach().bfloat16(), narrow)
+        )
         assert solution.value.dtype == torch.float32
         assert bool(solution.converged.all())
 

@@ -63,9 +63,7 @@ def test_parametrised_weights_of_a_user_module_keep_their_gradients(problem, x):
     module = problem.module(torch.eye(4, dtype=torch.float64) / 3)
     nn.utils.parametrizations.weight_norm(module, "w")
     layer = DEQFixedPoint(module, **TIGHT)
-    expected = grad(
-        problem.unrolled(module.w, x).square().sum(), list(module.parameters())
-    )
+    expected = grad(problem.unrolled(module.w, x).square().sum(), list(module.parameters()))
     mine = grad(layer(x).square().sum(), list(module.parameters()))
     with nn.utils.parametrize.cached():
         cached = grad(layer(x).square().sum(), list(module.parameters()))
@@ -220,7 +218,9 @@ class TestOptions:
     def test_debug_prints_first_and_last_residual(self, layer, fields, capsys):
         layer(fields, debug=True)
         printed = capsys.readouterr().out
-        first, last = (float(word) for word in printed.split() if "e" in word and "+" in word or "e-" in word)  # noqa: E501
+        first, last = (
+            float(word) for word in printed.split() if ("e" in word and "+" in word) or "e-" in word
+        )
         assert first > 1e-2 > 1e-12 >= last
 
 

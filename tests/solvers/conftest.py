@@ -10,6 +10,15 @@ from torch import Tensor
 from deep_implicit_attention.solvers import anderson, broyden, newton_krylov, picard
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For arrays this small a second thread only costs time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=[picard, anderson, broyden, newton_krylov], ids=lambda s: s.__name__)
 def solver(request):
     return request.param
@@ -26,39 +35,32 @@ def apply(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """z = f(z) for a batch, with W the Jacobian at the origin (up to the nonlinearity)."""
+    """The map s φ(W z/s + c) with its fixed point `solution`; φ is tanh or the identity."""
 
-    f: Callable[[Tensor], Tensor]
-    z0: Tensor
-    solution: Tensor
     matrices: Tensor
+    source: Tensor
     scale: Tensor
+    solution: Tensor
     nonlinear: bool
 
-    def __getitem__(self, rows) -> "Problem":
-        return _problem(
-            self.matrices[rows], self.solution[rows], self.scale[rows], self.nonlinear
-        )
+    def f(self, z: Tensor) -> Tensor:
+        field = apply(self.matrices, z / self.scale) + self.source
+        return self.scale * (torch.tanh(field) if self.nonlinear else field)
 
+    @property
+    def z0(self) -> Tensor:
+        return torch.zeros_like(self.solution)
 
-def _problem(matrices: Tensor, solution: Tensor, scale: Tensor, nonlinear: bool) -> Problem:
-    """The map s φ(W z/s + c), c such that `solution` is its fixed point; φ is tanh or identity."""
-    inverse = torch.atanh if nonlinear else torch.clone
-    source = inverse(solution / scale) - apply(matrices, solution / scale)
-
-    def f(z: Tensor) -> Tensor:
-        field = apply(matrices, z / scale) + source
-        return scale * (torch.tanh(field) if nonlinear else field)
-
-    return Problem(f, torch.zeros_like(solution), solution, matrices, scale, nonlinear)
+    def __getitem__(self, rows: slice) -> "Problem":
+        parts = (self.matrices, self.source, self.scale, self.solution)
+        return Problem(*(part[rows] for part in parts), self.nonlinear)
 
 
 @pytest.fixture
 def make_problem():
-    """`make(batch, n, norm, dtype, nonlinear, scale)`: random maps of spectral norm `norm`.
+    """`make(...)`: random maps whose W has the spectral norm `norm`, and solutions up to `scale`.
 
-    `norm` and `scale` are numbers or one number a sample. With norm < 1 the fixed point is unique
-    (tanh contracts), so it is *the* solution.
+    Both are numbers or one number a sample. With norm < 1 the fixed point is unique.
     """
 
     def make(
@@ -70,9 +72,9 @@ def make_problem():
         matrices *= torch.as_tensor(norm, dtype=torch.float64).expand(batch)[:, None, None]
         scale = torch.as_tensor(scale, dtype=torch.float64).expand(batch)[:, None]
         solution = 1.6 * torch.rand(batch, n, generator=generator, dtype=torch.float64) - 0.8
-        return _problem(
-            matrices.to(dtype), (scale * solution).to(dtype), scale.to(dtype), nonlinear
-        )
+        source = (torch.atanh(solution) if nonlinear else solution) - apply(matrices, solution)
+        parts = (matrices, source, scale, scale * solution)
+        return Problem(*(part.to(dtype) for part in parts), nonlinear)
 
     return make
 

@@ -173,9 +173,7 @@ def test_trace_tells_the_residual_of_every_step(
 ):
     problem = make_problem(batch=5, norm=torch.tensor([0.0, 0.05, 0.3, 0.9, 3.0]))
     start = problem.z0 + 1
-    solution = solver(
-        problem.f, start, tol=1e-6, max_iter=40, stop_mode=stop_mode, **options
-    )
+    solution = solver(problem.f, start, tol=1e-6, max_iter=40, stop_mode=stop_mode, **options)
     assert solution.trace.shape == (int(solution.steps.max()), 5)
     first = residual_of(problem.f, start, stop_mode)
     torch.testing.assert_close(solution.trace[0], first, rtol=1e-12, atol=0)
@@ -251,9 +249,7 @@ def test_vectors_without_components_are_solved(solver):
 @pytest.mark.parametrize("factor", [2.0, 50.0])
 def test_runaway_is_called_divergence_and_the_best_iterate_returned(factor):
     """z ← factor z + 1 from 0: the first iterate has the smallest residual, 1."""
-    solution = picard(
-        lambda z: factor * z + 1, torch.zeros(1, 1), max_iter=300, stop_mode="abs"
-    )
+    solution = picard(lambda z: factor * z + 1, torch.zeros(1, 1), max_iter=300, stop_mode="abs")
     assert solution.status == (Status.DIVERGED,)
     assert solution.value.item() == 0.0
     assert solution.residual.item() == 1.0

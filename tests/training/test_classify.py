@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +110,38 @@ def test_metrics_of_every_epoch(
         assert record["residual"] == max(r for e, _, r in spy.batches if e == record["epoch"])
 
 
+def test_only_the_training_loss_is_smoothed(
+    small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path
+) -> None:
+    model = small_model().train()
+    with torch.no_grad():
+        logs = model(problem.train.images).log_softmax(dim=1)
+    right = logs[torch.arange(96), problem.train.labels]
+    expected = -(0.7 * right + 0.3 * logs.mean(dim=1)).mean().item()
+    frozen = plan(epochs=1, batch_size=96, learning_rate=0.0, smoothing=0.3)
+    (record,) = train(model, problem, frozen, tmp_path).metrics()
+    assert record["train_loss"] == pytest.approx(expected, rel=1e-4)
+    model.eval()
+    with torch.no_grad():
+        logs = model(problem.validation.images).log_softmax(dim=1)
+    expected = -logs[torch.arange(40), problem.validation.labels].mean().item()
+    assert record["validation_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_batches_are_whole_shuffled_and_without_repetition(
     small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    model, schedule = small_model().eval(), plan(epochs=2, batch_size=20, shift=1.0)
     seen: list[list[float]] = []
 
-    def note(images: Tensor, *_: Any) -> Tensor:
+    def note(images: Tensor, *settings: Any) -> Tensor:
+        assert model.training
+        assert settings == (schedule, -1.25)
         seen.append(images[:, 0, 0, 0].tolist())
         return images
 
     monkeypatch.setattr(_classify, "augment", note)
-    train(small_model(), problem, plan(epochs=2, batch_size=20), tmp_path)
+    train(model, replace(problem, background=-1.25), schedule, tmp_path)
     assert [len(batch) for batch in seen] == [20] * 8
     first, second = ([x for batch in part for x in batch] for part in (seen[:4], seen[4:]))
     own = set(problem.train.images[:, 0, 0, 0].tolist())

@@ -39,7 +39,7 @@ def test_weights_come_back_bit_for_bit(run: Run) -> None:
     saved, other = layer(0), layer(1)
     saved(torch.randn(5, 3))  # moves the running statistics, which are not parameters
     saved[0].weight.data = torch.randn(3, 2).T  # not contiguous
-    run.save_weights(saved)
+    run.save_weights(saved, 1)
     assert not same(saved, other)
     run.load_weights(other)
     assert same(saved, other)
@@ -61,7 +61,7 @@ def test_a_crash_while_writing_leaves_the_old_files(
     run: Run, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, other = layer(0), layer(1)
-    run.save_weights(old)
+    run.save_weights(old, 1)
 
     def crash(*_: object) -> None:
         raise OSError("disk full")
@@ -70,10 +70,10 @@ def test_a_crash_while_writing_leaves_the_old_files(
     with monkeypatch.context() as patch:
         patch.setattr(*target, crash)
         with pytest.raises(OSError, match="disk full"):
-            run.save_weights(layer(2))
+            run.save_weights(layer(2), 1)
     run.load_weights(other)
     assert same(old, other)
-    run.save_weights(layer(2))  # what the crash left behind is not in the way
+    run.save_weights(layer(2), 1)  # what the crash left behind is not in the way
     run.load_weights(other)
     assert same(layer(2), other)
     assert {p.name for p in run.folder.iterdir()} == {"config.json", "model.safetensors"}
@@ -87,7 +87,7 @@ def test_a_crash_in_the_first_write_leaves_no_checkpoint(
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="disk full"):
-        run.save_weights(layer(0))
+        run.save_weights(layer(0), 1)
     assert not (run.folder / "model.safetensors").exists()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors") as caught:
         run.load_weights(layer(1))
@@ -96,7 +96,7 @@ def test_a_crash_in_the_first_write_leaves_no_checkpoint(
 
 @pytest.mark.parametrize("case", ["other model", "truncated", "garbage", "empty"])
 def test_weights_that_do_not_fit(run: Run, case: str) -> None:
-    run.save_weights(layer(0))
+    run.save_weights(layer(0), 1)
     path = run.folder / "model.safetensors"
     content = path.read_bytes()
     broken = {"truncated": content[:-20], "garbage": b"\xff" * 200, "empty": b""}
@@ -108,7 +108,7 @@ def test_weights_that_do_not_fit(run: Run, case: str) -> None:
 
 def test_start_removes_metrics_and_weights_of_an_earlier_run(run: Run) -> None:
     run.log(epoch=1)
-    run.save_weights(layer(0))
+    run.save_weights(layer(0), 1)
     (run.folder / "notes.txt").write_text("mine")
     run.start({"recipe": "y"})
     assert {p.name for p in run.folder.iterdir()} == {"config.json", "notes.txt"}

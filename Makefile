@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine with Python (3.11 or newer) and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TRAIN := .venv/train.done
+DEV := .venv/dev.done
+
+.PHONY: demo test slow lint bench docs clean
+
+demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; pictures in runs/digits/
+	$(BIN)/dia train digits
+
+test: $(DEV)  ## every test but the slow ones
+	$(BIN)/python -m pytest -n auto -q
+
+slow: $(DEV)  ## the tests that take minutes
+	$(BIN)/python -m pytest -n auto -q -m slow
+
+lint: $(DEV)  ## formatting, style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: $(DEV)  ## solver evaluations beside TorchDEQ; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks.evaluations
+
+docs: $(DEV)  ## check that the code in README and docs runs
+	$(BIN)/python -m pytest -q tests/docs
+
+clean:
+	rm -rf .venv runs
+
+# An interrupted install leaves no stamp, so it is done again.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+$(TRAIN): .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[train]'
+	touch $@
+
+$(DEV): .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[train,dev]'
+	touch $@ $(TRAIN)

@@ -1,0 +1,86 @@
+"""`Solution` and `Status`: what a user reads."""
+
+import pytest
+import torch
+
+from deep_implicit_attention.solvers import Solution, Status, picard
+
+
+@pytest.fixture
+def mixed():
+    """One sample that converges, one that runs away, one that is NaN."""
+
+    def f(z):
+        return z * torch.tensor([[0.5], [3.0], [torch.nan]]) + 1
+
+    return picard(f, torch.zeros(3, 2), max_iter=40)
+
+
+@pytest.mark.parametrize("status", Status)
+def test_status_is_a_word_and_a_sentence(status):
+    assert str(status) == f"{status}" == status.value == status.name.lower()
+    assert status == status.value  # compares with plain strings
+    assert len(status.sentence) > 20
+    assert status.sentence.endswith(".")
+    assert Status(status.value) is status
+
+
+def test_sentences_differ():
+    assert len({status.sentence for status in Status}) == len(Status)
+    assert len({status.code for status in Status}) == len(Status)
+
+
+def test_failures_say_what_to_try():
+    assert "max_iter" in Status.MAX_ITER.sentence
+    assert "damping" in Status.DIVERGED.sentence
+    assert "NaN" in Status.NONFINITE.sentence
+
+
+def test_status_is_per_sample(mixed):
+    assert mixed.status == (Status.CONVERGED, Status.DIVERGED, Status.NONFINITE)
+    assert mixed.converged.tolist() == [True, False, False]
+    assert mixed.codes.tolist() == [s.code for s in mixed.status]
+
+
+def test_unpacks_into_value_and_itself(mixed):
+    value, solution = mixed
+    assert value is mixed.value
+    assert solution is mixed
+
+
+def test_repr_tells_how_it_went(mixed):
+    for part in ("converged: 1", "diverged: 1", "nonfinite: 1", "inf", "40 steps", "batch of 3"):
+        assert part in repr(mixed)
+    assert "max_iter" not in repr(mixed)
+    good = picard(lambda z: 0.5 * z, torch.zeros(2, 2))
+    assert repr(good) == "Solution(converged: 2; worst residual 0.00e+00, 1 steps, batch of 2)"
+    assert "empty" in repr(picard(lambda z: z, torch.zeros(0, 2)))
+
+
+def test_is_immutable(mixed):
+    with pytest.raises(AttributeError):
+        mixed.value = None
+
+
+def test_with_value_keeps_the_evidence(mixed):
+    other = mixed.with_value((1, 2))
+    assert other.value == (1, 2)
+    assert other.residual is mixed.residual
+    assert mixed.value.shape == (3, 2)
+
+
+def test_accepting_and_with_status_touch_only_the_chosen_samples(mixed):
+    second = torch.tensor([False, True, False])
+    accepted = mixed.accepting(second)
+    assert accepted.status == (Status.CONVERGED, Status.CONVERGED, Status.NONFINITE)
+    assert accepted.converged.tolist() == [True, True, False]
+    first = torch.tensor([True, False, False])
+    failed = mixed.with_status(first, Status.NONFINITE)
+    assert failed.status == (Status.NONFINITE, Status.DIVERGED, Status.NONFINITE)
+    assert failed.converged.tolist() == [False, False, False]
+    assert failed.residual[0] == torch.inf
+    assert torch.equal(failed.residual[1:], mixed.residual[1:])
+    indefinite = mixed.with_status(first, Status.INDEFINITE)
+    assert indefinite.residual[0] == mixed.residual[0]
+    assert isinstance(indefinite, Solution)
+    assert mixed.converged.tolist() == [True, False, False]  # the original is as it was
