@@ -58,6 +58,10 @@ def _softmax(sites: int, dim: int, causal: bool = False) -> Callable[[], DEQModu
     return lambda: DEQVanillaSoftmaxAttention(sites, dim, heads=4, causal=causal)
 
 
+def _vector_spin(beta: float) -> Callable[[], DEQModule]:
+    return lambda: DEQVectorSpinAttention(64, 4, beta)
+
+
 WORKLOADS = [
     Workload("mean-field", _mean_field(64, 16), 32, 64, 16),
     Workload("mean-field", _mean_field(128, 32), 4, 128, 32),
@@ -71,8 +75,8 @@ WORKLOADS = [
     Workload("MLP-mixer", lambda: DEQMLPMixerAttention(64, 16), 32, 64, 16),
     Workload("MLP-mixer, weights × 1.25", lambda: DEQMLPMixerAttention(64, 16), 32, 64, 16, 1.25),
     Workload("adaptive TAP (iterated)", lambda: DEQAdaTAPMeanFieldAttention(16, 6), 4, 16, 6),
-    Workload("vector spin, 4 heads, β = 1", lambda: DEQVectorSpinAttention(64, 4), 32, 64, 64),
-    Workload("vector spin, 4 heads, β = 1.9", lambda: DEQVectorSpinAttention(64, 4, 1.9), 32, 64, 64),
+    Workload("vector spin, 4 heads, β = 1", _vector_spin(1.0), 32, 64, 64),
+    Workload("vector spin, 4 heads, β = 1.9", _vector_spin(1.9), 32, 64, 64),
 ]  # fmt: skip
 
 OURS = {"anderson": anderson, "broyden": broyden, "picard": picard}

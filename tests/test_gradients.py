@@ -15,7 +15,7 @@ from deep_implicit_attention.attention import (
 from deep_implicit_attention.deq import DEQFixedPoint
 from deep_implicit_attention.solvers import anderson
 
-NUM_SPINS, DIM = 5, 3
+NUM_SPINS, DIM = 4, 3
 
 
 def mechanisms(lin_response: bool) -> list[torch.nn.Module]:
@@ -27,6 +27,11 @@ def mechanisms(lin_response: bool) -> list[torch.nn.Module]:
         DEQAdaTAPMeanFieldAttention(NUM_SPINS, DIM, lin_response=lin_response),
         DEQVectorSpinAttention(DIM, heads=1),
     ]
+
+
+def setUpModule() -> None:
+    """Small problems: a second thread would only wait."""
+    torch.set_num_threads(1)
 
 
 class TestGradients(unittest.TestCase):

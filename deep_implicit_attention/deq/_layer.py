@@ -105,7 +105,7 @@ class DEQFixedPoint(nn.Module):
             "solver_bwd_tol": solver_bwd_tol,
             **options,
         }
-        self._settings(self.options)
+        self._defaults = self._settings(self.options)
 
     def extra_repr(self) -> str:
         given = {name: value for name, value in self.options.items() if value is not None}
@@ -138,8 +138,31 @@ class DEQFixedPoint(nn.Module):
         A sample whose input or map is not finite is NaN in the output and leaves the others, and
         their gradients, as they would be without it.
         """
-        settings = self._settings({**self.options, **overrides} if overrides else self.options)
+        settings = self._settings({**self.options, **overrides}) if overrides else self._defaults
         self._check_input(x)
+        if torch.compiler.is_compiling():
+            if settings.steps is not None and not return_solution:
+                return self._compiled(x, inputs, state, settings)
+            # A solve is a loop on data, which a compiler can only unroll or recompile.
+            eager: Any = torch.compiler.disable(self._forward)
+            return eager(x, inputs, state, settings, return_solution, debug)
+        return self._forward(x, inputs, state, settings, return_solution, debug)
+
+    def _compiled(self, x: Tensor, inputs: tuple, state: State | None, settings: _Settings) -> Any:
+        """A fixed number of steps without control flow on data, for compilers and exporters."""
+        fields = self.fun.sources(x, *inputs) if hasattr(self.fun, "sources") else x
+        parts = self._solve(fields, inputs, state, settings, False).value
+        return parts[0] if len(parts) == 1 else parts
+
+    def _forward(
+        self,
+        x: Tensor,
+        inputs: tuple,
+        state: State | None,
+        settings: _Settings,
+        return_solution: bool,
+        debug: bool,
+    ) -> Any:
         autocast = torch.is_autocast_enabled(x.device.type)
         narrow = x.dtype if full_precision(x) is not x and not autocast else None
         want_evidence = return_solution or debug
@@ -279,7 +302,9 @@ class DEQFixedPoint(nn.Module):
             raise ValueError(
                 f"initial_state must be 'zeros', 'input' or a callable, got {initial!r}"
             )
-        return _Settings(adjoint, own["steps"], own["on_failure"], initial, tol, max_iter, forward)
+        return _Settings(
+            adjoint, own["steps"], own["on_failure"], own["initial_state"], tol, max_iter, forward
+        )
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Status(str, Enum):
-    """How a solve ended for one sample. `str(status)` is its name, `status.sentence` explains it."""
+class Status(StrEnum):
+    """How a solve ended for one sample; `status.sentence` explains it."""
 
     sentence: str
 
@@ -47,9 +47,6 @@ class Status(str, Enum):
         "fixed_steps",
         "A fixed number of steps was asked for; the residual says how far equilibrium is.",
     )
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def code(self) -> int:

@@ -479,7 +479,7 @@ class TestAdaTAP:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
     def test_v_matches_the_response_on_the_diagonal(self, module, fields):
-        z, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
+        _, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
         assert cavity.shape == (3, 4, 3, 3)
         response = torch.linalg.inv(self.dense(module))
         for i in range(4):

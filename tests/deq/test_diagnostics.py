@@ -52,9 +52,11 @@ def test_nonlinear_maps_and_tuple_states(matrices):
 
     torch.manual_seed(1)
     z = (torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64))
-    flat = lambda v: torch.cat(
-        [part[0] for part in f((v[None, :8].expand(5, 8), v[None, 8:].expand(5, 8)))]
-    )
+
+    def flat(v):
+        image = f((v[None, :8].expand(5, 8), v[None, 8:].expand(5, 8)))
+        return torch.cat([part[0] for part in image])
+
     jacobian = torch.autograd.functional.jacobian(flat, torch.cat([z[0][0], z[1][0]]))
     expected = torch.linalg.eigvals(jacobian).abs().max()
     torch.testing.assert_close(spectral_radius(f, z)[0], expected)

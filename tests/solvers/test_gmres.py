@@ -105,6 +105,24 @@ def test_restarts_go_on_as_long_as_there_is_budget(restart):
     assert relative_residual(matrix, solution.value, b).item() <= 1e-6
 
 
+@pytest.mark.parametrize("restart", [1, 3])
+def test_restart_begins_anew_with_what_is_left(restart, make_system):
+    matrices, b = make_system()
+    solution = gmres(matvec_of(matrices), b, tol=0.0, max_iter=2 * restart, restart=restart)
+    first = gmres(matvec_of(matrices), b, tol=0.0, max_iter=restart).value
+    left = b - matvec_of(matrices)(first)
+    second = gmres(matvec_of(matrices), left, tol=0.0, max_iter=restart).value
+    torch.testing.assert_close(solution.value, first + second, rtol=1e-12, atol=1e-14)
+
+
+def test_further_vectors_never_make_it_worse(make_system):
+    """At the limit of float32, where another Krylov space may well come out a bit worse."""
+    matrices, b = make_system(batch=64, n=8, dtype=torch.float32)
+    first, more = (gmres(matvec_of(matrices), b, tol=0.0, max_iter=k) for k in (8, 100))
+    assert (more.residual <= first.residual).all()
+    assert (more.steps > first.steps).any()
+
+
 @pytest.mark.parametrize("restart", [None, 2])
 @pytest.mark.parametrize("max_iter", [1, 2, 5, 50])
 @pytest.mark.parametrize("tol", [1e-2, 1e-9])

@@ -122,7 +122,7 @@ def test_converged_sample_is_frozen_while_its_mates_go_on(solver, max_iter, make
 FAILURES = {
     "always NaN": lambda z: z * torch.nan,
     "always infinite": lambda z: z + torch.inf,
-    "NaN later": lambda z: torch.where(z.abs() > 0.3, torch.nan, 2 * z + 0.1),
+    "NaN later": lambda z: torch.where(z.abs() > 0.5, torch.nan, 2 * z + 0.1),
     "overflows": lambda z: 100 * (z + 1) ** 3,
     "grows": lambda z: 2 * z + 1,
     "never settles": lambda z: z + 1,
@@ -167,21 +167,22 @@ def test_failing_sample_is_honest(solver, failure, residual_of):
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "best"),
+    ("failure", "status", "steps"),
     [
-        ("NaN later", Status.NONFINITE, 0.0),
-        ("overflows", Status.DIVERGED, 0.0),
-        ("grows", Status.DIVERGED, 0.0),
-        ("never settles", Status.MAX_ITER, 0.0),
+        ("NaN later", Status.NONFINITE, 4),  # 0, 0.1, 0.3, 0.7
+        ("overflows", Status.DIVERGED, 6),  # 0, 1e2, 1e8, 1e26, 1e80, 1e242
+        ("grows", Status.DIVERGED, 300),
+        ("never settles", Status.MAX_ITER, 300),
     ],
 )
-def test_each_failure_has_its_status(failure, status, best):
-    start = torch.full((1, 1), best, dtype=torch.float64)
+def test_each_failure_has_its_status(failure, status, steps):
+    start = torch.zeros(1, 1, dtype=torch.float64)
     solution = picard(FAILURES[failure], start, max_iter=300, stop_mode="abs")
     assert solution.status == (status,)
     # The residuals of these maps grow (or stay): the start is the best iterate.
-    assert solution.value.item() == best
+    assert solution.value.item() == 0.0
     assert solution.residual.item() == FAILURES[failure](start).item()
+    assert int(solution.steps) == steps
 
 
 @pytest.mark.parametrize("bad_value", [torch.nan, torch.inf])
