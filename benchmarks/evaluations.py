@@ -80,24 +80,37 @@ WORKLOADS = [
 ]  # fmt: skip
 
 OURS = {"anderson": anderson, "broyden": broyden, "picard": picard}
-PEERS = ("anderson", "broyden", "fixed_point_iter")
+PEERS = {
+    f"TorchDEQ {name}": get_solver(name) for name in ("anderson", "broyden", "fixed_point_iter")
+}
+
+
+class Solved(Exception):
+    """Raised through a solver when the stopping rule holds."""
 
 
 class Counter:
-    """f, counting its evaluations until the stopping rule holds."""
+    """f, counting its evaluations; ends the solve when the stopping rule holds."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         self.f = f
         self.calls = 0
-        self.needed: int | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         image = self.f(z)
         self.calls += 1
         residual = (image - z).norm(dim=1) / image.norm(dim=1)
-        if self.needed is None and bool((residual <= TOLERANCE).all()):
-            self.needed = self.calls
+        if bool((residual <= TOLERANCE).all()):
+            raise Solved
         return image
+
+    def until_solved(self, solve: Callable[[], object]) -> int | None:
+        """Evaluations that `solve` needs, or None if it gives up before."""
+        try:
+            solve()
+        except Solved:
+            return self.calls
+        return None
 
 
 @torch.no_grad()
@@ -112,16 +125,21 @@ def count(workload: Workload, seed: int) -> dict[str, int | None]:
     start = module.initial_state(x)
     layout = Layout.of(start)
     flat = layout.pack(start)
+
+    def f(z: Tensor) -> Tensor:
+        return layout.pack(module.update(layout.unpack(z), context))
+
+    # tol=0: the counter ends the solve, by the same rule for all.
+    solvers: dict[str, Callable[[Counter], object]] = {
+        name: lambda f, solver=solver: solver(f, flat, tol=0.0, max_iter=LIMIT)
+        for name, solver in OURS.items()
+    }
+    for name, peer in PEERS.items():
+        solvers[name] = lambda f, peer=peer: peer(f, flat, max_iter=LIMIT, tol=0.0, stop_mode="rel")
     needed: dict[str, int | None] = {}
-    for name, solver in OURS.items():
-        counter = Counter(lambda z: layout.pack(module.update(layout.unpack(z), context)))
-        solver(counter, flat, tol=TOLERANCE, max_iter=LIMIT)
-        needed[name] = counter.needed
-    for name in PEERS:
-        counter = Counter(lambda z: layout.pack(module.update(layout.unpack(z), context)))
-        # tol=0: TorchDEQ stops by the mean over the batch, the counter by every sample.
-        get_solver(name)(counter, flat, max_iter=LIMIT, tol=0.0, stop_mode="rel")
-        needed["TorchDEQ " + name] = counter.needed
+    for name, solve in solvers.items():
+        counter = Counter(f)
+        needed[name] = counter.until_solved(lambda: solve(counter))  # noqa: B023
     return needed
 
 
@@ -133,7 +151,7 @@ def mean(counts: list[int | None]) -> float:
 
 def table() -> tuple[str, bool]:
     """The results as a Markdown table, and whether they are as good as they should be."""
-    names = [*OURS, *(f"TorchDEQ {name}" for name in PEERS)]
+    names = [*OURS, *PEERS]
     lines = [
         "| map | B, N, d | " + " | ".join(names) + " | ours / best peer |",
         "|" + "---|" * (len(names) + 3),
@@ -142,7 +160,7 @@ def table() -> tuple[str, bool]:
     for workload in WORKLOADS:
         counts = [count(workload, seed) for seed in SEEDS]
         means = {name: mean([c[name] for c in counts]) for name in names}
-        best = min(means[f"TorchDEQ {name}"] for name in PEERS)
+        best = min(means[name] for name in PEERS)
         ratio = means["anderson"] / best
         good &= means["anderson"] < means["TorchDEQ anderson"] and ratio <= 1.15
         size = f"{workload.batch}, {workload.sites}, {workload.dim}"

@@ -94,10 +94,10 @@ class Digits(ImageRecipe):
 
     run_dir: Path = Path("runs/digits")
     seed: int = 0
-    epochs: int = 50
+    epochs: int = 40
     batch_size: int = 32
     learning_rate: float = 3e-3
-    coupling_rate: float = 0.3
+    coupling_rate: float = 0.1
     weight_decay: float = 0.01
     smoothing: float = 0.05
     shift: float = 0.7
@@ -105,8 +105,8 @@ class Digits(ImageRecipe):
     zoom: float = 0.1
     validation: float = 0.1
     dim: int = 10
-    widths: tuple[int, ...] = (16, 32)
-    strides: tuple[int, ...] = (1, 2)
+    widths: tuple[int, ...] = (16, 32, 32)
+    strides: tuple[int, ...] = (1, 1, 2)
     dropout: float = 0.0
     tol: float = 1e-3
     max_iter: int = 30

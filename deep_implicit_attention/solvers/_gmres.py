@@ -47,6 +47,9 @@ def gmres(
         check_count("restart", restart)
     batch, n = b.shape
     size = min(max_iter, n if restart is None else min(restart, n))
+    # In float32 the squares of small numbers vanish; a power of two makes b of order one, exactly.
+    unit = _power_of_two(b)
+    b = b / unit
     b_norm = torch.linalg.vector_norm(b, dim=1)
     scale = torch.where(b_norm > 0, b_norm, 1)
 
@@ -56,22 +59,25 @@ def gmres(
     converged = b_norm == 0
     stalled = torch.zeros_like(converged)
     steps = torch.zeros(batch, dtype=torch.long, device=b.device)
-    trace: list[Tensor] = []
-    while len(trace) < max_iter:
-        active = finite & ~converged & ~stalled
+    trace = b.new_zeros(max_iter + 1, batch)  # the last row takes what is nobody's
+    while True:
+        active = finite & ~converged & ~stalled & (steps < max_iter)
         if not active.any():
             break
-        correction, used, rows = _cycle(
-            matvec, r, active, tol * scale, min(size, max_iter - len(trace))
+        correction, used, stuck, rows = _cycle(
+            matvec, r, active, tol * scale, size, max_iter - steps
         )
-        trace.extend(row / scale for row in rows)
+        for j, row in enumerate(rows):
+            place = torch.where(used > j, steps + j, max_iter)
+            trace.scatter_(0, place[None], (row / scale)[None])
         steps += used
         trial = x + correction
         trial_r = b - matvec(trial)
         trial_norm = torch.linalg.vector_norm(trial_r, dim=1)
         finite = torch.where(active, torch.isfinite(trial_norm), finite)
-        # A cycle that gained nothing has met rounding, or a singular matrix.
-        stalled |= active & ~(trial_norm < 0.9 * norm)
+        # A whole space that gained next to nothing has met rounding; a restarted one may be slow.
+        gain = 0.9 if restart is None else 1.0
+        stalled |= stuck | (active & ~(trial_norm < gain * norm))
         better = active & (trial_norm < norm)
         x = torch.where(better[:, None], trial, x)
         r = torch.where(better[:, None], trial_r, r)
@@ -82,20 +88,37 @@ def gmres(
     codes = codes.masked_fill(converged, Status.CONVERGED.code)
     codes = codes.masked_fill(~finite, Status.NONFINITE.code)
     residual = torch.where(finite, norm / scale, torch.inf)
-    value = torch.where(finite[:, None], x, torch.nan)
+    value = torch.where(finite[:, None], x * unit, torch.nan)
     rows = int(steps.max()) if batch else 0
-    stacked = torch.stack(trace)[:rows] if trace else b.new_zeros(0, batch)
-    return Solution(value, residual, steps, converged, codes, stacked, norm)
+    own_row = torch.arange(rows, device=b.device)[:, None].minimum((steps - 1).clamp_min(0))
+    return Solution(
+        value, residual, steps, converged, codes, trace.gather(0, own_row), norm * unit[:, 0]
+    )
+
+
+def _power_of_two(b: Tensor) -> Tensor:
+    """The power of two below the largest entry of each row, `(B, 1)`; 1 for rows of zeros."""
+    if b.numel() == 0:
+        return b.new_ones(b.shape[0], 1)
+    largest = b.abs().amax(dim=1, keepdim=True)
+    sound = (largest > 0) & torch.isfinite(largest)
+    return torch.where(sound, largest, 1).log2().floor().exp2()
 
 
 def _cycle(
-    matvec: Callable[[Tensor], Tensor], r: Tensor, active: Tensor, bound: Tensor, size: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One Krylov space of at most `size` vectors for A x = r.
+    matvec: Callable[[Tensor], Tensor],
+    r: Tensor,
+    active: Tensor,
+    bound: Tensor,
+    size: int,
+    room: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """One Krylov space of at most `size` vectors, and at most `room` for a sample, for A x = r.
 
-    Returns the correction, the number of vectors each sample used, and the residual norm of
-    every sample after each vector. The Hessenberg matrix is triangularised by Givens rotations as
-    it grows; for a sample that is done, further columns are those of the identity.
+    Returns the correction, the number of vectors each sample used, which samples found A singular
+    on their space, and the residual norm of every sample after each vector. The Hessenberg matrix
+    is triangularised by Givens rotations as it grows; for a sample that is done, further columns
+    are those of the identity.
     """
     batch, n = r.shape
     norm = torch.linalg.vector_norm(r, dim=1)
@@ -106,6 +129,8 @@ def _cycle(
     rhs[:, 0] = torch.where(active, norm, 0)
     cosines, sines = r.new_ones(batch, size), r.new_zeros(batch, size)
     used = torch.zeros(batch, dtype=torch.long, device=r.device)
+    stuck = torch.zeros_like(active)
+    largest = torch.zeros_like(norm)
     rows: list[Tensor] = []
     now = norm
 
@@ -119,8 +144,10 @@ def _cycle(
             column[:, i] = cosines[:, i] * upper + sines[:, i] * lower
             column[:, i + 1] = cosines[:, i] * lower - sines[:, i] * upper
         length = torch.hypot(column[:, k], column[:, k + 1])
-        # A zero (or non-finite) pivot: A is singular on this space, stop the sample here.
-        sound = active & (length > torch.finfo(r.dtype).tiny) & torch.isfinite(length)
+        # A pivot that is rounding noise (or not finite): A is singular on this space.
+        largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=1))
+        noise = 10 * torch.finfo(r.dtype).eps * largest
+        sound = active & (length > noise) & torch.isfinite(length)
         used += active
         safe = torch.where(sound, length, 1)
         cosines[:, k] = torch.where(sound, column[:, k] / safe, 1)
@@ -134,7 +161,8 @@ def _cycle(
         rhs[:, k + 1] = torch.where(sound, -sines[:, k] * old, 0)
         now = torch.where(sound, rhs[:, k + 1].abs(), now)
         rows.append(now)
-        active = sound & (now > bound)
+        stuck |= active & ~sound
+        active = sound & (now > bound) & (used < room)
         if not active.any():
             break
 
@@ -142,4 +170,4 @@ def _cycle(
     weights = torch.linalg.solve_triangular(
         triangle[:, :k, :k], rhs[:, :k].unsqueeze(2), upper=True
     )
-    return (weights.mT @ basis[:, :k]).squeeze(1), used, rows
+    return (weights.mT @ basis[:, :k]).squeeze(1), used, stuck, rows

@@ -65,7 +65,7 @@ def iterate(
             first_norm = last_norm = g_norm
 
         usable = active & finite
-        better = usable & (now < residual)
+        better = usable & (now < residual) if k else usable
         best = torch.where(better[:, None], z, best)
         residual = torch.where(better, now, residual)
         residual_norm = torch.where(better, g_norm, residual_norm)
@@ -82,7 +82,7 @@ def iterate(
         z = torch.where(active[:, None], propose(k, z, fz, g), best)
 
     # A map that was never finite has no best iterate; the start would look like an answer.
-    best = torch.where(torch.isinf(residual)[:, None], torch.nan, best)
+    best = torch.where(torch.isinf(residual_norm)[:, None], torch.nan, best)
     grown = last_norm > _GROWTH * first_norm
     codes = torch.full_like(steps, Status.MAX_ITER.code)
     codes = codes.masked_fill(broken, Status.NONFINITE.code)

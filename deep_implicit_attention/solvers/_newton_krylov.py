@@ -10,7 +10,7 @@ from torch import Tensor
 from ._gmres import gmres
 from ._iterate import Map, iterate
 from ._solution import Solution
-from ._validate import check_count, check_number
+from ._validate import check_count, check_number, check_same_shape
 
 
 def newton_krylov(
@@ -53,7 +53,11 @@ def newton_krylov(
 
     def newton_step(z: Tensor, fz: Tensor, g: Tensor, wanted: Tensor) -> Tensor:
         def matvec(v: Tensor) -> Tensor:
-            return v - (jvp(z, v) if jvp is not None else _difference(f, z, fz, v))
+            if jvp is None:
+                return v - _difference(f, z, fz, v)
+            image = jvp(z, v)
+            check_same_shape(image, v, "jvp")
+            return v - image
 
         right = torch.where(wanted[:, None], g, 0)
         delta = gmres(matvec, right, tol=inner_tol, max_iter=inner_max_iter).value
@@ -97,6 +101,7 @@ def _difference(f: Map, z: Tensor, fz: Tensor, v: Tensor) -> Tensor:
     curvature, while rounding, divided by the step, would make answers depend on how f was batched.
     """
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    size = 1 + torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    size = torch.linalg.vector_norm(torch.cat([z, fz], dim=1), dim=1, keepdim=True)
+    size = torch.where(size > 0, size, 1)
     step = torch.finfo(z.dtype).eps ** (1 / 3) * size / torch.where(norm > 0, norm, 1)
     return (f(z + step * v) - fz) / step

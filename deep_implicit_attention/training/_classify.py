@@ -64,12 +64,12 @@ class Measured:
 def train_classifier(
     model: SiteClassifier, data: ImageData, schedule: Schedule, run: Run, progress: Progress
 ) -> None:
-    """Train `model`, keeping in `run` the weights of the epoch with the best validation.
+    """Train `model`, keeping in `run` the weights of the epoch with the lowest validation loss.
 
-    Best is the highest validation accuracy, and among equals the lowest validation loss. Every
-    epoch adds a line to the metrics: loss and accuracy (training and validation), mean number of
-    solver steps, worst residual, spectral radius of the update at the equilibrium of a validation
-    batch, seconds.
+    The loss, because on a small validation set the accuracy of an early epoch may be high by
+    luck. Every epoch adds a line to the metrics: loss and accuracy (training and validation), mean
+    number of solver steps, worst residual, spectral radius of the update at the equilibrium of a
+    validation batch, seconds.
     """
     batches = schedule.batches(len(data.train))
     optimizer = _optimizer(model, schedule)
@@ -77,7 +77,7 @@ def train_classifier(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _rate(step / total, schedule.warmup)
     )
-    best = (-1.0, 0.0)
+    best = math.inf
     progress.start(schedule.epochs, batches)
     for epoch in range(1, schedule.epochs + 1):
         started = time.perf_counter()
@@ -115,8 +115,8 @@ def train_classifier(
             "seconds": round(time.perf_counter() - started, 3),
         }
         run.log(**record)
-        if (measured.accuracy, -measured.loss) > best:
-            best = (measured.accuracy, -measured.loss)
+        if measured.loss < best:
+            best = measured.loss
             run.save_weights(model, epoch)
         progress.epoch(record)
 

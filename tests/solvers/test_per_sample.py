@@ -130,7 +130,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_failing_sample_does_not_touch_the_others(solver, failure, dtype, make_problem):
+def test_failing_sample_and_its_mates_do_not_touch_each_other(solver, failure, dtype, make_problem):
     problem = make_problem(batch=5, dtype=dtype)
     bad = torch.arange(5)[:, None] == 2
     tol = 1e-10 if dtype == torch.float64 else 1e-6
@@ -146,6 +146,10 @@ def test_failing_sample_does_not_touch_the_others(solver, failure, dtype, make_p
     assert torch.equal(solution.value[good], healthy.value[good])
     assert torch.equal(solution.residual[good], healthy.residual[good])
     assert torch.equal(solution.steps[good], healthy.steps[good])
+    alone = solver(FAILURES[failure], problem.z0[2:3], tol=tol, max_iter=60)
+    assert solution.status[2] == alone.status[0]
+    assert solution.steps[2] == alone.steps[0]
+    assert torch.equal(solution.trace[: alone.steps[0], 2], alone.trace[:, 0])
 
 
 @pytest.mark.parametrize("failure", FAILURES)
