@@ -80,7 +80,7 @@ def test_the_accuracy_said_is_the_last_line_of_the_metrics(finished: Any) -> Non
     assert per_cent == pytest.approx(100 * right / total, abs=0.005)
     assert total == 360
     assert last["interrupted"] is False
-    best = max(epochs, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
+    best = min(epochs, key=lambda r: r["validation_loss"])
     assert last["best_epoch"] == best["epoch"]
     assert last["validation_accuracy"] == best["validation_accuracy"]
 

@@ -161,8 +161,8 @@ def test_the_best_epoch_is_kept(
     model = small_model()
     run = train(model, data, plan(epochs=6), tmp_path)
     records = run.metrics()
-    best = max(records, key=lambda r: (r["validation_accuracy"], -r["validation_loss"]))
-    assert best["validation_accuracy"] > records[-1]["validation_accuracy"]
+    best = min(records, key=lambda r: r["validation_loss"])
+    assert best["validation_loss"] < records[-1]["validation_loss"]
     run.load_weights(model)
     again = measure(model, data.validation)
     assert again.accuracy == best["validation_accuracy"]
@@ -172,14 +172,13 @@ def test_the_best_epoch_is_kept(
 @pytest.mark.parametrize(
     ("script", "best"),
     [
-        ([(0.5, 1.0), (0.7, 0.9), (0.6, 0.1), (0.5, 0.0)], 2),
-        ([(0.7, 0.9), (0.7, 0.8), (0.7, 0.85)], 2),
-        ([(0.7, 0.8), (0.7, 0.8)], 1),
-        ([(0.0, 3.0), (0.0, 4.0)], 1),
-        ([(0.2, 1.0), (0.3, 9.0)], 2),
+        ([(0.5, 1.0), (0.7, 0.9), (0.6, 0.1), (0.5, 0.2)], 3),
+        ([(0.7, 0.9), (0.7, 0.8), (0.9, 0.85)], 2),
+        ([(0.9, 0.3), (0.8, 0.4)], 1),
+        ([(0.9, 0.3), (0.95, 0.3)], 1),
     ],
 )
-def test_best_is_accuracy_then_loss(
+def test_best_is_the_lowest_loss(
     script: list[tuple[float, float]],
     best: int,
     small_model: Build,
