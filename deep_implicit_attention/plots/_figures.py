@@ -109,6 +109,7 @@ def coupling_graph(
     for name, place in zip(names, positions, strict=True):
         right.annotate(name, place, ha="center", va="center", fontsize=7, zorder=3)
     right.set(title="strongest fifth of the couplings", xticks=[], yticks=[])
+    right.margins(0.1)
     right.invert_yaxis()
     right.set_aspect("equal")
     for side in right.spines.values():

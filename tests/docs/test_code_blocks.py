@@ -19,14 +19,17 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return [(code, output) for code, output in BLOCK.findall(page.read_text())]
 
 
-def run(page: Path, edit=lambda code: code) -> dict:
-    """Run the blocks of a page one after the other in one namespace."""
+def run(page: Path, edit=None) -> dict:
+    """Run the blocks of a page one after the other in one namespace, comparing what they print.
+
+    With `edit`, run them edited, when they print something else.
+    """
     names: dict = {}
     for number, (code, expected) in enumerate(blocks(page), start=1):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(edit(code), f"{page.name}, block {number}", "exec"), names)
-        if edit(code) == code:
+            exec(compile(edit(code) if edit else code, page.name, "exec"), names)
+        if edit is None:
             assert printed.getvalue() == expected, f"{page.name}, block {number}"
     return names
 
