@@ -14,7 +14,7 @@ from ..solvers._validate import check_count, check_number, check_options
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
 from ._fixed_point import solve_and_attach
-from ._map import without_autocast
+from ._map import in_autocast, without_autocast
 from ._relax import closed_form, relax
 from ._state import State, full_precision
 
@@ -163,8 +163,7 @@ class DEQFixedPoint(nn.Module):
         return_solution: bool,
         debug: bool,
     ) -> Any:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        narrow = x.dtype if full_precision(x) is not x and not autocast else None
+        narrow = x.dtype if full_precision(x) is not x and not in_autocast(x) else None
         want_evidence = return_solution or debug
         with without_autocast(x):
             fields = full_precision(x)

@@ -8,7 +8,7 @@ for them, and it notices when f reaches for a differentiable tensor that is on n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,16 @@ from ._state import Layout, full_precision
 
 def without_autocast(like: Tensor) -> AbstractContextManager:
     """A solve keeps the precision of its state: autocast is off inside, forward and backward."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def in_autocast(like: Tensor) -> bool:
+    """Whether autocast is on for the device of `like`."""
+    device = like.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class TracedMap:
