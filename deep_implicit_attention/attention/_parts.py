@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,19 +64,6 @@ def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) ->
         raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
 
 
-def check_key_mask(mask: Tensor | None, x: Tensor) -> None:
-    """Raise unless `mask` is None or a boolean `(B, N)` on the device of `x`."""
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean tensor, True = keep, got {kind}")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
-    if mask.device != x.device:
-        raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`(B, N, h·k)` -> `(B, h, N, k)`."""
     batch, sites, width = x.shape
@@ -88,28 +74,6 @@ def merge_heads(x: Tensor) -> Tensor:
     """`(B, h, N, k)` -> `(B, N, h·k)`."""
     batch, heads, sites, width = x.shape
     return x.transpose(1, 2).reshape(batch, sites, heads * width)
-
-
-def softmax_couplings(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """J = softmax(scale · q kᵀ) over the keys that a query may see, `(B, h, N, N)`.
-
-    Rows sum to one, or to zero where a query sees no key at all.
-    """
-    logits = (q * scale) @ k.mT
-    sites = logits.shape[-1]
-    allowed = None
-    if causal:
-        allowed = torch.ones(sites, sites, dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        keys = mask[:, None, None, :]
-        allowed = keys if allowed is None else allowed & keys
-    if allowed is None:
-        return logits.softmax(dim=-1)
-    # The lowest number, not −inf: a row without keys must not become 0/0.
-    lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)
 
 
 def hide(z: Tensor, mask: Tensor | None) -> Tensor:

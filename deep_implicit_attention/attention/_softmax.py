@@ -7,20 +7,17 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deq import DEQModule
 from ..deq._state import full_precision
 from ._parts import (
     FeedForward,
     Weights,
-    check_key_mask,
     check_positive,
-    check_sources,
     feed_forward,
     hide,
     merge_heads,
-    softmax_couplings,
     split_heads,
 )
+from ._softmax_couplings import SoftmaxCouplings
 
 
 class _Context(NamedTuple):
@@ -32,7 +29,7 @@ class _Context(NamedTuple):
     mask: Tensor | None  # (B, N), True = keep
 
 
-class DEQVanillaSoftmaxAttention(DEQModule):
+class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
     """Mean-field equations with the couplings of a transformer:
 
         z_i = W_O [ Σ_j softmax_j( (W_Q x_i)·(W_K x_j) · scale ) z_j ]_heads − f(z_i) + x_i
@@ -69,34 +66,19 @@ class DEQVanillaSoftmaxAttention(DEQModule):
         *,
         causal: bool = False,
     ) -> None:
-        super().__init__()
         check_positive(num_spins=num_spins, dim=dim, heads=heads)
         if dim % heads:
             raise ValueError(f"dim must be divisible by heads, got dim={dim}, heads={heads}")
         dim_head = dim // heads if dim_head is None else dim_head
         check_positive(dim_head=dim_head)
-        self.num_spins, self.dim, self.heads, self.causal = num_spins, dim, heads, causal
-        self.scale = dim_head**-0.5 if scale is None else float(scale)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
+        super().__init__(dim, heads, dim_head, scale, causal)
+        self.num_spins = num_spins
         self.to_out = nn.Linear(dim, dim)
         self.lin_response = lin_response
         self.correction = FeedForward(dim) if lin_response else None
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, scale={self.scale:g}, causal={self.causal}"
-
-    def sources(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_sources(x, self.dim, None, self.to_q.weight)
-        check_key_mask(mask, x)
-        return hide(x, mask)
-
-    def couplings(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """J_ij of each head, `(B, heads, N, N)`; rows sum to one (zero without any key)."""
-        x = self.sources(x, mask)
-        q = split_heads(F.linear(x, full_precision(self.to_q.weight)), self.heads)
-        k = split_heads(F.linear(x, full_precision(self.to_k.weight)), self.heads)
-        return softmax_couplings(q, k, self.scale, mask, self.causal)
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
         return _Context(

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from ..deq import DEQModule
-from ..deq._state import full_precision
-from ._parts import (
-    FeedForward,
-    check_key_mask,
-    check_positive,
-    check_sources,
-    hide,
-    merge_heads,
-    softmax_couplings,
-    split_heads,
-)
+from ._parts import FeedForward, check_positive, hide, merge_heads, split_heads
+from ._softmax_couplings import SoftmaxCouplings
 
 
 class _Context(NamedTuple):
@@ -27,7 +16,7 @@ class _Context(NamedTuple):
     mask: Tensor | None  # (B, N), True = keep
 
 
-class DEQVectorSpinAttention(DEQModule):
+class DEQVectorSpinAttention(SoftmaxCouplings):
     """The response of spins on a sphere to their fields, one spin per site and head:
 
         z_i = φ_β( x_i + f(x_i) + Σ_j J_ij(x) z_j ),   φ_β(h) = β h / (1 + √(1 + β² ‖h‖² / R²))
@@ -63,7 +52,6 @@ class DEQVectorSpinAttention(DEQModule):
         scale: float | None = None,
         causal: bool = False,
     ) -> None:
-        super().__init__()
         check_positive(dim=dim, heads=heads)
         if dim % heads or dim // heads < 3:
             raise ValueError(
@@ -72,12 +60,9 @@ class DEQVectorSpinAttention(DEQModule):
             )
         if not beta > 0:
             raise ValueError(f"beta must be positive, got {beta}")
-        components = dim // heads
-        self.dim, self.heads, self.beta, self.causal = dim, heads, float(beta), causal
-        self.radius = (components / 2 - 1) ** 0.5
-        self.scale = components**-0.5 if scale is None else float(scale)
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
+        super().__init__(dim, heads, dim // heads, scale, causal)
+        self.beta = float(beta)
+        self.radius = (dim // heads / 2 - 1) ** 0.5
         self.source = FeedForward(dim)
 
     def extra_repr(self) -> str:
@@ -87,18 +72,6 @@ class DEQVectorSpinAttention(DEQModule):
     def contraction(self) -> float:
         """β/2, which bounds the update's Lipschitz constant in the maximum of spin norms."""
         return self.beta / 2
-
-    def sources(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_sources(x, self.dim, None, self.to_q.weight)
-        check_key_mask(mask, x)
-        return hide(x, mask)
-
-    def couplings(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """J_ij of each head, `(B, heads, N, N)`; rows sum to one (zero without any key)."""
-        x = self.sources(x, mask)
-        q = split_heads(F.linear(x, full_precision(self.to_q.weight)), self.heads)
-        k = split_heads(F.linear(x, full_precision(self.to_k.weight)), self.heads)
-        return softmax_couplings(q, k, self.scale, mask, self.causal)
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
         fields = split_heads(x + self.source(x), self.heads)
