@@ -20,7 +20,7 @@ lint: $(DEV)  ## formatting, style, types, floors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(DEV)  ## solver evaluations beside TorchDEQ; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.evaluations
