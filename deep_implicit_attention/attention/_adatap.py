@@ -97,7 +97,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         """
         z = state[0]
         field = (context.x.flatten(1) + z.flatten(1) @ context.couplings.mT).view_as(z)
-        image = torch.linalg.solve(context.precision, field.unsqueeze(-1)).squeeze(-1)
+        image = torch.linalg.solve_ex(context.precision, field.unsqueeze(-1)).result.squeeze(-1)
         norm = torch.linalg.vector_norm((image - z).flatten(1), dim=1)
         size = torch.linalg.vector_norm(image.flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
@@ -116,15 +116,13 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
     def update(self, z: State, context: _Context) -> State:
         mean, cavity = z
-        identity = torch.eye(self.dim, dtype=mean.dtype, device=mean.device)
         inverse = context.precision - cavity  # C_i⁻¹, (B, N, d, d)
         field = (context.x.flatten(1) + mean.flatten(1) @ context.couplings.mT).view_as(mean)
         field = field - (cavity @ mean.unsqueeze(-1)).squeeze(-1)
         new_mean = torch.linalg.solve_ex(inverse, field.unsqueeze(-1)).result.squeeze(-1)
         if not self.lin_response:
-            return new_mean, cavity
-        covariance = torch.linalg.solve_ex(inverse, identity.expand_as(inverse)).result
-        total = cavity + torch.linalg.inv_ex(covariance).inverse  # Λ_i
+            return new_mean, torch.zeros_like(cavity)
+        total = cavity + inverse  # Λ_i
         response = torch.linalg.inv_ex(_block_diagonal(total) - context.couplings).inverse
         blocks = _diagonal_blocks(response, self.num_spins)
         return new_mean, total - torch.linalg.inv_ex(blocks).inverse

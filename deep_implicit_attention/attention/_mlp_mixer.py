@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..deq import DEQModule
+from ..deq._state import full_precision
 from ._parts import FeedForward, Weights, check_positive, check_sources, feed_forward
 
 
@@ -57,7 +58,7 @@ class DEQMLPMixerAttention(DEQModule):
         There J_ij = ∂g_i/∂z_j is diagonal in the components, with entries
         W₂ diag(GELU′(W₁ z + b₁)) W₁.
         """
-        x = self.sources(x)
+        x = self.sources(full_precision(x))
         g = self.sum_over_couplings.weights()
         hidden = (x.mT @ g.w_in.mT + g.b_in).detach().requires_grad_()
         with torch.enable_grad():

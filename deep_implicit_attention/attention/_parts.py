@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq._state import full_precision
+from ..solvers._validate import check_count
 
 
 class Weights(NamedTuple):
@@ -29,11 +30,30 @@ class FeedForward(nn.Module):
 
     def weights(self) -> Weights:
         """The parameters, each touched once and with gradients."""
-        tensors = (self.expand.weight, self.expand.bias, self.contract.weight, self.contract.bias)
-        return Weights(*map(full_precision, tensors))
+        return Weights(*linear_weights(self.expand), *linear_weights(self.contract))
 
     def forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.weights())
+
+
+def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that acts on the state, for the context.
+
+    During a solve the layer is not called, so hooks on it would silently do nothing.
+    """
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise RuntimeError(
+            f"{layer} acts inside a solve, where its hooks are not called: use "
+            "torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
+        )
+    return full_precision(layer.weight), full_precision(layer.bias)
+
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`, in full precision; for layers that act on the sources only."""
+    if full_precision(layer.weight) is layer.weight:
+        return layer(x)
+    return F.linear(x, full_precision(layer.weight))
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
@@ -45,10 +65,7 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
 def check_positive(**sizes: int) -> None:
     """Raise unless every size is a positive integer."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        check_count(name, size)
 
 
 def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) -> None:

@@ -78,7 +78,7 @@ class SiteCouplings(DEQModule):
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
-        self.sources(x)
+        self.sources(full_precision(x))
         norms = torch.linalg.matrix_norm(self.weight())
         return norms.expand(x.shape[0], 1, *norms.shape)
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deq._state import full_precision
 from ._parts import (
     FeedForward,
     Weights,
     check_positive,
     feed_forward,
     hide,
+    linear_weights,
     merge_heads,
     split_heads,
 )
@@ -84,8 +84,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         return _Context(
             x,
             self.couplings(x, mask),
-            full_precision(self.to_out.weight),
-            full_precision(self.to_out.bias),
+            *linear_weights(self.to_out),
             None if self.correction is None else self.correction.weights(),
             mask,
         )

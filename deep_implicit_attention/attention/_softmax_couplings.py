@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
-from ._parts import check_sources, hide, split_heads
+from ._parts import check_sources, hide, project, split_heads
 
 
 class SoftmaxCouplings(DEQModule):
@@ -32,9 +31,9 @@ class SoftmaxCouplings(DEQModule):
 
     def couplings(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """J_ij of each head, `(B, heads, N, N)`; rows sum to one (zero without any key)."""
-        x = self.sources(x, mask)
-        q = split_heads(F.linear(x, full_precision(self.to_q.weight)), self.heads)
-        k = split_heads(F.linear(x, full_precision(self.to_k.weight)), self.heads)
+        x = self.sources(full_precision(x), mask)
+        q = split_heads(project(self.to_q, x), self.heads)
+        k = split_heads(project(self.to_k, x), self.heads)
         return softmax_couplings(q, k, self.scale, mask, self.causal)
 
 

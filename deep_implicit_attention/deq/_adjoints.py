@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
+from ..solvers._gmres import power_of_two
 from ..solvers._validate import check_count, check_number, check_options
 from ._failure import report
 from ._map import TracedMap, without_autocast
@@ -58,7 +59,8 @@ class Implicit(Adjoint):
         solver: `gmres`, which needs the fewest products, or any fixed-point solver.
         tol: tolerance of the backward solve; by default that of the forward solve.
         max_iter: its step limit; by default that of the forward solve.
-        observe: called with the `Solution` of each backward solve.
+        observe: called with the `Solution` of each backward solve, of the gradient scaled to
+            order one by a power of two for each sample.
         **options: further options of `solver`.
 
     A backward solve that fails warns or raises as the forward solve's `on_failure` says.
@@ -68,7 +70,7 @@ class Implicit(Adjoint):
     tol: float | None
     max_iter: int | None
     observe: Callable[[Solution], Any] | None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __init__(
         self,
@@ -167,6 +169,9 @@ class _Equation:
     def solve(self, product: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
         solver, settings = self.adjoint.solver, self.adjoint.options
         settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
+        # The equation is linear: at order one, small gradients do not underflow in the solver.
+        unit = power_of_two(g)
+        g = g / unit
         if solver is gmres:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
@@ -179,7 +184,7 @@ class _Equation:
         if bool(blameless.any()):
             judged = judged.accepting(blameless)
         report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
-        return solution.value
+        return solution.value * unit
 
 
 def _attach(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..solvers import Solution, _arnoldi
 from ..solvers._validate import check_count, check_number
-from ._state import Layout, State, full_precision
+from ._state import Layout, State, widen
 
 
 def spectral_radius(
@@ -66,6 +66,8 @@ def jacobian_penalty(
     products, each with a graph. Divide by the number of components for a scale-free penalty.
     """
     check_count("samples", samples)
+    _need_gradients()
+    z = widen(z)
     layout = Layout.of(z)
     with torch.enable_grad():
         flat = layout.pack(z)
@@ -96,9 +98,15 @@ def error_bound(solution: Solution, contraction: float | Tensor) -> Tensor:
     return torch.where(contraction < 1, norm / (1 - contraction), math.inf)
 
 
+def _need_gradients() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("diagnostics differentiate f: call them outside torch.inference_mode()")
+
+
 def _linearise(f: Callable[[State], State], z: State) -> tuple[Tensor, Callable[..., Tensor]]:
     """The flat state and v ↦ (∂f/∂z)ᵀ v at it."""
-    z = full_precision(z) if isinstance(z, Tensor) else tuple(map(full_precision, z))
+    _need_gradients()
+    z = widen(z)
     layout = Layout.of(z)
     with torch.enable_grad():
         flat = layout.pack(z).detach().requires_grad_()

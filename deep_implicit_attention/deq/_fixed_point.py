@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ..solvers import Solution, anderson
+from ..solvers import Solution, anderson, gmres
 from ..solvers._validate import check_options
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
 from ._map import TracedMap, without_autocast
-from ._state import Layout, State, full_precision
+from ._state import Layout, State, full_precision, widen
 
 
 def fixed_point(
@@ -36,7 +37,8 @@ def fixed_point(
         z0: where to start: a tensor `(B, ...)` or a tuple of them. It gets no gradient: a fixed
             point does not depend on where the solver came from.
         args: what f depends on; tensors may stand inside tuples, lists and dicts.
-        solver: one of `deep_implicit_attention.solvers`, or a function with their signature.
+        solver: `picard`, `anderson`, `broyden`, `newton_krylov`, or a function with their
+            signature.
         adjoint: how to differentiate: `Implicit()` (exact), `OneStep()`, `Phantom(steps)`.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, forward and backward, where a sample
             does not reach the tolerance.
@@ -54,6 +56,7 @@ def fixed_point(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range, and unknown
             options.
+        RuntimeError: for forward-mode derivatives, and an f that changes z in place.
         ConvergenceError: with ``on_failure="raise"``.
     """
     solution = solve_and_attach(
@@ -71,6 +74,14 @@ def fixed_point(
     return solution
 
 
+def check_fixed_point_solver(solver: Callable) -> None:
+    """Raise unless `solver` can be meant to solve z = f(z)."""
+    if not callable(solver):
+        raise TypeError(f"solver must be callable, got {type(solver).__name__}")
+    if solver is gmres:
+        raise TypeError("gmres solves linear systems; it can be the solver of Implicit only")
+
+
 def solve_and_attach(
     f: Callable[..., State],
     z0: State,
@@ -86,14 +97,22 @@ def solve_and_attach(
     """`fixed_point` without its report on the forward solve."""
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple, got {type(args).__name__}: write (a,) for one")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be Implicit, OneStep or Phantom, got {adjoint!r}")
+    check_fixed_point_solver(solver)
     check_on_failure(on_failure)
     check_options(solver, solver_options, owner="fixed_point")
-    z0 = full_precision(z0) if isinstance(z0, Tensor) else tuple(map(full_precision, z0))
+    z0 = widen(z0)
     layout = Layout.of(z0)
     flat = layout.pack(z0).detach()
     traced = TracedMap(f, layout, args)
+    if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):
+        raise RuntimeError(
+            "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use "
+            "reverse mode"
+        )
     differentiable = torch.is_grad_enabled()
 
     with torch.no_grad(), without_autocast(flat):
@@ -114,4 +133,5 @@ def solve_and_attach(
     if differentiable and depends:
         with without_autocast(flat):
             value = adjoint.attach(traced, value, tol=tol, max_iter=max_iter, on_failure=on_failure)
+    traced.tensors = []  # from here on what autograd saved is all that is held
     return solution.with_value(layout.unpack(value))

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..solvers import Solution, Status, anderson
-from ..solvers._validate import check_count, check_number, check_options
-from ._adjoints import Adjoint, Implicit
-from ._failure import OnFailure, check_on_failure, report
-from ._fixed_point import solve_and_attach
-from ._map import in_autocast, without_autocast
+from ._adjoints import Adjoint
+from ._failure import OnFailure, report
+from ._fixed_point import check_fixed_point_solver, solve_and_attach
+from ._map import TracedMap, in_autocast, without_autocast
 from ._relax import closed_form, relax
-from ._state import State, full_precision
+from ._settings import Settings, check_elements, override, parse
+from ._state import Layout, State, full_precision, widen
 
 _LEFT_OUT = (
-    "The gradients of shared parameters are not finite for this batch unless the nonfinite "
-    "samples are left out of the loss."
+    "The gradients of shared parameters are not finite for this batch unless the samples whose "
+    "input is nonfinite are left out of the loss."
 )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The options of one call, checked."""
-
-    adjoint: Adjoint
-    steps: int | None
-    on_failure: OnFailure
-    initial_state: str | Callable[[Tensor], State]
-    tol: float
-    max_iter: int
-    solver_options: dict[str, Any]
 
 
 class DEQFixedPoint(nn.Module):
@@ -48,8 +34,8 @@ class DEQFixedPoint(nn.Module):
     Args:
         fun: the module; kept as `.fun`.
         solver: forward solver, and backward solver unless `adjoint` is given.
-        output_elements: which elements of the state to return: one as a tensor, several as a
-            list.
+        output_elements: which elements of the state to return, increasing indices: one as a
+            tensor, several as a tuple.
         adjoint: how to differentiate; by default `Implicit` with `solver` and `solver_bwd_*`.
         steps: number of explicit steps, or None for equilibrium.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, forward and backward.
@@ -64,7 +50,11 @@ class DEQFixedPoint(nn.Module):
         TypeError: for an unknown option, or `adjoint` together with ``solver_bwd_*``.
         ValueError: for an option out of range.
 
-    Cost: that of the solve; memory for backward is that of one update, however many steps.
+    Cost: that of the solve. Memory for backward is that of one update, however many steps the
+    solver takes; of `steps` updates for an explicit horizon.
+
+    Forward and backward hooks on `fun` are not called, its methods are. If a batch has samples that
+    are not finite, `prepare` runs a second time, without them.
     """
 
     fun: Any  # an nn.Module, of which methods are asked for by name
@@ -89,12 +79,11 @@ class DEQFixedPoint(nn.Module):
         for method in ("initial_state", "update"):
             if not callable(getattr(fun, method, None)):
                 raise TypeError(f"fun must have a method {method!r}; {type(fun).__name__} has none")
-        if not callable(solver):
-            raise TypeError(f"solver must be callable, got {type(solver).__name__}")
+        check_fixed_point_solver(solver)
         self.fun = fun
         self.solver = solver
-        self.output_elements = tuple(output_elements)
-        self.options: dict[str, Any] = {
+        self.output_elements = check_elements(output_elements)
+        self._options: dict[str, Any] = {
             "adjoint": adjoint,
             "steps": steps,
             "on_failure": on_failure,
@@ -105,10 +94,10 @@ class DEQFixedPoint(nn.Module):
             "solver_bwd_tol": solver_bwd_tol,
             **options,
         }
-        self._defaults = self._settings(self.options)
+        self._settings = parse(solver, self._options)
 
     def extra_repr(self) -> str:
-        given = {name: value for name, value in self.options.items() if value is not None}
+        given = {name: value for name, value in self._options.items() if value is not None}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"solver={getattr(self.solver, '__name__', self.solver)}, {shown}"
 
@@ -126,103 +115,119 @@ class DEQFixedPoint(nn.Module):
         Args:
             x: sources, `(B, N, d)` for the attention mechanisms.
             *inputs: what else the module's `prepare` takes, a key mask for instance.
-            state: warm start: a state, or what an earlier call returned.
+            state: warm start: a state, or what an earlier call returned. It gets no gradient, and
+                a sample of it that is not finite starts afresh.
             return_solution: return the `Solution`, whose `value` is what this call would return
                 otherwise. It unpacks: ``z, solution = layer(x, return_solution=True)``.
             debug: print the first and the last residual.
-            **overrides: any option of the constructor, for this call only.
+            **overrides: ``steps``, ``adjoint`` (which replaces the constructor's ``solver_bwd_*``),
+                ``on_failure``, ``initial_state``, ``solver_fwd_NAME`` or ``solver_bwd_NAME`` for
+                this call only.
 
         Returns:
-            The state elements in `output_elements`, or a `Solution`.
+            The state elements in `output_elements`, or a `Solution`. Under autocast they are
+            float32; narrow x without autocast gives narrow values, rounded after the residual was
+            measured.
 
-        A sample whose input or map is not finite is NaN in the output and leaves the others, and
-        their gradients, as they would be without it.
+        A sample whose x is not finite, or whose map is not at a finite x, is NaN in the output and
+        leaves the others, and their gradients, as they would be without it.
         """
-        settings = self._settings({**self.options, **overrides}) if overrides else self._defaults
-        self._check_input(x)
-        if torch.compiler.is_compiling():
-            if settings.steps is not None and not return_solution:
-                return self._compiled(x, inputs, state, settings)
+        settings = self._settings
+        if overrides:
+            settings = parse(self.solver, override(self._options, overrides))
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
+        evidence = return_solution or debug
+        if not torch.compiler.is_compiling():
+            solution = self._respond(x, inputs, state, settings, evidence)
+        elif settings.steps is not None:
+            solution = self._respond_traceably(x, inputs, state, settings)
+        else:
             # A solve is a loop on data, which a compiler can only unroll or recompile.
-            eager: Any = torch.compiler.disable(self._forward)
-            return eager(x, inputs, state, settings, return_solution, debug)
-        return self._forward(x, inputs, state, settings, return_solution, debug)
+            eager: Any = torch.compiler.disable(self._respond)
+            solution = eager(x, inputs, state, settings, evidence)
+        if debug and solution.trace.numel():
+            first, last = solution.trace[0].max().item(), solution.residual.max().item()
+            print(f"residual: {first:.3e} -> {last:.3e} in {len(solution.trace)} steps")
+        parts = solution.value
+        output = parts[0] if len(parts) == 1 else tuple(parts)
+        return solution.with_value(output) if return_solution else output
 
-    def _compiled(self, x: Tensor, inputs: tuple, state: State | None, settings: _Settings) -> Any:
-        """A fixed number of steps without control flow on data, for compilers and exporters."""
-        fields = self.fun.sources(x, *inputs) if hasattr(self.fun, "sources") else x
-        parts = self._solve(fields, inputs, state, settings, False).value
-        return parts[0] if len(parts) == 1 else parts
-
-    def _forward(
-        self,
-        x: Tensor,
-        inputs: tuple,
-        state: State | None,
-        settings: _Settings,
-        return_solution: bool,
-        debug: bool,
-    ) -> Any:
-        narrow = x.dtype if full_precision(x) is not x and not in_autocast(x) else None
-        want_evidence = return_solution or debug
+    def _respond(
+        self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
+    ) -> Solution:
+        """The solution for `x`; `value` is the list of output elements."""
         with without_autocast(x):
-            fields = full_precision(x)
-            if hasattr(self.fun, "sources"):
-                fields = self.fun.sources(fields, *inputs)
-            solution = self._solve(fields, inputs, state, settings, want_evidence)
+            fields = self._fields(x, inputs)
+            solution = self._solve(fields, inputs, state, settings, evidence)
             broken = solution.codes == Status.NONFINITE.code
             poisoned = bool(broken.any())
-            if poisoned and not bool(broken.all()):
+            if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.
                 clean = fields.masked_fill(_like(broken, fields), 0.0)
-                solution = self._solve(clean, inputs, state, settings, want_evidence)
+                solution = self._solve(clean, inputs, state, settings, evidence)
                 solution = solution.with_status(broken, Status.NONFINITE)
-            parts = solution.value
-            if poisoned:
-                parts = [_Poison.apply(part, _like(broken, part)) for part in parts]
-            if narrow is not None:
-                parts = [part.to(narrow) for part in parts]
-        if settings.steps is None:
+                solution = solution.with_value(
+                    [_Poison.apply(part, _like(broken, part)) for part in solution.value]
+                )
+        if settings.steps is None or poisoned:
             report(
                 solution,
                 settings.on_failure,
                 type(self.fun).__name__,
                 settings.tol,
                 _LEFT_OUT if poisoned else "",
-                stacklevel=5,
+                stacklevel=6,
             )
-        if debug and solution.trace.numel():
-            first, last = solution.trace[0].max().item(), solution.residual.max().item()
-            print(f"residual: {first:.3e} -> {last:.3e} in {len(solution.trace)} steps")
-        output = parts[0] if len(parts) == 1 else parts
-        return solution.with_value(output) if return_solution else output
+        return self._narrowed(solution, x)
+
+    def _respond_traceably(
+        self, x: Tensor, inputs: tuple, state: State | None, settings: Settings
+    ) -> Solution:
+        """The same at a fixed number of steps, without control flow on data."""
+        with without_autocast(x):
+            fields = self._fields(x, inputs)
+            broken = ~torch.isfinite(fields).flatten(1).all(dim=1)
+            fields = fields.masked_fill(_like(broken, fields), 0.0)
+            solution = self._solve(fields, inputs, state, settings, False, traceable=True)
+            parts = [part.masked_fill(_like(broken, part), torch.nan) for part in solution.value]
+        return self._narrowed(solution.with_value(parts), x)
+
+    def _fields(self, x: Tensor, inputs: tuple) -> Tensor:
+        fields = full_precision(x)
+        return self.fun.sources(fields, *inputs) if hasattr(self.fun, "sources") else fields
+
+    def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
+        """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
+        if full_precision(x) is x or in_autocast(x):
+            return solution
+        return solution.with_value([part.to(x.dtype) for part in solution.value])
 
     def _solve(
         self,
         fields: Tensor,
         inputs: tuple,
         state: State | None,
-        settings: _Settings,
-        want_evidence: bool,
+        settings: Settings,
+        evidence: bool,
+        traceable: bool = False,
     ) -> Solution:
         """The solution for the sources `fields`; `value` is the list of output elements."""
         fun = self.fun
         context = fun.prepare(fields, *inputs) if hasattr(fun, "prepare") else fields
         start = self._start(fields, state, settings)
-        elements = 1 if isinstance(start, Tensor) else len(start)
-        if not all(0 <= i < elements for i in self.output_elements):
+        layout = Layout.of(start)
+        if self.output_elements[-1] >= len(layout.shapes):
             raise ValueError(
-                f"output_elements must be among 0 to {elements - 1} for "
-                f"{type(fun).__name__}, got {self.output_elements}"
+                f"output_elements must be below {len(layout.shapes)}, the number of elements of "
+                f"{type(fun).__name__}'s state, got {self.output_elements}"
             )
         if settings.steps is None and hasattr(fun, "solve"):
-            return closed_form(fun, context, self.output_elements, settings.tol)
-        if settings.steps is not None:
-            solution = relax(
-                fun.update, start, context, settings.steps, settings.tol, want_evidence
-            )
-        else:
+            return closed_form(fun, context, layout, self.output_elements, settings.tol)
+        if settings.steps is None:
             solution = solve_and_attach(
                 _Update(fun),
                 start,
@@ -234,82 +239,58 @@ class DEQFixedPoint(nn.Module):
                 max_iter=settings.max_iter,
                 **settings.solver_options,
             )
+        elif traceable:
+            solution = relax(
+                lambda z: layout.pack(fun.update(layout.unpack(z), context)),
+                layout.pack(start),
+                settings.steps,
+                settings.tol,
+                evidence,
+            )
+        else:
+            traced = TracedMap(_Update(fun), layout, (context,))
+            solution = relax(
+                lambda z: traced(z, traced.tensors),
+                layout.pack(start),
+                settings.steps,
+                settings.tol,
+                evidence,
+            )
         value = solution.value
+        if settings.steps is not None:
+            value = layout.unpack(value)
         parts = (value,) if isinstance(value, Tensor) else value
         return solution.with_value([parts[i] for i in self.output_elements])
 
-    def _start(self, x: Tensor, state: State | None, settings: _Settings) -> State:
+    def _start(self, x: Tensor, state: State | None, settings: Settings) -> State:
         """The initial state: the module's, with what the caller gave put in its place."""
+        own = widen(self.fun.initial_state(x))
+        layout = Layout.of(own)
         initial = settings.initial_state
-        own = initial(x) if callable(initial) else self.fun.initial_state(x)
-        bare = isinstance(own, Tensor)
+        if callable(initial):
+            own = widen(initial(x))
+            layout.check_image(own)
         parts = [own] if isinstance(own, Tensor) else list(own)
         if initial == "input":
             parts[0] = x
         if state is not None:
             given = [state] if isinstance(state, Tensor) else list(state)
-            whole = len(given) == len(parts)
-            places = range(len(parts)) if whole else self.output_elements
+            places = range(len(parts)) if len(given) == len(parts) else self.output_elements
             if len(given) != len(places):
                 raise ValueError(
                     f"state must have {len(parts)} elements, or the {len(places)} that this layer "
                     f"returns; got {len(given)}"
                 )
             for place, part in zip(places, given, strict=True):
-                if part.shape != parts[place].shape:
+                if not part.is_floating_point() or part.shape != parts[place].shape:
                     raise ValueError(
-                        f"state element {place} must have shape {tuple(parts[place].shape)}, "
-                        f"got {tuple(part.shape)}"
+                        f"state element {place} must be a real floating tensor of shape "
+                        f"{tuple(parts[place].shape)}, got {part.dtype} {tuple(part.shape)}"
                     )
-                parts[place] = part.to(parts[place])
-        return parts[0] if bare else tuple(parts)
-
-    def _settings(self, options: dict[str, Any]) -> _Settings:
-        """Check the options and sort them."""
-        forward: dict[str, Any] = {}
-        backward: dict[str, Any] = {}
-        own: dict[str, Any] = {}
-        for name, value in options.items():
-            if name.startswith("solver_fwd_"):
-                forward[name.removeprefix("solver_fwd_")] = value
-            elif name.startswith("solver_bwd_"):
-                if value is not None:
-                    backward[name.removeprefix("solver_bwd_")] = value
-            elif name in ("adjoint", "steps", "on_failure", "initial_state"):
-                own[name] = value
-            else:
-                raise TypeError(
-                    f"DEQFixedPoint: unknown option {name!r}; options are adjoint, steps, "
-                    "on_failure, initial_state, solver_fwd_NAME and solver_bwd_NAME"
-                )
-        check_options(self.solver, forward, "solver_fwd_", "DEQFixedPoint")
-        check_options(self.solver, backward, "solver_bwd_", "DEQFixedPoint")
-        tol, max_iter = forward.pop("tol"), forward.pop("max_iter")
-        check_number("solver_fwd_tol", tol, minimum=0.0)
-        check_count("solver_fwd_max_iter", max_iter)
-        adjoint = own["adjoint"]
-        if adjoint is None:
-            adjoint = Implicit(self.solver, **{"tol": 1e-4, "max_iter": 30, **backward})
-        elif backward:
-            names = ", ".join("solver_bwd_" + name for name in backward)
-            raise TypeError(f"give either adjoint or {names}: the adjoint has its own settings")
-        if own["steps"] is not None:
-            check_count("steps", own["steps"])
-        check_on_failure(own["on_failure"])
-        initial: Any = own["initial_state"]
-        if initial not in ("zeros", "input") and not callable(initial):
-            raise ValueError(
-                f"initial_state must be 'zeros', 'input' or a callable, got {initial!r}"
-            )
-        return _Settings(
-            adjoint, own["steps"], own["on_failure"], own["initial_state"], tol, max_iter, forward
-        )
-
-    def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
+                part = part.detach().to(parts[place])
+                sound = torch.isfinite(part.flatten(1)).all(dim=1)
+                parts[place] = torch.where(_like(sound, part), part, parts[place])
+        return parts[0] if layout.bare else tuple(parts)
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:

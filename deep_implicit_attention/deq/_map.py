@@ -1,23 +1,26 @@
 """The map z ↦ f(z, *args) as a function of explicit tensors.
 
 Exact derivatives of every order need to know what f depends on. `TracedMap` lists the tensors in
-`args` and, if f is a module that uses them, its parameters; it evaluates f with any substitutes
-for them, and it notices when f reaches for a differentiable tensor that is on neither list.
+`args` and, if f is a module, its parameters and buffers; it evaluates f with any substitutes for
+them, on a copy of the module that shares nothing mutable with it, and it notices when f reaches for
+a differentiable tensor that is on neither list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
 from ._state import Layout, full_precision
+
+# Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
+Place = tuple[dict[str, Any], str]
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager:
@@ -38,58 +41,90 @@ class TracedMap:
     """f(z, *args) on flat states `(B, n)`, for explicit `tensors`."""
 
     def __init__(self, f: Callable, layout: Layout, args: Sequence[Any]) -> None:
-        self.f = f
         self.layout = layout
         leaves, self._tree = pytree.tree_flatten(tuple(args))
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._names: list[str] = []
+        self._places: list[list[Place]] = []
         self.tensors: list[Tensor] = [leaves[i] for i in self._slots]
+        if isinstance(f, nn.Module):
+            f, owned = _replica(f)
+            for tensor, places in owned:
+                self.tensors.append(tensor)
+                self._places.append(places)
+        self.f = f
         self.closes_over = False
 
     def __call__(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         leaves = list(self._leaves)
-        for slot, tensor in zip(self._slots, tensors, strict=False):
+        given = len(self._slots)
+        for slot, tensor in zip(self._slots, tensors[:given], strict=True):
             leaves[slot] = full_precision(tensor)
         args = pytree.tree_unflatten(leaves, self._tree)
-        state = self.layout.unpack(z)
-        if self._names:
-            weights = map(full_precision, tensors[len(self._slots) :])
-            parameters = dict(zip(self._names, weights, strict=True))
-            assert isinstance(self.f, nn.Module)
-            image = functional_call(self.f, parameters, (state, *args))
-        else:
-            image = self.f(state, *args)
+        self._fill(map(full_precision, tensors[given:]))
+        try:
+            version = None if z.is_inference() else z._version
+            with _uncached():
+                image = self.f(self.layout.unpack(z), *args)
+            if version is not None and z._version != version:
+                raise RuntimeError("f must not change its state in place: return a new tensor")
+        finally:
+            # Held by nobody between calls, so that what autograd saves is all that is kept.
+            self._fill([None] * len(self._places))
         self.layout.check_image(image)
         return self.layout.pack(image).to(z.dtype)
 
-    def trace(self, z: Tensor) -> Tensor:
-        """f at z, without a graph, finding out what f depends on beside its arguments.
+    def _fill(self, tensors: Any) -> None:
+        for places, tensor in zip(self._places, tensors, strict=True):
+            for table, name in places:
+                table[name] = tensor
 
-        If the result needs gradients although z and `args` are detached, f uses something else:
-        first its own parameters are put on the list; if that does not explain it, f closes over
-        a tensor.
+    def trace(self, z: Tensor) -> Tensor:
+        """f at z, without a graph, finding out whether f closes over a differentiable tensor.
+
+        It does if the result needs gradients although all that is listed is detached.
         """
         with torch.enable_grad():
             image = self(z.detach(), [t.detach() for t in self.tensors])
-            if image.requires_grad and isinstance(self.f, nn.Module):
-                _touch_cached(self.f)
-                named = dict(self.f.named_parameters())
-                self._names = list(named)
-                self.tensors = [*self.tensors, *named.values()]
-                image = self(z.detach(), [t.detach() for t in self.tensors])
             self.closes_over = image.requires_grad
         return image.detach()
 
 
-def _touch_cached(module: nn.Module) -> None:
-    """Compute parametrised weights with gradients before anything does so without them.
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Inside, parametrised weights are computed from the tensors that stand in the module.
 
-    Inside `parametrize.cached()` the first access is the one that is kept.
+    Within `parametrize.cached()` they would be those of an earlier access.
     """
-    if not getattr(parametrize, "_cache_enabled", 0):
+    enabled = getattr(parametrize, "_cache_enabled", 0)
+    if not enabled:
+        yield
         return
-    for part in module.modules():
-        if parametrize.is_parametrized(part):
-            for name in part.parametrizations:  # type: ignore[union-attr]
-                getattr(part, name)
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+
+
+def _replica(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, list[Place]]]]:
+    """A copy of the tree of modules with tables of its own, and where each tensor stands in it."""
+    copies: dict[int, nn.Module] = {}
+    owned: dict[int, tuple[Tensor, list[Place]]] = {}
+
+    def copy(part: nn.Module) -> nn.Module:
+        if id(part) in copies:
+            return copies[id(part)]
+        new = copies[id(part)] = object.__new__(type(part))
+        new.__dict__ = dict(part.__dict__)
+        for kind in ("_parameters", "_buffers"):
+            table = new.__dict__[kind] = dict(part.__dict__[kind])
+            for name, tensor in table.items():
+                if tensor is not None:
+                    owned.setdefault(id(tensor), (tensor, []))[1].append((table, name))
+        new.__dict__["_modules"] = {
+            name: None if child is None else copy(child) for name, child in part._modules.items()
+        }
+        return new
+
+    return copy(module), list(owned.values())

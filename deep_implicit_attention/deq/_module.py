@@ -21,14 +21,16 @@ class DEQModule(nn.Module):
 
     - ``solve(context, wanted) -> state``: the fixed point in closed form, differentiable; only
       the state elements whose indices are in `wanted` need to be computed, others are `None`;
-      with it ``residual(context, state) -> (relative, absolute)``, each `(B,)`, of what `solve`
-      returned, and optionally ``judge(context) -> str``, what is wrong with a system whose
-      equations have a solution that no distribution stands behind (empty if nothing is);
+      with it may go ``residual(context, state) -> (relative, absolute)``, each `(B,)`, of what
+      `solve` returned (without it, all elements are computed and an update is spent), and
+      ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
+      no distribution stands behind (empty if nothing is);
     - ``preconditioner(context) -> (residual -> residual)``;
     - ``append(context, state, x_new) -> context``: one more site (causal mechanisms).
 
     Nothing may be stored on the module while it is called: all that is constant during a solve
-    goes into the context, which `prepare` returns.
+    goes into the context, which `prepare` returns, and neither `update` nor `prepare` may change
+    its arguments. `prepare` runs twice for a batch with samples that are not finite.
     """
 
     def initial_state(self, x: Tensor) -> State:

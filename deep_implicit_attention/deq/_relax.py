@@ -7,61 +7,65 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..solvers import Solution, Status
-from ._state import Layout, State
+from ._state import Layout
 
 
 def relax(
-    update: Callable[[Any, Any], State],
-    start: State,
-    context: Any,
-    steps: int,
-    tol: float,
-    want_evidence: bool,
+    step: Callable[[Tensor], Tensor], z: Tensor, steps: int, tol: float, evidence: bool
 ) -> Solution:
-    """`steps` plain steps from `start`, differentiated through.
+    """`steps` plain steps from `z` `(B, n)`, differentiated through.
 
-    The residual of the result costs one more evaluation, spent only if `want_evidence`.
+    The residual of the result costs one more evaluation, spent only if `evidence` is wanted.
     """
-    layout = Layout.of(start)
-    state = start
     for _ in range(steps):
-        state = update(state, context)
-        layout.check_image(state)
+        z = step(z)
     with torch.no_grad():
-        flat = layout.pack(state)
-        finite = torch.isfinite(flat).all(dim=1)
+        finite = torch.isfinite(z).all(dim=1)
         count = torch.full_like(finite, steps, dtype=torch.long)
-        if want_evidence:
-            image = layout.pack(update(layout.unpack(flat), context))
-            norm = torch.linalg.vector_norm(image - flat, dim=1)
-            size = torch.linalg.vector_norm(image, dim=1)
-            residual = norm / size.clamp_min(torch.finfo(flat.dtype).tiny)
+        if evidence:
+            image = step(z)
+            residual, norm = _residual(z, image)
         else:
-            residual = norm = flat.new_full(finite.shape, torch.nan)
-    return _solution(state, finite, residual, norm, count, tol, Status.FIXED_STEPS)
+            residual = norm = z.new_full(finite.shape, torch.nan)
+    return _solution(z, finite, residual, norm, count, tol, Status.FIXED_STEPS)
 
 
-def closed_form(fun: nn.Module, context: Any, wanted: Sequence[int], tol: float) -> Solution:
-    """`fun.solve`, with the residual that `fun` measures and its verdict on the system."""
-    state: Any = fun.solve(context, tuple(wanted))  # type: ignore[operator]
+def closed_form(
+    fun: Any, context: Any, layout: Layout, wanted: Sequence[int], tol: float
+) -> Solution:
+    """`fun.solve`, with the residual of what it returned and the verdict of `fun` on the system.
+
+    A module with a `residual` is asked for it and computes only what is wanted; of others every
+    element is computed, and the residual is that of an update.
+    """
+    measured = hasattr(fun, "residual")
+    state = fun.solve(context, tuple(wanted) if measured else tuple(range(len(layout.shapes))))
     parts = [state] if isinstance(state, Tensor) else state
     chosen = [parts[i] for i in wanted]
     with torch.no_grad():
-        residual, norm = fun.residual(context, state)  # type: ignore[operator]
+        if measured:
+            residual, norm = fun.residual(context, state)
+        else:
+            residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
         finite = torch.isfinite(norm)
         for part in chosen:
             finite = finite & torch.isfinite(part.flatten(1)).all(dim=1)
-    objection = fun.judge(context) if hasattr(fun, "judge") else ""  # type: ignore[operator]
-    solution = _solution(
-        chosen, finite, residual, norm, torch.ones_like(finite, dtype=torch.long), tol,
-        Status.MAX_ITER,
-    )  # fmt: skip
+    objection = fun.judge(context) if hasattr(fun, "judge") else ""
+    count = torch.ones_like(finite, dtype=torch.long)
+    solution = _solution(chosen, finite, residual, norm, count, tol, Status.MAX_ITER)
     if objection:
         solution = replace(solution.with_status(finite, Status.INDEFINITE), note=objection)
     return solution
+
+
+def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """‖f(z) − z‖, relative to ‖f(z)‖ and absolute."""
+    norm = torch.linalg.vector_norm(image - z, dim=1)
+    size = torch.linalg.vector_norm(image, dim=1)
+    return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
 
 
 def _solution(

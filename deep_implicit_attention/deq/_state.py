@@ -18,6 +18,13 @@ def full_precision(x: Any) -> Any:
     return x
 
 
+def widen(state: Any) -> Any:
+    """`full_precision` of every part of a state."""
+    if isinstance(state, tuple | list):
+        return tuple(map(full_precision, state))
+    return full_precision(state)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of the parts of a state, and whether it is a bare tensor."""
@@ -81,3 +88,5 @@ class Layout:
                 f"the map must keep shapes {[tuple(s) for s in self.shapes]}, returned "
                 f"{[None if s is None else tuple(s) for s in shapes]}"
             )
+        if not all(part.is_floating_point() for part in parts):
+            raise TypeError(f"the map must return real tensors, got {[p.dtype for p in parts]}")

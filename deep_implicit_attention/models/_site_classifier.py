@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import DEQMeanFieldAttention
-from ..attention._parts import check_positive
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
+from ..solvers._validate import check_count
 from ._count import count_params
 
 
@@ -55,7 +55,13 @@ class SiteClassifier(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_positive(image_size=image_size, num_classes=num_classes, channels=channels, dim=dim)
+        for name, size in (
+            ("image_size", image_size),
+            ("num_classes", num_classes),
+            ("channels", channels),
+            ("dim", dim),
+        ):
+            check_count(name, size)
         if len(widths) != len(strides) or not widths:
             raise ValueError(f"widths and strides must pair up, got {widths} and {strides}")
         if any(stride not in (1, 2) for stride in strides):

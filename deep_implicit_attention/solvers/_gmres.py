@@ -48,7 +48,7 @@ def gmres(
     batch, n = b.shape
     size = min(max_iter, n if restart is None else min(restart, n))
     # In float32 the squares of small numbers vanish; a power of two makes b of order one, exactly.
-    unit = _power_of_two(b)
+    unit = power_of_two(b)
     b = b / unit
     b_norm = torch.linalg.vector_norm(b, dim=1)
     scale = torch.where(b_norm > 0, b_norm, 1)
@@ -96,7 +96,7 @@ def gmres(
     )
 
 
-def _power_of_two(b: Tensor) -> Tensor:
+def power_of_two(b: Tensor) -> Tensor:
     """The power of two below the largest entry of each row, `(B, 1)`; 1 for rows of zeros."""
     if b.numel() == 0:
         return b.new_ones(b.shape[0], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def check_number(
     name: str, value: float, minimum: float = -math.inf, below: float = math.inf
 ) -> None:
     """Raise unless `minimum <= value < below`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not minimum <= value < below:
         upper = "" if below == math.inf else f" and below {below:g}"
@@ -45,7 +46,7 @@ def check_number(
 
 def check_count(name: str, value: int) -> None:
     """Raise unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -67,7 +68,8 @@ def _keywords(solver: Callable) -> frozenset[str] | None:
     parameters = inspect.signature(solver).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None  # takes anything: it checks by itself
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    named = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return frozenset(named[2:])  # the first two are the map and the start
 
 
 def check_options(

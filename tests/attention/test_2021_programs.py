@@ -60,5 +60,5 @@ def test_names_of_the_couplings():
 
 def test_several_output_elements_come_as_a_list():
     out = DEQFixedPoint(DEQAdaTAPMeanFieldAttention(5, 3), anderson, [0, 1])(torch.zeros(2, 5, 3))
-    assert isinstance(out, list)
+    assert isinstance(out, tuple)
     assert [tuple(part.shape) for part in out] == [(2, 5, 3), (2, 5, 3, 3)]

@@ -41,7 +41,7 @@ def test_settings_reach_the_model_and_the_schedule(
         assert getattr(schedule, name) == getattr(settings, name)
     model = settings.model(few_digits(0, 0))
     assert (model.dim, model.dropout.p, model.grid) == (3, 0.4, 4)
-    options = model.attention.options
+    options = model.attention._options
     for direction in ("fwd", "bwd"):
         assert options[f"solver_{direction}_tol"] == 1e-2
         assert options[f"solver_{direction}_max_iter"] == 7
