@@ -1,0 +1,96 @@
+"""Gaussian spins, with a trainable mean and covariance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor, nn
+
+from ._prior import Prior
+
+
+class GaussianPrior(Prior):
+    """S ~ N(μ, Σ) in d dimensions, both trainable; V is `(..., d, d)`.
+
+    With the precision P = Σ⁻¹ and b = h + P μ,
+
+        log Z0 = ½ log det P − ½ log det(P − V) + ½ bᵀ(P − V)⁻¹b − ½ μᵀPμ
+        mean = (P − V)⁻¹ b,   covariance = (P − V)⁻¹
+
+    Σ is parametrised by its Cholesky factor with the logarithm of the diagonal, so it stays
+    positive definite under any update.
+
+    Args:
+        mean: μ, `(d,)`.
+        covariance: Σ, `(d, d)`, symmetric and positive definite.
+
+    Raises:
+        ValueError: for shapes that do not fit, a Σ that is not positive definite, and P − V that
+            is not.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean must be (d,) and covariance (d, d), got {tuple(mean.shape)} and "
+                f"{tuple(covariance.shape)}"
+            )
+        if not torch.allclose(covariance, covariance.mT):
+            raise ValueError("covariance must be symmetric")
+        factor, failed = torch.linalg.cholesky_ex(covariance.detach())
+        if int(failed):
+            smallest = torch.linalg.eigvalsh(covariance.detach())[0].item()
+            raise ValueError(
+                f"covariance must be positive definite, its smallest eigenvalue is {smallest:.4g}"
+            )
+        self.event_shape = Size(mean.shape)
+        self.location = nn.Parameter(mean.detach().clone())
+        self.log_diagonal = nn.Parameter(factor.diagonal().log())
+        self.below_diagonal = nn.Parameter(factor.tril(-1))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.event_shape[0]}"
+
+    def scale_tril(self) -> Tensor:
+        """The Cholesky factor of Σ, `(d, d)`."""
+        return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
+
+    def precision(self) -> Tensor:
+        """P = Σ⁻¹, `(d, d)`."""
+        return torch.cholesky_inverse(self.scale_tril())
+
+    def log_partition(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        factor, b = self._solve(field, V)
+        pulled = torch.linalg.solve_triangular(factor, b.unsqueeze(-1), upper=False).squeeze(-1)
+        whitened = torch.linalg.solve_triangular(
+            self.scale_tril(), self.location.unsqueeze(-1), upper=False
+        )
+        return (
+            -self.log_diagonal.sum()
+            - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+            + 0.5 * pulled.square().sum(dim=-1)
+            - 0.5 * whitened.square().sum()
+        )
+
+    def mean(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        factor, b = self._solve(field, V)
+        return torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+
+    def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        factor, b = self._solve(field, V)
+        return torch.cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
+
+    def _solve(self, field: Tensor, V: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of P − V, and b."""
+        self.check_field(field)
+        precision = self.precision()
+        total = precision if V is None else precision - V
+        factor, failed = torch.linalg.cholesky_ex(total)
+        if bool(failed.any()):
+            smallest = torch.linalg.eigvalsh(total.detach()).min().item()
+            raise ValueError(
+                f"P − V must be positive definite, its smallest eigenvalue is {smallest:.4g}"
+            )
+        shape = torch.broadcast_shapes(factor.shape[:-1], field.shape)
+        b = field + precision @ self.location
+        return factor.expand(*shape, shape[-1]), b.expand(shape)

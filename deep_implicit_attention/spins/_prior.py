@@ -1,0 +1,39 @@
+"""What a prior of a single spin offers to the inference methods."""
+
+from __future__ import annotations
+
+from torch import Size, Tensor, nn
+
+
+class Prior(nn.Module):
+    """The measure ρ of a single spin, through its partition function
+
+        log Z0(h, V) = log ∫ ρ(S) exp(h·S + ½ Sᵀ V S)
+
+    with ρ a probability measure, mean = ∂/∂h and covariance = ∂²/∂h². `field` is
+    `(..., *event_shape)`, results broadcast over the dimensions before the event; `V` may be left
+    out, which is V = 0. `None` for its shape below means that the prior says what V looks like.
+    """
+
+    event_shape: Size
+
+    def log_partition(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        """log Z0(h, V), `(...)`."""
+        raise NotImplementedError
+
+    def mean(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        """⟨S⟩, `(..., *event_shape)`."""
+        raise NotImplementedError
+
+    def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
+        """⟨S Sᵀ⟩ − ⟨S⟩⟨S⟩ᵀ, `(..., *event_shape, *event_shape)`."""
+        raise NotImplementedError
+
+    def check_field(self, field: Tensor) -> None:
+        """Raise `ValueError` unless the last dimensions of `field` are the event."""
+        rank = len(self.event_shape)
+        if rank and field.shape[-rank:] != self.event_shape:
+            raise ValueError(
+                f"field must have shape (..., {', '.join(map(str, self.event_shape))}), "
+                f"got {tuple(field.shape)}"
+            )

@@ -1,0 +1,237 @@
+"""Priors against their definition: derivatives, sums, quadrature, high-precision arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+from deep_implicit_attention.spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
+from deep_implicit_attention.spins._bessel import bessel
+
+
+def gaussian() -> GaussianPrior:
+    torch.manual_seed(0)
+    root = torch.randn(3, 3, dtype=torch.float64) / 2
+    covariance = root @ root.T + 0.5 * torch.eye(3, dtype=torch.float64)
+    return GaussianPrior(torch.randn(3, dtype=torch.float64), covariance).double()
+
+
+def symmetric(*shape: int, scale: float = 0.05) -> torch.Tensor:
+    V = scale * torch.randn(*shape, dtype=torch.float64)
+    return V + V.mT
+
+
+CASES = {
+    "ising": (IsingPrior(), (5,), lambda: torch.randn(5, dtype=torch.float64)),
+    "gaussian": (gaussian(), (5, 3), lambda: symmetric(5, 3, 3)),
+    "potts": (PottsPrior(3), (5, 3), lambda: symmetric(5, 3, 3, scale=0.5)),
+    "sphere-2": (SphericalPrior(2, 1.3), (5, 2), lambda: torch.randn(5, dtype=torch.float64)),
+    "sphere-3": (SphericalPrior(3, 0.7), (5, 3), lambda: torch.randn(5, dtype=torch.float64)),
+    "sphere-60": (SphericalPrior(60), (5, 60), lambda: torch.randn(5, dtype=torch.float64)),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def prior_case(request):
+    prior, shape, make_v = CASES[request.param]
+    torch.manual_seed(1)
+    field = 2 * torch.randn(shape, dtype=torch.float64)
+    return prior, field, make_v()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, 10.0])
+@pytest.mark.parametrize("with_v", [True, False])
+def test_moments_are_the_derivatives_of_log_partition(prior_case, scale, with_v):
+    prior, field, V = prior_case
+    V = V if with_v else None
+    field = (scale * field).requires_grad_()
+    log = prior.log_partition(field, V)
+    assert log.shape == field.shape[:1]
+    first = grad(log.sum(), field, create_graph=True)[0]
+    torch.testing.assert_close(prior.mean(field, V), first, rtol=1e-9, atol=1e-12)
+    flat = first.reshape(5, -1)
+    rows = [grad(flat[:, a].sum(), field, retain_graph=True)[0] for a in range(flat.shape[1])]
+    second = torch.stack(rows, dim=1).reshape(*field.shape, *field.shape[1:])
+    torch.testing.assert_close(prior.covariance(field, V), second, rtol=1e-9, atol=1e-12)
+
+
+def test_moments_are_differentiable_twice(prior_case):
+    prior, field, V = prior_case
+    field, V = field[:1].requires_grad_(), V[:1]
+    assert gradcheck(lambda h: prior.covariance(h, V), field, fast_mode=True)
+    assert gradgradcheck(lambda h: prior.mean(h, V), field, fast_mode=True)
+
+
+def test_zero_field_and_no_v_is_a_probability_measure(prior_case):
+    prior, field, _ = prior_case
+    torch.testing.assert_close(
+        prior.log_partition(torch.zeros_like(field)),
+        torch.zeros(5, dtype=torch.float64),
+        rtol=0,
+        atol=1e-14,
+    )
+
+
+def test_ising_and_potts_by_summation():
+    h, V = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    direct = math.log(sum(0.5 * math.exp(s * 0.7 + 0.5 * 0.3) for s in (1, -1)))
+    assert IsingPrior().log_partition(h, V).item() == pytest.approx(direct, rel=1e-14)
+    torch.manual_seed(0)
+    field, V = torch.randn(4, dtype=torch.float64), symmetric(4, 4)
+    states = torch.eye(4, dtype=torch.float64)
+    weights = torch.stack([(field @ s + 0.5 * s @ V @ s).exp() / 4 for s in states])
+    prior = PottsPrior(4)
+    torch.testing.assert_close(prior.log_partition(field, V), weights.sum().log())
+    mean = weights @ states / weights.sum()
+    torch.testing.assert_close(prior.mean(field, V), mean)
+
+
+def test_gaussian_by_quadrature():
+    prior = GaussianPrior(torch.tensor([0.4]), torch.tensor([[0.6]])).double()
+    mean, variance = prior.location.item(), prior.scale_tril().item() ** 2
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    s = mean + math.sqrt(variance) * nodes
+    h, V = 0.8, -0.5
+    boltzmann = weights / math.sqrt(2 * math.pi) * np.exp(h * s + 0.5 * V * s**2)
+    field = torch.tensor([h], dtype=torch.float64)
+    matrix = torch.tensor([[V]], dtype=torch.float64)
+    total = boltzmann.sum()
+    assert prior.log_partition(field, matrix).item() == pytest.approx(math.log(total), rel=1e-10)
+    average = (boltzmann * s).sum() / total
+    assert prior.mean(field, matrix).item() == pytest.approx(average, rel=1e-10)
+
+
+def test_sphere_by_quadrature():
+    """In three dimensions the measure along the field is uniform on [−R, R]."""
+    prior = SphericalPrior(3, 1.7)
+    field = torch.tensor([0.3, -1.1, 0.8], dtype=torch.float64)
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    s, size = 1.7 * nodes, field.norm().item()
+    boltzmann = weights / 2 * np.exp(size * s)
+    total = boltzmann.sum()
+    assert prior.log_partition(field).item() == pytest.approx(math.log(total), rel=1e-13)
+    average = (boltzmann * s).sum() / total
+    torch.testing.assert_close(prior.mean(field), average * field / size)
+    along, across = prior.variances(field)
+    second = (boltzmann * s**2).sum() / total
+    assert along.item() == pytest.approx(second - average**2, rel=1e-12)
+    assert across.item() == pytest.approx((1.7**2 - second) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 33, 81, 100, 4096])
+def test_bessel_functions_to_relative_accuracy(dim):
+    nu = mpmath.mpf(dim) / 2 - 1
+    with mpmath.workdps(60):
+        for kappa in (1e-6, 1e-2, 1.0, 10.0, 60.0, 300.0, 1e4, 1e6):
+            k = mpmath.mpf(kappa)
+            low, high = mpmath.besseli(nu, k), mpmath.besseli(nu + 1, k)
+            ratio = high / low
+            slope = 1 - ratio**2 - (dim - 1) * ratio / k
+            log = mpmath.log(mpmath.gamma(nu + 1) * (2 / k) ** nu * low)
+            fall = (slope - ratio / k) / (2 * k**2)
+            found = bessel(torch.tensor(kappa, dtype=torch.float64) ** 2, float(nu))
+            for mine, exact, tolerance in zip(
+                found, (ratio / k, slope, fall, log), (1e-14, 2e-12, 1e-13, 1e-14), strict=True
+            ):
+                assert abs(mpmath.mpf(mine.item()) / exact - 1) < tolerance, kappa
+
+
+@pytest.mark.parametrize("dim", [2, 3, 64, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sphere_is_finite_and_accurate_in_both_precisions(dim, dtype):
+    prior = SphericalPrior(dim, 1.0)
+    for kappa in (0.0, 1e-6, 1.0, 1e3, 1e6):
+        field = torch.zeros(dim, dtype=dtype)
+        field[0] = kappa
+        field.requires_grad_()
+        exact = SphericalPrior(dim, 1.0).variances(field.double())
+        for mine, wide in zip(prior.variances(field), exact, strict=True):
+            torch.testing.assert_close(mine.double(), wide, rtol=torch.finfo(dtype).eps * 4, atol=0)
+        gradient = grad(prior.log_partition(field) + prior.mean(field).sum(), field)[0]
+        assert bool(gradient.isfinite().all())
+        assert prior.mean(field).dtype == dtype
+
+
+def test_large_dimension_form_and_its_inverse():
+    torch.manual_seed(0)
+    errors = []
+    for dim in (10, 100, 1000):
+        prior = SphericalPrior(dim)
+        field = 3 * torch.randn(dim, dtype=torch.float64)
+        exact, limit = prior.mean(field), prior.large_dim_mean(field)
+        errors.append(((exact - limit).norm() / exact.norm()).item())
+        torch.testing.assert_close(prior.large_dim_field(limit), field)
+        stretch = 1 + math.sqrt(1 + field.square().sum().item() / prior.radius**2)
+        torch.testing.assert_close(limit, field / stretch)
+    # The error falls like 1/d.
+    assert errors[0] > 5 * errors[1] > 25 * errors[2]
+    with pytest.raises(ValueError, match="inside the sphere"):
+        prior.large_dim_field(100 * field)
+
+
+def test_gaussian_parameters_learn():
+    prior = gaussian()
+    field = torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(*parameters):
+        names = ["location", "log_diagonal", "below_diagonal"]
+        state = dict(zip(names, parameters, strict=True))
+        from torch.func import functional_call
+
+        class Wrap(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.prior = prior
+
+            def forward(self, h):
+                return self.prior.log_partition(h)
+
+        return functional_call(Wrap(), {f"prior.{n}": p for n, p in state.items()}, (field,))
+
+    parameters = [p.detach().clone().requires_grad_() for p in prior.parameters()]
+    assert gradcheck(loss, parameters)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussianPrior(torch.zeros(2), torch.eye(3)), r"\(d,\)"),
+        (lambda: GaussianPrior(torch.zeros(2), -torch.eye(2)), "smallest eigenvalue is -1"),
+        (
+            lambda: GaussianPrior(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])),
+            "symmetric",
+        ),
+        (
+            lambda: GaussianPrior(torch.zeros(2), torch.eye(2)).mean(
+                torch.zeros(2), 2 * torch.eye(2)
+            ),
+            "P − V must be positive definite.*-1",
+        ),
+        (lambda: SphericalPrior(1), "at least 2"),
+        (lambda: SphericalPrior(3, 0.0), "radius"),
+        (lambda: SphericalPrior(3).mean(torch.zeros(4)), r"\(..., 3\)"),
+        (
+            lambda: SphericalPrior(2).log_partition(torch.zeros(2), torch.ones(2, 2)),
+            "isotropic",
+        ),
+        (lambda: SphericalPrior(2).large_dim_mean(torch.zeros(2)), "at least 3"),
+        (lambda: PottsPrior(0), "num_states"),
+        (lambda: PottsPrior(3).mean(torch.zeros(2)), r"\(..., 3\)"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_isotropic_v_as_number_or_matrix():
+    prior = SphericalPrior(3)
+    torch.manual_seed(0)
+    field, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    matrix = v[:, None, None] * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(prior.log_partition(field, v), prior.log_partition(field, matrix))
