@@ -1,12 +1,33 @@
-"""Floor 2: spin systems. So far: the priors of a single spin.
+"""Floor 2: spin systems and their mean-field theory, without neural networks.
 
-`IsingPrior`, `GaussianPrior`, `PottsPrior` and `SphericalPrior` give the partition function of one
-spin in a field, its mean and its covariance, differentiable to any order.
+A `SpinSystem` is couplings and a prior; an inference method (`NaiveMeanField`, `TAP`, `Exact`)
+takes it and fields to a `Response`: magnetizations, covariances, free energy, batched over fields
+and differentiable in couplings, fields and prior parameters.
 """
 
+from ._ensembles import ferromagnet, hopfield, lattice, sherrington_kirkpatrick
+from ._exact import Exact
 from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
+from ._naive import NaiveMeanField
 from ._potts import PottsPrior
+from ._response import Response
 from ._spherical import SphericalPrior
+from ._system import SpinSystem
+from ._tap import TAP
 
-__all__ = ["GaussianPrior", "IsingPrior", "PottsPrior", "SphericalPrior"]
+__all__ = [
+    "TAP",
+    "Exact",
+    "GaussianPrior",
+    "IsingPrior",
+    "NaiveMeanField",
+    "PottsPrior",
+    "Response",
+    "SphericalPrior",
+    "SpinSystem",
+    "ferromagnet",
+    "hopfield",
+    "lattice",
+    "sherrington_kirkpatrick",
+]

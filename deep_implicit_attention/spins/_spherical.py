@@ -35,11 +35,10 @@ class SphericalPrior(Prior):
             raise ValueError(f"dim must be at least 2, got {dim}")
         self.event_shape = Size((dim,))
         self.order = dim / 2 - 1
-        if radius is None:
-            radius = self.order**0.5 if dim > 2 else 1.0
-        if not radius > 0:
+        default = self.order**0.5 if dim > 2 else 1.0
+        self.radius = default if radius is None else float(radius)
+        if not self.radius > 0:
             raise ValueError(f"radius must be positive, got {radius}")
-        self.radius = float(radius)
 
     def extra_repr(self) -> str:
         return f"dim={self.event_shape[0]}, radius={self.radius:g}"

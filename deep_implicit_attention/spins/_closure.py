@@ -1,0 +1,159 @@
+"""The frame of mean-field methods: solve for a state, read off the response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..deq import fixed_point
+from ..deq._failure import OnFailure
+from ..solvers import Solution, anderson
+from ..solvers._validate import check_options
+from ._prior import Prior
+from ._response import Response, total_derivative
+from ._system import SpinSystem
+
+State = tuple[Tensor, Tensor]
+
+
+class Closure:
+    """A closure of the mean-field equations: `method(system, fields) -> Response`.
+
+    The equations are solved by `deq.fixed_point` for the state (m, C) of magnetizations and
+    single-spin covariances, with implicit gradients. A subclass supplies `V` and `correction`.
+
+    Args:
+        tol: relative residual at which a sample is solved.
+        max_iter: solver steps at most.
+        solver: a solver of `deep_implicit_attention.solvers`; by default the method's own.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
+        **options: further options of the solver.
+    """
+
+    default_solver: ClassVar[dict[str, Any]] = {"solver": anderson}
+
+    def __init__(
+        self,
+        *,
+        tol: float = 1e-10,
+        max_iter: int = 2000,
+        solver: Callable[..., Solution] | None = None,
+        on_failure: OnFailure = "warn",
+        **options: Any,
+    ) -> None:
+        chosen = self.default_solver if solver is None else {"solver": solver}
+        check_options(chosen["solver"], options, owner=type(self).__name__)
+        self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
+        self.on_failure: OnFailure = on_failure
+
+    def check(self, prior: Prior) -> None:
+        """Raise `TypeError` for a prior that the method has no equations for."""
+
+    def V(self, system: SpinSystem, covariance: Tensor) -> Tensor | None:
+        """The variance of the cavity fields, from single-spin covariances."""
+        raise NotImplementedError
+
+    def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
+        """Solve for fields `(*batch, N, *event)`."""
+        self.check(system.prior)
+        system.check_fields(fields)
+        event = (system.num_spins, *system.event_shape)
+        batch = fields.shape[: fields.dim() - len(event)]
+        x = fields.reshape(-1, *event)
+        solution = self._solve(system, x)
+        m, covariance = solution.value
+        V = self.V(system, covariance)
+        interaction = 0.5 * _sites(m * system.pull(m))
+        log = _local(system, x, m, V)[1] - interaction
+        energy = -interaction - _sites(x * m)
+        if V is not None:
+            echo = _sites(V * covariance)
+            log = log + 0.5 * _sites(m * _apply(V, m)) - 0.25 * echo
+            energy = energy - 0.5 * echo
+
+        def respond(flat: Tensor) -> Tensor:
+            return self._solve(system, flat.view_as(x)).value[0].flatten(1)
+
+        def susceptibility() -> Tensor:
+            return total_derivative(respond, x.flatten(1)).reshape(*batch, *event, *event)
+
+        def linear_response() -> Tensor:
+            return self.linear_response(system, x, m, covariance).reshape(*batch, *event, *event)
+
+        return Response(
+            magnetization=m.reshape(fields.shape),
+            log_partition=log.reshape(batch),
+            energy=energy.reshape(batch),
+            cavity_variance=None if V is None else V.reshape(*batch, *V.shape[1:]),
+            solution=solution,
+            method=type(self).__name__,
+            _covariance=linear_response,
+            _susceptibility=susceptibility,
+        )
+
+    def linear_response(
+        self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
+    ) -> Tensor:
+        """χ, `(B, n, n)`: by default the total derivative ∂m/∂x."""
+        return total_derivative(
+            lambda flat: self._solve(system, flat.view_as(x)).value[0].flatten(1), x.flatten(1)
+        )
+
+    def _solve(self, system: SpinSystem, x: Tensor) -> Solution:
+        start = system.prior.mean(x), system.prior.covariance(x)
+        return fixed_point(
+            _Step(self, system.prior),
+            start,
+            (x, system.couplings),
+            on_failure=self.on_failure,
+            **self.options,
+        )
+
+
+class _Step(nn.Module):
+    """One step of the equations, a module so that the prior's parameters are differentiable."""
+
+    def __init__(self, closure: Closure, prior: Prior) -> None:
+        super().__init__()
+        self.closure, self.prior = closure, prior
+
+    def forward(self, state: State, x: Tensor, couplings: Tensor) -> State:
+        system = SpinSystem.unchecked(couplings, self.prior)
+        m, covariance = state
+        V = self.closure.V(system, covariance)
+        field = x + system.pull(m)
+        if V is not None:
+            field = field - _apply(V, m)
+        return self.prior.mean(field, V), self.prior.covariance(field, V)
+
+
+def _local(system: SpinSystem, x: Tensor, m: Tensor, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The field that acts on each spin, and Σ_i log Z0 `(B,)`."""
+    field = x + system.pull(m)
+    if V is not None:
+        field = field - _apply(V, m)
+    return field, system.prior.log_partition(field, V).sum(dim=1)
+
+
+def _apply(V: Tensor, m: Tensor) -> Tensor:
+    """V_i m_i."""
+    return V * m if V.dim() == m.dim() else (V @ m.unsqueeze(-1)).squeeze(-1)
+
+
+def _sites(values: Tensor) -> Tensor:
+    """Sum over sites and components, `(B,)`."""
+    return values.flatten(1).sum(dim=1)
+
+
+def naive_response(system: SpinSystem, covariance: Tensor) -> Tensor:
+    """(blockdiag C⁻¹ − J)⁻¹ = (1 − C J)⁻¹ C, which needs no inverse of a singular C."""
+    k = system.event_shape.numel()
+    blocks = covariance.reshape(*covariance.shape[:2], k, k)
+    n = system.num_spins * k
+    spread = torch.einsum("bixy,ij->bixjy", blocks, torch.eye(system.num_spins).to(blocks))
+    c = spread.reshape(-1, n, n)
+    identity = torch.eye(n).to(c)
+    return torch.linalg.solve(identity - c @ system.matrix(), c)

@@ -1,0 +1,61 @@
+"""Couplings of the usual ensembles, with the inverse temperature in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..solvers._validate import check_count
+
+
+def sherrington_kirkpatrick(
+    num_spins: int, beta: float = 1.0, field: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Couplings `(N, N)` and fields `(N,)` of the SK model, float64.
+
+    J_ij ~ N(0, β²/N), symmetric, and x_i ~ N(0, field²), drawn in this order by
+    `numpy.random.default_rng(seed)`, so the same seed means the same system everywhere.
+    """
+    check_count("num_spins", num_spins)
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.normal(size=(num_spins, num_spins)), 1)
+    couplings = beta / np.sqrt(num_spins) * (upper + upper.T)
+    return torch.from_numpy(couplings), torch.from_numpy(field * rng.normal(size=num_spins))
+
+
+def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
+    """Hebbian couplings `(N, N)` of patterns `(P, N)`: J = (β/N) Σ_p ξ_p ξ_pᵀ, J_ii = 0."""
+    if patterns.dim() != 2:
+        raise ValueError(f"patterns must have shape (P, N), got {tuple(patterns.shape)}")
+    couplings = beta / patterns.shape[1] * patterns.mT @ patterns
+    return couplings - couplings.diagonal().diag()
+
+
+def ferromagnet(num_spins: int, beta: float = 1.0) -> Tensor:
+    """The Curie–Weiss model `(N, N)`, float64: J_ij = β/N for i ≠ j."""
+    check_count("num_spins", num_spins)
+    ones = torch.ones(num_spins, num_spins, dtype=torch.float64)
+    return beta / num_spins * (ones - torch.eye(num_spins, dtype=torch.float64))
+
+
+def lattice(shape: Sequence[int], beta: float = 1.0, periodic: bool = True) -> Tensor:
+    """Couplings β between nearest neighbours of a cubic lattice of any dimension, float64.
+
+    Sites are numbered in row-major order. With `periodic` a side of length 2 has one bond, not two,
+    between its sites.
+    """
+    for size in shape:
+        check_count("shape", size)
+    sites = torch.arange(int(np.prod(shape))).reshape(tuple(shape))
+    couplings = torch.zeros(sites.numel(), sites.numel(), dtype=torch.float64)
+    for axis, size in enumerate(shape):
+        here, there = sites, sites.roll(-1, axis)
+        if not periodic:
+            here, there = here.narrow(axis, 0, size - 1), there.narrow(axis, 0, size - 1)
+        if size > 1:
+            couplings[here.flatten(), there.flatten()] = beta
+            couplings[there.flatten(), here.flatten()] = beta
+    return couplings

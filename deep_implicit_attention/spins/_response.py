@@ -1,0 +1,74 @@
+"""What an inference method says about a system in fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..solvers import Solution
+
+
+@dataclass(frozen=True)
+class Response:
+    """Magnetizations, free energy and response of a system, by one method.
+
+    Everything is differentiable with respect to couplings, fields and prior parameters that carry
+    gradients.
+
+    Attributes:
+        magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
+        log_partition: log Z, `(*batch,)`, with priors that are probability measures.
+        energy: ⟨−½ Σ_ij S_iᵀ J_ij S_j − Σ_i x_i·S_i⟩, `(*batch,)`.
+        cavity_variance: V_i, `(*batch, N, *event, *event)`, or None if the method has none.
+        solution: evidence of the solve, or None if nothing was iterated.
+    """
+
+    magnetization: Tensor
+    log_partition: Tensor
+    energy: Tensor
+    cavity_variance: Tensor | None
+    solution: Solution | None
+    method: str
+    _covariance: Callable[[], Tensor] = field(repr=False)
+    _susceptibility: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """χ_ij, the method's own linear response, `(*batch, N, *event, N, *event)`."""
+        return self._covariance()
+
+    @cached_property
+    def susceptibility(self) -> Tensor:
+        """∂m_i/∂x_j, the total derivative, `(*batch, N, *event, N, *event)`.
+
+        Costs a solve and one backward solve for every component.
+        """
+        return self._susceptibility()
+
+    @property
+    def entropy(self) -> Tensor:
+        """log Z + energy, `(*batch,)`: relative to the prior, so at most 0 for the exact answer."""
+        return self.log_partition + self.energy
+
+    def __repr__(self) -> str:
+        shape = tuple(self.magnetization.shape)
+        log = self.log_partition.detach().mean().item()
+        evidence = "" if self.solution is None else f", {self.solution!r}"
+        return f"Response({self.method}: magnetization {shape}, mean log Z {log:.6g}{evidence})"
+
+
+def total_derivative(respond: Callable[[Tensor], Tensor], fields: Tensor) -> Tensor:
+    """∂m/∂x `(B, n, n)` of `respond`, fields `(B, n)` to magnetizations `(B, n)`."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = fields.view_as(fields) if fields.requires_grad else fields.detach().requires_grad_()
+        m = respond(x)
+        rows = [
+            torch.autograd.grad(m[:, i].sum(), x, retain_graph=True, create_graph=create_graph)[0]
+            for i in range(m.shape[1])
+        ]
+    return torch.stack(rows, dim=1)
