@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..spins._blocks import block_diagonal, diagonal_blocks
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
@@ -75,7 +76,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def prepare(self, x: Tensor) -> _Context:
         couplings = self.coupling_matrix()
         precision = self.spin_prior_inv_var.to(couplings)
-        return _Context(x, couplings, precision, _block_diagonal(precision) - couplings)
+        return _Context(x, couplings, precision, block_diagonal(precision) - couplings)
 
     def solve(self, context: _Context, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """The closed form; V only if element 1 is wanted."""
@@ -86,7 +87,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if not self.lin_response:
             return z, self.initial_state(x)[1]
         response = torch.linalg.inv_ex(operator).inverse
-        blocks = _diagonal_blocks(response, self.num_spins)
+        blocks = diagonal_blocks(response, self.num_spins)
         cavity_variance = context.precision - torch.linalg.inv_ex(blocks).inverse
         return z, cavity_variance.expand(x.shape[0], *cavity_variance.shape)
 
@@ -123,21 +124,6 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if not self.lin_response:
             return new_mean, torch.zeros_like(cavity)
         total = cavity + inverse  # Λ_i
-        response = torch.linalg.inv_ex(_block_diagonal(total) - context.couplings).inverse
-        blocks = _diagonal_blocks(response, self.num_spins)
+        response = torch.linalg.inv_ex(block_diagonal(total) - context.couplings).inverse
+        blocks = diagonal_blocks(response, self.num_spins)
         return new_mean, total - torch.linalg.inv_ex(blocks).inverse
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """`(..., N, d, d)` -> `(..., N·d, N·d)` with the blocks on the diagonal."""
-    sites, dim = blocks.shape[-3:-1]
-    spread = torch.diag_embed(blocks.movedim(-3, -1))  # (..., d, d, N, N)
-    spread = spread.movedim((-2, -1), (-4, -2))  # (..., N, d, N, d)
-    return spread.reshape(*blocks.shape[:-3], sites * dim, sites * dim)
-
-
-def _diagonal_blocks(matrix: Tensor, sites: int) -> Tensor:
-    """The inverse of `_block_diagonal`, ignoring what is off the diagonal."""
-    dim = matrix.shape[-1] // sites
-    split = matrix.reshape(*matrix.shape[:-2], sites, dim, sites, dim)
-    return split.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

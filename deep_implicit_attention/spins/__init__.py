@@ -5,6 +5,7 @@ takes it and fields to a `Response`: magnetizations, covariances, free energy, b
 and differentiable in couplings, fields and prior parameters.
 """
 
+from ._adaptive_tap import AdaptiveTAP
 from ._ensembles import ferromagnet, hopfield, lattice, sherrington_kirkpatrick
 from ._exact import Exact
 from ._gaussian import GaussianPrior
@@ -18,6 +19,7 @@ from ._tap import TAP
 
 __all__ = [
     "TAP",
+    "AdaptiveTAP",
     "Exact",
     "GaussianPrior",
     "IsingPrior",

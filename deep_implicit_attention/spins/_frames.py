@@ -1,0 +1,159 @@
+"""Coordinates in which every spin is a vector with a covariance that can be inverted.
+
+Ising spins are vectors of one component. Potts spins live in the q − 1 dimensions across
+(1, …, 1): S = 1/q + U s with an orthonormal basis U of that space. Spherical spins stay as they
+are, but their second moments are matched on the trace only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._ising import IsingPrior
+from ._potts import PottsPrior
+from ._prior import Prior
+from ._spherical import SphericalPrior
+from ._system import SpinSystem
+
+
+class Local(nn.Module):
+    """A prior as seen in a frame: fields `(B, N, k)`, V and covariances `(B, N, k, k)`."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.log_partition(field, V)
+
+    def mean(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.mean(field, V)
+
+    def covariance(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.match(self.prior.covariance(field, V))
+
+    def match(self, covariance: Tensor) -> Tensor:
+        """The part of a covariance that single spins and response must agree on."""
+        return covariance
+
+
+class _Ising(Local):
+    def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.log_partition(field[..., 0], V[..., 0, 0])
+
+    def mean(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.mean(field)
+
+    def covariance(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.covariance(field).unsqueeze(-1)
+
+
+class _Sphere(Local):
+    def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.log_partition(field, V[..., 0, 0])
+
+    def match(self, covariance: Tensor) -> Tensor:
+        dim = covariance.shape[-1]
+        trace = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+        return trace[..., None, None] * torch.eye(dim, dtype=trace.dtype, device=trace.device)
+
+
+class _Potts(Local):
+    def __init__(self, prior: Prior, basis: Tensor) -> None:
+        super().__init__(prior)
+        self.register_buffer("basis", basis, persistent=False)
+
+    basis: Tensor
+
+    def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.log_partition(field @ self.basis.mT, self._lift(V))
+
+    def mean(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.mean(field @ self.basis.mT, self._lift(V)) @ self.basis
+
+    def covariance(self, field: Tensor, V: Tensor) -> Tensor:
+        full = self.prior.covariance(field @ self.basis.mT, self._lift(V))
+        return self.basis.mT @ full @ self.basis
+
+    def _lift(self, V: Tensor) -> Tensor:
+        return self.basis @ V @ self.basis.mT
+
+
+class Frame:
+    """A system in such coordinates: couplings `(N·k, N·k)`, and the way there and back."""
+
+    def __init__(self, system: SpinSystem, local: Local, components: int) -> None:
+        self.system, self.local, self.components = system, local, components
+        self.couplings = system.matrix()
+
+    def fields(self, x: Tensor) -> Tensor:
+        """`(*batch, N, *event)` -> `(B, N, k)`."""
+        return x.reshape(-1, self.system.num_spins, self.components)
+
+    def magnetization(self, m: Tensor, batch: torch.Size) -> Tensor:
+        """`(B, N, k)` -> `(*batch, N, *event)`."""
+        return m.reshape(*batch, self.system.num_spins, *self.system.event_shape)
+
+    def variance(self, V: Tensor, batch: torch.Size) -> Tensor:
+        """`(B, N, k, k)` -> `(*batch, N, *event, *event)`."""
+        event = self.system.event_shape
+        return V.reshape(*batch, self.system.num_spins, *event, *event)
+
+    def pairs(self, chi: Tensor, batch: torch.Size) -> Tensor:
+        """`(B, N·k, N·k)` -> `(*batch, N, *event, N, *event)`."""
+        side = (self.system.num_spins, *self.system.event_shape)
+        return chi.reshape(*batch, *side, *side)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """What the change of coordinates adds to log Z, `(B,)`."""
+        return x.new_zeros(self.fields(x).shape[0])
+
+
+class _PottsFrame(Frame):
+    def __init__(self, system: SpinSystem) -> None:
+        q = system.event_shape[0]
+        like = system.couplings.detach()
+        ones = torch.ones(q, 1, dtype=like.dtype, device=like.device)
+        identity = torch.eye(q, q - 1, dtype=like.dtype, device=like.device)
+        basis = torch.linalg.qr(torch.cat([ones, identity], dim=1)).Q[:, 1:]
+        super().__init__(system, _Potts(system.prior, basis), q - 1)
+        self.basis = basis
+        sites = system.num_spins
+        spread = torch.kron(torch.eye(sites).to(basis), basis.contiguous())  # (N·q, N·(q−1))
+        full = system.matrix()
+        self.couplings = spread.mT @ full @ spread
+        centre = full.new_full((full.shape[0],), 1 / q)
+        self.push = (full @ centre).view(sites, q)  # Σ_j J_ij 1/q
+        self.centre_energy = 0.5 * centre @ full @ centre
+
+    def fields(self, x: Tensor) -> Tensor:
+        return (x.reshape(-1, *self.push.shape) + self.push) @ self.basis
+
+    def magnetization(self, m: Tensor, batch: torch.Size) -> Tensor:
+        return super().magnetization(1 / (self.components + 1) + m @ self.basis.mT, batch)
+
+    def variance(self, V: Tensor, batch: torch.Size) -> Tensor:
+        return super().variance(self.basis @ V @ self.basis.mT, batch)
+
+    def pairs(self, chi: Tensor, batch: torch.Size) -> Tensor:
+        sites = self.system.num_spins
+        split = chi.reshape(-1, sites, self.components, sites, self.components)
+        full = torch.einsum("bixjy,ax,cy->biajc", split, self.basis, self.basis)
+        return super().pairs(full, batch)
+
+    def constant(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, *self.push.shape)
+        return self.centre_energy + flat.sum(dim=(1, 2)) / (self.components + 1)
+
+
+def frame_of(system: SpinSystem) -> Frame:
+    """The frame for the prior of `system`; raises `TypeError` for one without equations."""
+    prior = system.prior
+    if isinstance(prior, IsingPrior):
+        return Frame(system, _Ising(prior), 1)
+    if isinstance(prior, SphericalPrior):
+        return Frame(system, _Sphere(prior), system.event_shape[0])
+    if isinstance(prior, PottsPrior):
+        return _PottsFrame(system)
+    raise TypeError(f"AdaptiveTAP has no equations for {type(prior).__name__}")
