@@ -13,6 +13,7 @@ from ._ising import IsingPrior
 from ._naive import NaiveMeanField
 from ._potts import PottsPrior
 from ._response import Response
+from ._self_averaging_tap import SelfAveragingTAP
 from ._spherical import SphericalPrior
 from ._system import SpinSystem
 from ._tap import TAP
@@ -26,6 +27,7 @@ __all__ = [
     "NaiveMeanField",
     "PottsPrior",
     "Response",
+    "SelfAveragingTAP",
     "SphericalPrior",
     "SpinSystem",
     "ferromagnet",
