@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..deq import Implicit, fixed_point
-from ..deq._failure import OnFailure, report
-from ..solvers import Solution, Status, picard
-from ..solvers._validate import check_options
+from ..deq._failure import report
+from ..solvers import Solution, Status
 from ._blocks import block_diagonal, diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
+from ._method import IteratedMethod
 from ._response import Response, total_derivative
 from ._system import SpinSystem
 
 State = tuple[Tensor, Tensor]
 
 
-class AdaptiveTAP:
+class AdaptiveTAP(IteratedMethod):
     """The equations of Opper and Winther (2001, Phys. Rev. E 64, 056131), for any prior:
 
         m_i = mean(h_i, V_i),   h_i = x_i + Σ_j J_ij m_j − V_i m_i,   C_i = covariance(h_i, V_i)
@@ -42,24 +38,7 @@ class AdaptiveTAP:
     Damped Picard iteration, the default, converges for weak and moderate couplings (all of the SK
     systems with N = 12 up to β = 1 in the tests); where it does not, that is reported. Cost:
     O(B N³ d³) a step, one Cholesky factorisation and its inverse.
-
-    Args:
-        tol, max_iter, solver, on_failure, **options: as for the other closures.
     """
-
-    def __init__(
-        self,
-        *,
-        tol: float = 1e-10,
-        max_iter: int = 2000,
-        solver: Callable[..., Solution] | None = None,
-        on_failure: OnFailure = "warn",
-        **options: Any,
-    ) -> None:
-        chosen = {"solver": picard, "damping": 0.5} if solver is None else {"solver": solver}
-        check_options(chosen["solver"], options, owner="AdaptiveTAP")
-        self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
-        self.on_failure: OnFailure = on_failure
 
     def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
         """Solve for fields `(*batch, N, *event)`."""
@@ -91,14 +70,7 @@ class AdaptiveTAP:
     def _solve(self, frame: Frame, x: Tensor) -> Solution:
         zero = x.new_zeros(*x.shape, x.shape[-1])
         start = frame.local.mean(x, zero), zero
-        return fixed_point(
-            _Step(frame.local),
-            start,
-            (x, frame.couplings),
-            adjoint=Implicit(),
-            on_failure="ignore",
-            **self.options,
-        )
+        return self.fixed_point(_Step(frame.local), start, x, frame.couplings)
 
     def _judged(self, solution: Solution, chi: Tensor) -> Solution:
         """A solution whose Λ − J is not positive definite has no distribution behind it."""
@@ -123,7 +95,10 @@ class _Step(nn.Module):
         total = V + torch.linalg.inv_ex(self.local.covariance(field, V)).inverse
         chi, sound = _response(total, couplings)
         matched = self.local.match(diagonal_blocks(chi, x.shape[1]))
-        new_V = total - torch.linalg.inv_ex(matched).inverse
+        # What matching does not determine (antisymmetric parts; on the sphere all but the trace)
+        # would stay as it is for ever and make the equations singular.
+        new_V = self.local.match(total - torch.linalg.inv_ex(matched).inverse)
+        new_V = 0.5 * (new_V + new_V.mT)
         # Where Λ − J is not positive definite on the way, V stays and only m moves.
         new_V = torch.where(sound[:, None, None, None], new_V, V)
         return self.local.mean(field, V), new_V

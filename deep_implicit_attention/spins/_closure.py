@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from ..deq import fixed_point
-from ..deq._failure import OnFailure
-from ..solvers import Solution, anderson
-from ..solvers._validate import check_options
+from ..deq._failure import report
+from ..solvers import Solution
+from ._method import IteratedMethod
 from ._prior import Prior
 from ._response import Response, total_derivative
 from ._system import SpinSystem
@@ -19,35 +15,12 @@ from ._system import SpinSystem
 State = tuple[Tensor, Tensor]
 
 
-class Closure:
+class Closure(IteratedMethod):
     """A closure of the mean-field equations: `method(system, fields) -> Response`.
 
-    The equations are solved by `deq.fixed_point` for the state (m, C) of magnetizations and
-    single-spin covariances, with implicit gradients. A subclass supplies `V` and `correction`.
-
-    Args:
-        tol: relative residual at which a sample is solved.
-        max_iter: solver steps at most.
-        solver: a solver of `deep_implicit_attention.solvers`; by default the method's own.
-        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
-        **options: further options of the solver.
+    The equations are solved for the state (m, C) of magnetizations and single-spin covariances,
+    with implicit gradients. A subclass supplies `V`.
     """
-
-    default_solver: ClassVar[dict[str, Any]] = {"solver": anderson}
-
-    def __init__(
-        self,
-        *,
-        tol: float = 1e-10,
-        max_iter: int = 2000,
-        solver: Callable[..., Solution] | None = None,
-        on_failure: OnFailure = "warn",
-        **options: Any,
-    ) -> None:
-        chosen = self.default_solver if solver is None else {"solver": solver}
-        check_options(chosen["solver"], options, owner=type(self).__name__)
-        self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
-        self.on_failure: OnFailure = on_failure
 
     def check(self, prior: Prior) -> None:
         """Raise `TypeError` for a prior that the method has no equations for."""
@@ -64,6 +37,7 @@ class Closure:
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(-1, *event)
         solution = self._solve(system, x)
+        report(solution, self.on_failure, type(self).__name__, self.options["tol"])
         m, covariance = solution.value
         V = self.V(system, covariance)
         interaction = 0.5 * _sites(m * system.pull(m))
@@ -104,13 +78,7 @@ class Closure:
 
     def _solve(self, system: SpinSystem, x: Tensor) -> Solution:
         start = system.prior.mean(x), system.prior.covariance(x)
-        return fixed_point(
-            _Step(self, system.prior),
-            start,
-            (x, system.couplings),
-            on_failure=self.on_failure,
-            **self.options,
-        )
+        return self.fixed_point(_Step(self, system.prior), start, x, system.couplings)
 
 
 class _Step(nn.Module):

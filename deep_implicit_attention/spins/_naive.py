@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from ..solvers import picard
 from ._closure import Closure, naive_response
 from ._system import SpinSystem
 
@@ -24,8 +21,6 @@ class NaiveMeanField(Closure):
     With strong couplings there are several solutions. Damped Picard iteration, the default, settles
     in stable ones, which are maxima of the bound; accelerated solvers may find saddles.
     """
-
-    default_solver: ClassVar[dict[str, Any]] = {"solver": picard, "damping": 0.5}
 
     def V(self, system: SpinSystem, covariance: Tensor) -> None:
         return None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..deq import Implicit, fixed_point
-from ..deq._failure import OnFailure, report
-from ..solvers import Solution, picard
-from ..solvers._validate import check_options
+from ..deq._failure import report
+from ..solvers import Solution
 from ._ising import IsingPrior
+from ._method import IteratedMethod
 from ._response import Response, total_derivative
 from ._system import SpinSystem
 
@@ -22,7 +18,7 @@ State = tuple[Tensor, Tensor]
 _NEWTON_STEPS = 40
 
 
-class SelfAveragingTAP:
+class SelfAveragingTAP(IteratedMethod):
     """Adaptive TAP with one number V for all sites, for Ising spins (Opper, Winther 2001, Phys.
     Rev. E 64, 056131). With {e_k} the spectrum of J and χ̄ = (1/N) Σ_i C_i,
 
@@ -34,24 +30,7 @@ class SelfAveragingTAP:
 
     Cost: one eigendecomposition for each J, then O(B N²) a step; memory J and two matrices of its
     size.
-
-    Args:
-        tol, max_iter, solver, on_failure, **options: as for the other closures.
     """
-
-    def __init__(
-        self,
-        *,
-        tol: float = 1e-10,
-        max_iter: int = 2000,
-        solver: Callable[..., Solution] | None = None,
-        on_failure: OnFailure = "warn",
-        **options: Any,
-    ) -> None:
-        chosen = {"solver": picard, "damping": 0.5} if solver is None else {"solver": solver}
-        check_options(chosen["solver"], options, owner="SelfAveragingTAP")
-        self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
-        self.on_failure: OnFailure = on_failure
 
     def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
         """Solve for fields `(*batch, N)`."""
@@ -69,14 +48,7 @@ class SelfAveragingTAP:
 
         def solve(x: Tensor) -> Solution:
             start = torch.tanh(x), torch.zeros_like(x[:, :1])
-            return fixed_point(
-                step,
-                start,
-                (x, couplings, spectrum),
-                adjoint=Implicit(),
-                on_failure="ignore",
-                **self.options,
-            )
+            return self.fixed_point(step, start, x, couplings, spectrum)
 
         solution = solve(x)
         report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
+from ..solvers import anderson
 from ._closure import Closure
 from ._prior import Prior
 from ._spherical import SphericalPrior
@@ -21,6 +24,8 @@ class TAP(Closure):
     (couplings); χ is its second derivative, ∂m/∂x. Fails, and says so, at strong couplings. Cost:
     O(B N² d³) a step; `covariance` one backward solve for every component.
     """
+
+    default_solver: ClassVar[dict[str, Any]] = {"solver": anderson}
 
     def check(self, prior: Prior) -> None:
         if isinstance(prior, SphericalPrior):

@@ -1,0 +1,55 @@
+"""The options that all iterated inference methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..deq import Implicit
+from ..deq._failure import OnFailure, check_on_failure
+from ..deq._fixed_point import solve_and_attach
+from ..solvers import Solution, picard
+from ..solvers._validate import check_count, check_number, check_options
+
+
+class IteratedMethod:
+    """An inference method that solves a fixed point.
+
+    Args:
+        tol: relative residual at which a sample is solved.
+        max_iter: solver steps at most.
+        solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
+            most damped Picard iteration, which settles in stable solutions.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
+        **options: further options of the solver.
+
+    Raises:
+        TypeError, ValueError: for unknown options and values out of range.
+    """
+
+    default_solver: ClassVar[dict[str, Any]] = {"solver": picard, "damping": 0.5}
+
+    def __init__(
+        self,
+        *,
+        tol: float = 1e-10,
+        max_iter: int = 2000,
+        solver: Callable[..., Solution] | None = None,
+        on_failure: OnFailure = "warn",
+        **options: Any,
+    ) -> None:
+        check_number("tol", tol, minimum=0.0)
+        check_count("max_iter", max_iter)
+        check_on_failure(on_failure)
+        chosen = self.default_solver if solver is None else {"solver": solver}
+        check_options(chosen["solver"], options, owner=type(self).__name__)
+        self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
+        self.on_failure: OnFailure = on_failure
+
+    def fixed_point(self, step: Callable, start: tuple[Tensor, ...], *args: Any) -> Solution:
+        """Solve `step`, leaving the report on the forward solve to the method."""
+        return solve_and_attach(
+            step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **self.options
+        )
