@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
     except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:
-        print(f"dia: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.strerror and error.filename
+        message = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore
+        print(f"dia: {message}", file=sys.stderr)
         return 1
     return 130 if result["interrupted"] else 0
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
-from ._parts import FeedForward, Weights, check_positive, check_sources, feed_forward
+from ._parts import (
+    FeedForward,
+    Weights,
+    check_no_inputs,
+    check_positive,
+    check_sources,
+    feed_forward,
+)
 
 
 class _Context(NamedTuple):
@@ -48,7 +55,8 @@ class DEQMLPMixerAttention(DEQModule):
     def extra_repr(self) -> str:
         return f"num_spins={self.num_spins}, dim={self.dim}"
 
-    def sources(self, x: Tensor) -> Tensor:
+    def sources(self, x: Tensor, *inputs: Any) -> Tensor:
+        check_no_inputs(self, inputs)
         check_sources(x, self.dim, self.num_spins, self.sum_over_couplings.expand.weight)
         return x
 

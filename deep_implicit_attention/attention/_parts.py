@@ -81,6 +81,15 @@ def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) ->
         raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
 
 
+def check_no_inputs(module: nn.Module, inputs: tuple) -> None:
+    """Raise if a mechanism that takes nothing but sources was given more."""
+    if inputs:
+        raise TypeError(
+            f"{type(module).__name__} takes no input beside x; a key mask is for "
+            "DEQVanillaSoftmaxAttention and DEQVectorSpinAttention"
+        )
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`(B, N, h·k)` -> `(B, h, N, k)`."""
     batch, sites, width = x.shape

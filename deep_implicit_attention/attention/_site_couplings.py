@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
-from ._parts import check_positive, check_sources
+from ..solvers._validate import check_number
+from ._parts import check_no_inputs, check_positive, check_sources
 
 
 class SiteCouplings(DEQModule):
@@ -33,8 +35,8 @@ class SiteCouplings(DEQModule):
         check_positive(num_spins=num_spins, dim=dim)
         if weight_init_std is None:
             weight_init_std = 1 / math.sqrt(num_spins * dim**2)
-        elif not weight_init_std >= 0:
-            raise ValueError(f"weight_init_std must be at least 0, got {weight_init_std}")
+        else:
+            check_number("weight_init_std", weight_init_std, minimum=0.0)
         self.num_spins, self.dim = num_spins, dim
         self.weight_sym_internal = weight_sym_internal
         self.weight_sym_sites = weight_sym_sites
@@ -82,6 +84,7 @@ class SiteCouplings(DEQModule):
         norms = torch.linalg.matrix_norm(self.weight())
         return norms.expand(x.shape[0], 1, *norms.shape)
 
-    def sources(self, x: Tensor) -> Tensor:
+    def sources(self, x: Tensor, *inputs: Any) -> Tensor:
+        check_no_inputs(self, inputs)
         check_sources(x, self.dim, self.num_spins, self._weight)
         return x

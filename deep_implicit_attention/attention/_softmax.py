@@ -50,7 +50,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         dim_head: width of queries and keys, default d / heads.
         scale: factor of the logits, default 1/√dim_head.
         lin_response: False drops f.
-        causal: J_ij = 0 for j > i, so that no site depends on later ones.
+        causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
+            solve returns does within its tolerance: it stops by the residual of the whole sample).
 
     Cost: O(B N² d) for the couplings and for each update; memory O(B heads N²).
     """

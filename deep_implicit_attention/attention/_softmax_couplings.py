@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
+from ..solvers._validate import check_number
 from ._parts import check_sources, hide, project, split_heads
 
 
@@ -19,6 +22,8 @@ class SoftmaxCouplings(DEQModule):
 
     def __init__(self, dim: int, heads: int, dim_head: int, scale: float | None, causal: bool):
         super().__init__()
+        if scale is not None:
+            check_number("scale", scale, minimum=-math.inf)
         self.dim, self.heads, self.causal = dim, heads, causal
         self.scale = dim_head**-0.5 if scale is None else float(scale)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,7 +39,8 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         heads: spins per site.
         beta: inverse temperature, > 0; it multiplies couplings and fields.
         scale: factor of the logits, default 1/√(dim / heads).
-        causal: J_ij = 0 for j > i, so that no site depends on later ones.
+        causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
+            solve returns does within its tolerance: it stops by the residual of the whole sample).
 
     Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
     """
@@ -58,8 +60,8 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
                 f"dim must be divisible by heads with at least 3 components a head, got "
                 f"dim={dim}, heads={heads}"
             )
-        if not beta > 0:
-            raise ValueError(f"beta must be positive, got {beta}")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta must be positive and finite, got {beta}")
         super().__init__(dim, heads, dim // heads, scale, causal)
         self.beta = float(beta)
         self.radius = (dim // heads / 2 - 1) ** 0.5

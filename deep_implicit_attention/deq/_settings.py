@@ -58,6 +58,10 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
     tol, max_iter = forward.pop("tol"), forward.pop("max_iter")
     check_number("solver_fwd_tol", tol, minimum=0.0)
     check_count("solver_fwd_max_iter", max_iter)
+    if "tol" in backward:
+        check_number("solver_bwd_tol", backward["tol"], minimum=0.0)
+    if "max_iter" in backward:
+        check_count("solver_bwd_max_iter", backward["max_iter"])
     adjoint = options["adjoint"]
     if adjoint is None:
         adjoint = Implicit(solver, **{**_BACKWARD_DEFAULTS, **backward})

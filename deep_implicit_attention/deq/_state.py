@@ -60,7 +60,7 @@ class Layout:
         parts = (state,) if isinstance(state, Tensor) else state
         if len(parts) == 1:
             return parts[0].reshape(parts[0].shape[0], self.sizes[0])
-        return torch.cat([part.reshape(part.shape[0], -1) for part in parts], dim=1)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def unpack(self, flat: Tensor) -> State:
         """The inverse of `pack`."""

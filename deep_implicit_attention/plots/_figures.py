@@ -19,24 +19,29 @@ def learning_curves(
     train_accuracy: Sequence[float],
     validation_accuracy: Sequence[float],
 ) -> Figure:
-    """Loss (nats) and error (one minus accuracy) against epochs, training and validation."""
+    """Loss (nats) and error (one minus accuracy) against epochs, training and validation.
+
+    The axis of the error is linear below one per cent and logarithmic above.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, title, train, validation in (
         (left, "cross-entropy (nats)", train_loss, validation_loss),
         (right, "error (%)", _error(train_accuracy), _error(validation_accuracy)),
     ):
-        axes.plot(epochs, train, color=COLOURS[1], label="training")
+        axes.plot(epochs, train, color=COLOURS[1], label="training (augmented, as trained)")
         axes.plot(epochs, validation, color=COLOURS[2], label="validation")
         axes.set(xlabel="epoch", ylabel=title, yscale="log")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3, which="both")
+    right.set_yscale("symlog", linthresh=1.0)
+    right.set_ylim(bottom=0)
     return figure
 
 
 def _error(accuracy: Sequence[float]) -> np.ndarray:
-    """Per cent; a perfect score is drawn at 0.01 %, since the axis is logarithmic."""
-    return np.maximum(100 * (1 - np.asarray(accuracy)), 0.01)
+    """Per cent."""
+    return 100 * (1 - np.asarray(accuracy))
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
@@ -58,14 +63,20 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") 
 
 
 def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
-    """Relative residual of every sample, `trace` `(steps, samples)`, against solver steps."""
+    """Relative residual of every sample, `trace` `(steps, samples)`, against solver steps.
+
+    A sample that is done is NaN from there on; the median is drawn while half of them go on.
+    """
     trace = np.asarray(trace)
+    going = np.isfinite(trace).mean(axis=1) >= 0.5
+    middle = np.full(len(trace), np.nan)
+    middle[going] = np.nanmedian(trace[going], axis=1)
     figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(trace) + 1)
     alpha = min(1.0, max(0.08, 2 / trace.shape[1]))
     axes.plot(steps, trace, color=COLOURS[2], alpha=alpha, linewidth=1)
-    axes.plot(steps, np.median(trace, axis=1), color=COLOURS[0], linewidth=2, label="median")
+    axes.plot(steps, middle, color=COLOURS[0], linewidth=2, label="median")
     axes.axhline(tolerance, color=COLOURS[4], linestyle="--", label=f"tolerance {tolerance:g}")
     axes.set(
         xlabel="solver step", ylabel="relative residual ‖f(z) − z‖ / ‖f(z)‖", yscale="log",
@@ -88,8 +99,8 @@ def coupling_graph(
     strengths, positions = np.asarray(strengths), np.asarray(positions, dtype=float)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    top = strengths.max() or 1.0
-    image = left.imshow(strengths, cmap="cividis", vmin=0, vmax=top)
+    apart = strengths[~np.eye(len(strengths), dtype=bool)]
+    image = left.imshow(strengths, cmap="cividis", vmin=apart.min(), vmax=apart.max())
     left.set(xlabel="site j", ylabel="site i", title=title)
     ticks = range(0, len(names), max(1, len(names) // 12))
     left.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=8)
@@ -99,7 +110,8 @@ def coupling_graph(
     rows, columns = np.triu_indices(len(strengths), 1)
     values = np.maximum(strengths, strengths.T)[rows, columns]
     order = np.argsort(values)[int(0.8 * len(values)) :]
-    weight = values[order] / top
+    drawn = values[order]
+    weight = (drawn - drawn[0]) / ((drawn[-1] - drawn[0]) or 1.0)
     lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
     right.add_collection(
         LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],

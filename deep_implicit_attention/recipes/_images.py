@@ -12,6 +12,7 @@ import torch
 
 from .. import training
 from ..models import SiteClassifier
+from ..solvers import Solution
 from ..training import ImageData, Measured, Run, Schedule
 
 
@@ -118,7 +119,8 @@ class Digits(ImageRecipe):
 
 @dataclass(frozen=True)
 class Mnist(ImageRecipe):
-    """Train on MNIST at the size and schedule of the 2021 project (26,000 parameters, 20 epochs).
+    """Train on MNIST at the size and schedule of the 2021 project: 26,000 parameters at most, 20
+    epochs.
 
     Of the 60,000 training images a part is set aside to choose the best epoch; the 10,000 test
     images are looked at once, at the end.
@@ -155,6 +157,8 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
 
     Ctrl-C ends the training early; what was learned so far is tested and drawn all the same.
     """
+    if not 0 <= recipe.seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {recipe.seed}")
     if recipe.threads < 0:
         raise ValueError(f"threads must be at least 0, got {recipe.threads}")
     if recipe.threads:
@@ -179,12 +183,13 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
             training.train_classifier(model, data, schedule, run, progress)
         except KeyboardInterrupt:
             interrupted = True
-            progress.say("interrupted: testing the best epoch so far")
         history = run.metrics()
         epoch = run.saved_epoch()
         if epoch is None:
             progress.say(f"no epoch was finished; {run.folder} holds the configuration only")
             raise SystemExit(130)
+        if interrupted:
+            progress.say("interrupted: testing the best epoch so far")
         run.load_weights(model)
         test = training.measure(model, data.test)
         best = next(record for record in history if record["epoch"] == epoch)
@@ -207,6 +212,11 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
             f"{epoch}, {result['training_seconds']:.0f} s of training; mean solver steps "
             f"{test.steps:.1f}, worst residual {test.residual:.1e}"
         )
+        if test.residual > recipe.tol:
+            progress.say(
+                f"not every test image reached equilibrium (tolerance {recipe.tol:g}): raise "
+                "--max-iter, or lower --coupling-rate"
+            )
         progress.say(f"metrics, checkpoint and pictures are in {run.folder}/")
     return result
 
@@ -245,7 +255,7 @@ def _draw(
             counts, names, f"test images, accuracy {test.accuracy:.2%}"
         ),
         "convergence": plots.convergence(
-            solution.trace.numpy(), tol, "equilibria of 200 test images"
+            _until_solved(solution), tol, "equilibria of 200 test images"
         ),
         "couplings": plots.coupling_graph(
             model.couplings().numpy(), *_sites(model.grid), "learned couplings"
@@ -253,6 +263,13 @@ def _draw(
     }
     for name, figure in figures.items():
         figure.savefig(run.folder / f"{name}.png", dpi=130)
+
+
+def _until_solved(solution: Solution) -> np.ndarray:
+    """The residuals of every sample up to its last step, and nothing after."""
+    trace = solution.trace.clone()
+    rows = torch.arange(len(trace))[:, None]
+    return trace.masked_fill(rows >= solution.steps, torch.nan).numpy()
 
 
 def _sites(grid: int) -> tuple[np.ndarray, list[str]]:

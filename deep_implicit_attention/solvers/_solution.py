@@ -26,7 +26,8 @@ class Status(StrEnum):
     MAX_ITER = (
         "max_iter",
         "The step limit was reached before the tolerance: raise max_iter, loosen tol (float32 "
-        "rarely gets below 1e-6), or try another solver.",
+        "rarely gets below 1e-6), or try another solver. Where the residual does not fall at all "
+        "no fixed point may be in reach: make the couplings weaker.",
     )
     DIVERGED = (
         "diverged",

@@ -39,7 +39,7 @@ def check_number(
     """Raise unless `minimum <= value < below`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not minimum <= value < below:
+    if not (minimum <= value < below and math.isfinite(value)):
         upper = "" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{name} must be at least {minimum:g}{upper}, got {value}")
 

@@ -71,12 +71,36 @@ def test_masks(make, mask, error, message):
         (lambda: DEQVectorSpinAttention(6, 3), ValueError, "at least 3 components a head"),
         (lambda: DEQVectorSpinAttention(6, 2, beta=0.0), ValueError, "beta"),
         (lambda: DEQVectorSpinAttention(6, 2, beta=float("nan")), ValueError, "beta"),
+        (lambda: DEQVectorSpinAttention(6, 2, beta=float("inf")), ValueError, "beta"),
+        (lambda: DEQVectorSpinAttention(6, 2, scale=float("nan")), ValueError, "scale"),
+        (lambda: DEQVanillaSoftmaxAttention(4, 6, scale=float("nan")), ValueError, "scale"),
+        (
+            lambda: DEQMeanFieldAttention(4, 6, weight_init_std=float("inf")),
+            ValueError,
+            "weight_init_std",
+        ),
         (lambda: DEQMLPMixerAttention(4, 0), ValueError, "dim"),
     ],
 )
 def test_sizes(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make", [DEQMeanFieldAttention, DEQMLPMixerAttention, DEQAdaTAPMeanFieldAttention]
+)
+def test_masks_for_mechanisms_without(make):
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(TypeError, match=f"{make.__name__} takes no input beside x"):
+        DEQFixedPoint(make(4, 6))(torch.zeros(3, 4, 6), mask)
+
+
+@pytest.mark.parametrize("options", [{"steps": 2}, {"initial_state": "input"}])
+def test_empty_batches_at_any_horizon(case, options):
+    empty = tuple(mask[:0] for mask in case.inputs)
+    z = DEQFixedPoint(case.module, **options)(torch.zeros(0, 4, 6, dtype=torch.float64), *empty)
+    assert z.shape == (0, 4, 6)
 
 
 def test_the_input_is_not_changed(case, x):

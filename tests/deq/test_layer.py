@@ -191,7 +191,7 @@ class TestOptions:
             ({"initial_state": "ones"}, ValueError, "initial_state"),
             ({"on_failure": "shout"}, ValueError, "on_failure"),
             ({"solver_fwd_tol": -1e-4}, ValueError, "solver_fwd_tol"),
-            ({"solver_bwd_tol": -1e-4}, ValueError, "tol"),
+            ({"solver_bwd_tol": -1e-4}, ValueError, "solver_bwd_tol"),
             ({"solver_fwd_max_iter": 0}, ValueError, "solver_fwd_max_iter"),
             ({"solver": "anderson"}, TypeError, "solver"),
             ({"output_elements": (1,)}, ValueError, "output_elements"),

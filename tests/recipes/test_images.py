@@ -106,7 +106,9 @@ def test_the_figures_show_the_run(
 
     trace, tolerance = drawn["convergence"][:2]
     assert tolerance == settings.tol
-    np.testing.assert_allclose(trace[-1], solution.residual.numpy(), rtol=1e-4)
+    last = trace[solution.steps.numpy() - 1, np.arange(trace.shape[1])]
+    np.testing.assert_allclose(last, solution.residual.numpy(), rtol=1e-4)
+    np.testing.assert_array_equal(np.isfinite(trace).sum(axis=0), solution.steps.numpy())
 
     strengths, places, sites = drawn["coupling_graph"][:3]
     np.testing.assert_allclose(strengths, model.couplings().numpy())
