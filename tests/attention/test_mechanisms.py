@@ -11,13 +11,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from deep_implicit_attention.attention import (
-    DEQAdaTAPMeanFieldAttention,
     DEQMeanFieldAttention,
     DEQMLPMixerAttention,
     DEQVanillaSoftmaxAttention,
     DEQVectorSpinAttention,
 )
-from deep_implicit_attention.deq import DEQFixedPoint, fixed_point, jacobian_norm
+from deep_implicit_attention.deq import DEQFixedPoint, jacobian_norm
 from deep_implicit_attention.solvers import anderson, broyden, newton_krylov, picard
 
 TIGHT = {
@@ -321,94 +320,6 @@ class TestCouplings:
         torch.testing.assert_close(module.couplings(x)[0, 0], expected)
 
 
-class TestAttention:
-    """What makes it attention."""
-
-    def test_one_step_from_the_input_mixes_tokens(self, x):
-        torch.manual_seed(0)
-        module = DEQVanillaSoftmaxAttention(4, 6, heads=2).double()
-        layer = DEQFixedPoint(module, initial_state="input")
-        changed = x.clone()
-        changed[:, 1] += 1
-        moved = (layer(changed, steps=1) - layer(x, steps=1)).norm(dim=(0, 2))
-        assert bool((moved > 1e-3).all())
-        # It is the attention block with identity values, from torch's own attention.
-        q, k, v = (t.view(3, 4, 2, 3).transpose(1, 2) for t in (module.to_q(x), module.to_k(x), x))
-        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 4, 6)
-        block = module.to_out(pooled) + x - module.correction(x)
-        torch.testing.assert_close(layer(x, steps=1), block)
-
-    def test_one_step_from_zeros_mixes_nothing(self, x):
-        torch.manual_seed(0)
-        layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(4, 6).double())
-        changed = x.clone()
-        changed[:, 1] += 1
-        moved = (layer(changed, steps=1) - layer(x, steps=1)).norm(dim=(0, 2))
-        assert moved[[0, 2, 3]].max() == 0
-
-    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
-    def test_permuting_sites_permutes_the_answer(self, x, kind):
-        torch.manual_seed(0)
-        module = (
-            DEQVanillaSoftmaxAttention(4, 6, heads=2)
-            if kind == "softmax"
-            else DEQVectorSpinAttention(6, 2)
-        ).double()
-        layer = DEQFixedPoint(module, **TIGHT)
-        order = torch.tensor([3, 1, 0, 2])
-        torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
-
-    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
-    def test_causal_states_do_not_see_the_future(self, x, kind):
-        torch.manual_seed(0)
-        module = (
-            DEQVanillaSoftmaxAttention(4, 6, heads=2, causal=True)
-            if kind == "softmax"
-            else DEQVectorSpinAttention(6, 2, causal=True)
-        ).double()
-        layer = DEQFixedPoint(module, **TIGHT)
-        changed = x.clone()
-        changed[:, 2:] = torch.randn(3, 2, 6, dtype=x.dtype)
-        torch.testing.assert_close(layer(changed)[:, :2], layer(x)[:, :2])
-        torch.testing.assert_close(layer(x[:, :2]), layer(x)[:, :2])
-        assert (layer(changed) - layer(x))[:, 2:].norm() > 0.1
-
-    @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize("kind", ["softmax", "vector-spin"])
-    @pytest.mark.parametrize("left", [False, True])
-    def test_padding_changes_nothing(self, x, kind, causal, left):
-        torch.manual_seed(0)
-        module = (
-            DEQVanillaSoftmaxAttention(4, 6, heads=2, causal=causal)
-            if kind == "softmax"
-            else DEQVectorSpinAttention(6, 2, causal=causal)
-        ).double()
-        layer = DEQFixedPoint(module, **TIGHT)
-        garbage = torch.full((3, 2, 6), torch.nan, dtype=x.dtype)
-        parts, keep = ([garbage, x], slice(2, 6)) if left else ([x, garbage], slice(0, 4))
-        padded = torch.cat(parts, dim=1)
-        mask = torch.zeros(3, 6, dtype=torch.bool)
-        mask[:, keep] = True
-        solution = layer(padded, mask, return_solution=True)
-        assert bool(solution.converged.all())
-        torch.testing.assert_close(solution.value[:, keep], layer(x))
-        assert not bool(solution.value[~mask].any())
-        alone = layer(x, return_solution=True)
-        torch.testing.assert_close(solution.steps, alone.steps)
-
-    def test_a_query_without_keys_is_finite(self, x):
-        torch.manual_seed(0)
-        layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(4, 6, heads=2).double(), **TIGHT)
-        mask = torch.ones(3, 4, dtype=torch.bool)
-        mask[1] = False
-        x = x.requires_grad_()
-        z = layer(x, mask)
-        assert not bool(z[1].any())
-        gradient = grad(z.sum(), x)[0]
-        assert bool(gradient.isfinite().all())
-        assert not bool(gradient[1].any())
-
-
 class TestVectorSpin:
     def test_contracts_and_is_bounded(self, x):
         torch.manual_seed(0)
@@ -434,101 +345,6 @@ class TestVectorSpin:
         norm = jacobian_norm(lambda z: module.update(z, context), x)
         # All logits are equal: J is the uniform average, whose norm is 1.
         torch.testing.assert_close(norm, torch.tensor([0.6], dtype=torch.float64))
-
-
-class TestAdaTAP:
-    @pytest.fixture
-    def module(self):
-        torch.manual_seed(0)
-        module = DEQAdaTAPMeanFieldAttention(4, 3).double()
-        blocks = torch.randn(4, 3, 3, dtype=torch.float64) / 4
-        module.spin_prior_inv_var += blocks @ blocks.mT  # a prior that is not the identity
-        return module
-
-    @pytest.fixture
-    def fields(self):
-        torch.manual_seed(1)
-        return torch.randn(3, 4, 3, dtype=torch.float64)
-
-    def dense(self, module):
-        """P − J from its entries."""
-        operator = torch.zeros(12, 12, dtype=torch.float64)
-        weight = module.weight().detach()
-        for i in range(4):
-            for j in range(4):
-                block = module.spin_prior_inv_var[i] if i == j else -weight[i, j]
-                operator[3 * i : 3 * i + 3, 3 * j : 3 * j + 3] = block
-        return operator
-
-    def test_closed_form_is_the_mean_of_the_gaussian(self, module, fields):
-        z = DEQFixedPoint(module)(fields)
-        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
-        torch.testing.assert_close(z.flatten(1), expected)
-
-    def test_closed_form_is_the_fixed_point_of_the_iterated_equations(self, module, fields):
-        layer = DEQFixedPoint(module, output_elements=(0, 1))
-        z, cavity = layer(fields)
-        context = module.prepare(fields)
-        start = module.initial_state(fields)
-        solution = fixed_point(module.update, start, (context,), tol=1e-13, max_iter=300)
-        torch.testing.assert_close(solution.value[0], z, rtol=0, atol=1e-10)
-        torch.testing.assert_close(solution.value[1], cavity, rtol=0, atol=1e-10)
-        weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
-        losses = [(weight * a).sum() + b.square().sum() for a, b in ((z, cavity), solution.value)]
-        mine, theirs = (grad(loss, module._weight)[0] for loss in losses)
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-
-    def test_v_matches_the_response_on_the_diagonal(self, module, fields):
-        _, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
-        assert cavity.shape == (3, 4, 3, 3)
-        response = torch.linalg.inv(self.dense(module))
-        for i in range(4):
-            block = response[3 * i : 3 * i + 3, 3 * i : 3 * i + 3]
-            covariance = torch.linalg.inv(module.spin_prior_inv_var[i] - cavity[0, i])
-            torch.testing.assert_close(covariance, block)
-
-    def test_v_is_computed_only_if_wanted(self, module, fields, monkeypatch):
-        monkeypatch.setattr(torch.linalg, "inv_ex", None)
-        DEQFixedPoint(module)(fields).sum().backward()
-
-    def test_without_lin_response_v_is_zero_and_z_the_same(self, module, fields):
-        z = DEQFixedPoint(module)(fields)
-        module.lin_response = False
-        naive, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
-        assert torch.equal(naive, z)
-        assert not bool(cavity.any())
-
-    def test_residual_is_that_of_the_naive_update(self, module, fields):
-        module.lin_response = False
-        layer = DEQFixedPoint(module)
-        z, solution = layer(fields, return_solution=True)
-        cavity = torch.zeros(3, 4, 3, 3, dtype=z.dtype)
-        image = module.update((1.5 * z, cavity), module.prepare(fields))[0]
-        relative, absolute = module.residual(module.prepare(fields), (1.5 * z, None))
-        gap = (image - 1.5 * z).flatten(1).norm(dim=1)
-        torch.testing.assert_close(absolute, gap)
-        torch.testing.assert_close(relative, gap / image.flatten(1).norm(dim=1))
-        assert solution.residual.max() < 1e-12
-
-    def test_no_distribution_is_said(self, fields):
-        torch.manual_seed(0)
-        module = DEQAdaTAPMeanFieldAttention(4, 3, weight_init_std=1.0).double()
-        smallest = torch.linalg.eigvalsh(self.dense(module))[0].item()
-        assert smallest < 0
-        layer = DEQFixedPoint(module)
-        with pytest.warns(UserWarning, match=f"smallest eigenvalue of P − J is {smallest:.4g}"):
-            z, solution = layer(fields, return_solution=True)
-        assert {str(status) for status in solution.status} == {"indefinite"}
-        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
-        torch.testing.assert_close(z.flatten(1), expected)
-
-    def test_couplings_without_the_symmetry_are_no_complaint(self, fields):
-        torch.manual_seed(0)
-        module = DEQAdaTAPMeanFieldAttention(4, 3, 0.1, True, False, False).double()
-        z, solution = DEQFixedPoint(module)(fields, return_solution=True)
-        assert bool(solution.converged.all())
-        expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
-        torch.testing.assert_close(z.flatten(1), expected)
 
 
 @pytest.mark.parametrize("sites", [1, 7, 40])
