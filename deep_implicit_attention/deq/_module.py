@@ -17,16 +17,12 @@ class DEQModule(nn.Module):
     for these methods by name, so a plain `nn.Module` that has `initial_state` and `update`
     serves as well.
 
-    A mechanism may also have
-
-    - ``solve(context, wanted) -> state``: the fixed point in closed form, differentiable; only
-      the state elements whose indices are in `wanted` need to be computed, others are `None`;
-      with it may go ``residual(context, state) -> (relative, absolute)``, each `(B,)`, of what
-      `solve` returned (without it, all elements are computed and an update is spent), and
-      ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
-      no distribution stands behind (empty if nothing is);
-    - ``preconditioner(context) -> (residual -> residual)``;
-    - ``append(context, state, x_new) -> context``: one more site (causal mechanisms).
+    A mechanism may also have ``solve(context, wanted) -> state``: the fixed point in closed form,
+    differentiable; only the state elements whose indices are in `wanted` need to be computed,
+    others are `None`. With it may go ``residual(context, state) -> (relative, absolute)``, each
+    `(B,)`, of what `solve` returned (without it, all elements are computed and an update is spent),
+    and ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
+    no distribution stands behind (empty if nothing is).
 
     Nothing may be stored on the module while it is called: all that is constant during a solve
     goes into the context, which `prepare` returns, and neither `update` nor `prepare` may change
