@@ -180,9 +180,7 @@ class _Equation:
             self.adjoint.observe(solution)
         # A gradient that was not finite when it came is not the solve's failure.
         blameless = ~torch.isfinite(g).all(dim=1)
-        judged = solution.with_value(None)
-        if bool(blameless.any()):
-            judged = judged.accepting(blameless)
+        judged = solution.accepting(blameless)
         report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
         return solution.value * unit
 

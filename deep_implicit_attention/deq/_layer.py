@@ -143,7 +143,7 @@ class DEQFixedPoint(nn.Module):
         if not torch.compiler.is_compiling():
             solution = self._respond(x, inputs, state, settings, evidence)
         elif settings.steps is not None:
-            solution = self._respond_traceably(x, inputs, state, settings)
+            solution = self._respond_traceably(x, inputs, state, settings, evidence)
         else:
             # A solve is a loop on data, which a compiler can only unroll or recompile.
             eager: Any = torch.compiler.disable(self._respond)
@@ -185,14 +185,15 @@ class DEQFixedPoint(nn.Module):
         return self._narrowed(solution, x)
 
     def _respond_traceably(
-        self, x: Tensor, inputs: tuple, state: State | None, settings: Settings
+        self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
     ) -> Solution:
         """The same at a fixed number of steps, without control flow on data."""
         with without_autocast(x):
             fields = self._fields(x, inputs)
             broken = ~torch.isfinite(fields).flatten(1).all(dim=1)
             fields = fields.masked_fill(_like(broken, fields), 0.0)
-            solution = self._solve(fields, inputs, state, settings, False, traceable=True)
+            solution = self._solve(fields, inputs, state, settings, evidence, traceable=True)
+            solution = solution.with_status(broken, Status.NONFINITE)
             parts = [part.masked_fill(_like(broken, part), torch.nan) for part in solution.value]
         return self._narrowed(solution.with_value(parts), x)
 
@@ -239,26 +240,18 @@ class DEQFixedPoint(nn.Module):
                 max_iter=settings.max_iter,
                 **settings.solver_options,
             )
-        elif traceable:
-            solution = relax(
-                lambda z: layout.pack(fun.update(layout.unpack(z), context)),
-                layout.pack(start),
-                settings.steps,
-                settings.tol,
-                evidence,
-            )
+            value = solution.value
         else:
-            traced = TracedMap(_Update(fun), layout, (context,))
-            solution = relax(
-                lambda z: traced(z, traced.tensors),
-                layout.pack(start),
-                settings.steps,
-                settings.tol,
-                evidence,
-            )
-        value = solution.value
-        if settings.steps is not None:
-            value = layout.unpack(value)
+            traced = None if traceable else TracedMap(_Update(fun), layout, (context,))
+
+            def step(z: Tensor) -> Tensor:
+                if traced is not None:
+                    return traced(z, traced.tensors)
+                return layout.pack(fun.update(layout.unpack(z), context))
+
+            flat = layout.pack(start)
+            solution = relax(step, flat, settings.steps, settings.tol, evidence)
+            value = layout.unpack(solution.value)
         parts = (value,) if isinstance(value, Tensor) else value
         return solution.with_value([parts[i] for i in self.output_elements])
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..deq._failure import report
 from ..solvers import Solution
+from ._blocks import block_diagonal
 from ._method import IteratedMethod
 from ._prior import Prior
 from ._response import Response, total_derivative
@@ -41,18 +42,15 @@ class Closure(IteratedMethod):
         m, covariance = solution.value
         V = self.V(system, covariance)
         interaction = 0.5 * _sites(m * system.pull(m))
-        log = _local(system, x, m, V)[1] - interaction
+        log = system.prior.log_partition(_field(system, x, m, V), V).sum(dim=1) - interaction
         energy = -interaction - _sites(x * m)
         if V is not None:
             echo = _sites(V * covariance)
             log = log + 0.5 * _sites(m * _apply(V, m)) - 0.25 * echo
             energy = energy - 0.5 * echo
 
-        def respond(flat: Tensor) -> Tensor:
-            return self._solve(system, flat.view_as(x)).value[0].flatten(1)
-
         def susceptibility() -> Tensor:
-            return total_derivative(respond, x.flatten(1)).reshape(*batch, *event, *event)
+            return self._susceptibility(system, x).reshape(*batch, *event, *event)
 
         def linear_response() -> Tensor:
             return self.linear_response(system, x, m, covariance).reshape(*batch, *event, *event)
@@ -72,6 +70,10 @@ class Closure(IteratedMethod):
         self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
     ) -> Tensor:
         """χ, `(B, n, n)`: by default the total derivative ∂m/∂x."""
+        return self._susceptibility(system, x)
+
+    def _susceptibility(self, system: SpinSystem, x: Tensor) -> Tensor:
+        """∂m/∂x, `(B, n, n)`."""
         return total_derivative(
             lambda flat: self._solve(system, flat.view_as(x)).value[0].flatten(1), x.flatten(1)
         )
@@ -92,18 +94,16 @@ class _Step(nn.Module):
         system = SpinSystem.unchecked(couplings, self.prior)
         m, covariance = state
         V = self.closure.V(system, covariance)
-        field = x + system.pull(m)
-        if V is not None:
-            field = field - _apply(V, m)
+        field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
 
 
-def _local(system: SpinSystem, x: Tensor, m: Tensor, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The field that acts on each spin, and Σ_i log Z0 `(B,)`."""
+def _field(system: SpinSystem, x: Tensor, m: Tensor, V: Tensor | None) -> Tensor:
+    """The field that acts on each spin, h_i = x_i + Σ_j J_ij m_j − V_i m_i."""
     field = x + system.pull(m)
     if V is not None:
         field = field - _apply(V, m)
-    return field, system.prior.log_partition(field, V).sum(dim=1)
+    return field
 
 
 def _apply(V: Tensor, m: Tensor) -> Tensor:
@@ -119,9 +119,6 @@ def _sites(values: Tensor) -> Tensor:
 def naive_response(system: SpinSystem, covariance: Tensor) -> Tensor:
     """(blockdiag C⁻¹ − J)⁻¹ = (1 − C J)⁻¹ C, which needs no inverse of a singular C."""
     k = system.event_shape.numel()
-    blocks = covariance.reshape(*covariance.shape[:2], k, k)
-    n = system.num_spins * k
-    spread = torch.einsum("bixy,ij->bixjy", blocks, torch.eye(system.num_spins).to(blocks))
-    c = spread.reshape(-1, n, n)
-    identity = torch.eye(n).to(c)
+    c = block_diagonal(covariance.reshape(*covariance.shape[:2], k, k))
+    identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
     return torch.linalg.solve(identity - c @ system.matrix(), c)

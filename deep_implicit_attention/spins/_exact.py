@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..solvers._validate import check_count
+from ._blocks import block_diagonal
 from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._potts import PottsPrior
@@ -122,8 +123,8 @@ def _states(levels: Tensor, n: int, first: int, size: int) -> Tensor:
 
 def _gaussian(system: SpinSystem, prior: GaussianPrior, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = system.num_spins
-    precision = prior.precision().to(x).contiguous()
-    operator = torch.kron(torch.eye(n).to(x), precision) - system.matrix()
+    precision = prior.precision().to(x)
+    operator = block_diagonal(precision.expand(n, -1, -1)) - system.matrix()
     factor, failed = torch.linalg.cholesky_ex(operator)
     if int(failed):
         smallest = torch.linalg.eigvalsh(operator.detach())[0].item()

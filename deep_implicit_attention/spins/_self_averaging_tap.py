@@ -14,7 +14,7 @@ from ._system import SpinSystem
 
 State = tuple[Tensor, Tensor]
 
-# From its start Newton's method needs about log2 N steps to get near and a few to get there.
+# More than the tests' spectra need; a step costs O(N).
 _NEWTON_STEPS = 40
 
 
@@ -28,8 +28,7 @@ class SelfAveragingTAP(IteratedMethod):
 
     and χ = (λ − J)⁻¹. For the SK model V tends to β²(1 − q). ∂ log Z/∂x is the magnetization.
 
-    Cost: one eigendecomposition for each J, then O(B N²) a step; memory J and two matrices of its
-    size.
+    Cost: one eigendecomposition for each J, then O(B N²) a step.
     """
 
     def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
