@@ -8,6 +8,7 @@ and differentiable in couplings, fields and prior parameters.
 from ._adaptive_tap import AdaptiveTAP
 from ._ensembles import ferromagnet, hopfield, lattice, sherrington_kirkpatrick
 from ._exact import Exact
+from ._expectation_propagation import ExpectationPropagation
 from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._naive import NaiveMeanField
@@ -22,6 +23,7 @@ __all__ = [
     "TAP",
     "AdaptiveTAP",
     "Exact",
+    "ExpectationPropagation",
     "GaussianPrior",
     "IsingPrior",
     "NaiveMeanField",

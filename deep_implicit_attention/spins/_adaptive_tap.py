@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..deq._failure import report
-from ..solvers import Solution, Status
-from ._blocks import block_diagonal, diagonal_blocks
-from ._exact import Exact
-from ._frames import Frame, Local, frame_of
-from ._gaussian import GaussianPrior
-from ._method import IteratedMethod
-from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ..solvers import Solution
+from ._consistency import ConsistentMethod, apply, inverse, matched, pull, response
+from ._frames import Frame, Local
 
 State = tuple[Tensor, Tensor]
 
 
-class AdaptiveTAP(IteratedMethod):
+class AdaptiveTAP(ConsistentMethod):
     """The equations of Opper and Winther (2001, Phys. Rev. E 64, 056131), for any prior:
 
         m_i = mean(h_i, V_i),   h_i = x_i + Σ_j J_ij m_j − V_i m_i,   C_i = covariance(h_i, V_i)
@@ -36,52 +30,22 @@ class AdaptiveTAP(IteratedMethod):
     dimensions across (1, …, 1); on the sphere only the traces of C_i and χ_ii are matched.
 
     Damped Picard iteration, the default, converges for weak and moderate couplings (all of the SK
-    systems with N = 12 up to β = 1 in the tests); where it does not, that is reported. Cost:
-    O(B N³ d³) a step, one Cholesky factorisation and its inverse.
+    systems with N = 12 up to β = 1 in the tests); where it does not, that is reported, and
+    `ExpectationPropagation` has a way to the same equations that always converges. Cost: O(B N³ d³)
+    a step, one Cholesky factorisation and its inverse.
     """
 
-    def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
-        """Solve for fields `(*batch, N, *event)`."""
-        system.check_fields(fields)
-        if isinstance(system.prior, GaussianPrior):
-            return _exact(system, system.prior, fields)
-        frame = frame_of(system)
-        batch = fields.shape[: fields.dim() - 1 - len(system.event_shape)]
-        x = frame.fields(fields)
-        solution = self._solve(frame, x)
-        m, V = solution.value
-        log, energy, chi = _read(frame, x, m, V)
-        solution = self._judged(solution, chi)
-
-        def respond(flat: Tensor) -> Tensor:
-            return self._solve(frame, flat.view_as(x)).value[0].flatten(1)
-
-        return Response(
-            magnetization=frame.magnetization(m, batch),
-            log_partition=(log + frame.constant(fields)).reshape(batch),
-            energy=(energy - frame.constant(fields)).reshape(batch),
-            cavity_variance=frame.variance(V, batch),
-            solution=solution,
-            method="AdaptiveTAP",
-            _covariance=lambda: frame.pairs(chi, batch),
-            _susceptibility=lambda: frame.pairs(total_derivative(respond, x.flatten(1)), batch),
-        )
-
-    def _solve(self, frame: Frame, x: Tensor) -> Solution:
+    def solve(
+        self, frame: Frame, x: Tensor, start: Tensor | None
+    ) -> tuple[Solution, Tensor | None]:
+        local = frame.local
         zero = x.new_zeros(*x.shape, x.shape[-1])
-        start = frame.local.mean(x, zero), zero
-        return self.fixed_point(_Step(frame.local), start, x, frame.couplings)
-
-    def _judged(self, solution: Solution, chi: Tensor) -> Solution:
-        """A solution whose Λ − J is not positive definite has no distribution behind it."""
-        broken = solution.converged & ~torch.isfinite(chi.detach()).flatten(1).all(dim=1)
-        solution = solution.with_status(broken, Status.INDEFINITE)
-        report(solution, self.on_failure, "AdaptiveTAP", self.options["tol"], stacklevel=4)
-        return solution
+        m = local.mean(x, zero) if start is None else start
+        return self.fixed_point(AdaptiveTAPStep(local), (m, zero), x, frame.couplings), None
 
 
-class _Step(nn.Module):
-    """One step of the equations."""
+class AdaptiveTAPStep(nn.Module):
+    """One step of the equations, from fields `(B, N, k)` and couplings `(N·k, N·k)`."""
 
     local: Local
 
@@ -91,70 +55,17 @@ class _Step(nn.Module):
 
     def forward(self, state: State, x: Tensor, couplings: Tensor) -> State:
         m, V = state
-        field = x + _pull(couplings, m) - (V @ m.unsqueeze(-1)).squeeze(-1)
-        total = V + torch.linalg.inv_ex(self.local.covariance(field, V)).inverse
-        chi, sound = _response(total, couplings)
-        matched = self.local.match(diagonal_blocks(chi, x.shape[1]))
+        field = x + pull(couplings, m) - apply(V, m)
+        covariance = self.local.covariance(field, V)
+        narrow = inverse(covariance)  # C_i⁻¹
+        total = V + narrow
+        chi, sound = response(total, couplings)
         # What matching does not determine (antisymmetric parts; on the sphere all but the trace)
         # would stay as it is for ever and make the equations singular.
-        new_V = self.local.match(total - torch.linalg.inv_ex(matched).inverse)
+        new_V = self.local.match(total - inverse(matched(self.local, chi, x.shape[1])))
         new_V = 0.5 * (new_V + new_V.mT)
-        # Where Λ − J is not positive definite on the way, V stays and only m moves.
-        new_V = torch.where(sound[:, None, None, None], new_V, V)
+        # Where Λ − J is not positive definite on the way, V grows, slowly: m has time to move, and
+        # no such state is a fixed point.
+        grown = V + 0.1 * narrow
+        new_V = torch.where(sound[:, None, None, None], new_V, grown)
         return self.local.mean(field, V), new_V
-
-
-def _pull(couplings: Tensor, m: Tensor) -> Tensor:
-    return (m.flatten(1) @ couplings.mT).view_as(m)
-
-
-def _response(total: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
-    """χ = (blockdiag Λ − J)⁻¹ `(B, n, n)`, and where the matrix is positive definite."""
-    operator = block_diagonal(total) - couplings
-    factor, failed = torch.linalg.cholesky_ex(operator)
-    sound = failed == 0
-    identity = torch.eye(operator.shape[-1], dtype=operator.dtype, device=operator.device)
-    safe = torch.where(sound[:, None, None], factor, identity)
-    return torch.cholesky_inverse(safe), sound
-
-
-def _read(frame: Frame, x: Tensor, m: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z, energy and χ at a fixed point; χ is NaN where Λ − J is not positive definite."""
-    couplings = frame.couplings
-    pulled = _pull(couplings, m)
-    field = x + pulled - (V @ m.unsqueeze(-1)).squeeze(-1)
-    covariance = frame.local.covariance(field, V)
-    inverse = torch.linalg.inv_ex(covariance).inverse
-    total = V + inverse
-    chi, sound = _response(total, couplings)
-    chi = torch.where(sound[:, None, None], chi, torch.nan)
-    g = (total @ m.unsqueeze(-1)).squeeze(-1) - pulled
-    operator = block_diagonal(total) - couplings
-    log = (
-        frame.local.log_partition(field, V).sum(dim=1)
-        - 0.5 * torch.linalg.slogdet(operator).logabsdet
-        + 0.5 * (g * m).flatten(1).sum(dim=1)
-        - 0.5 * torch.linalg.slogdet(covariance).logabsdet.sum(dim=1)
-        - 0.5 * (m * (inverse @ m.unsqueeze(-1)).squeeze(-1)).flatten(1).sum(dim=1)
-    )
-    pair = (couplings * chi).sum(dim=(1, 2))
-    energy = -0.5 * ((m * pulled).flatten(1).sum(dim=1) + pair) - (x * m).flatten(1).sum(dim=1)
-    return log, energy, chi
-
-
-def _exact(system: SpinSystem, prior: GaussianPrior, fields: Tensor) -> Response:
-    """The closed form: χ = (P − J)⁻¹, m = χ (x + Pμ), V_i = P − (χ_ii)⁻¹."""
-    response = Exact()(system, fields)
-    n, d = system.num_spins, system.event_shape[0]
-    flat = response.covariance.reshape(-1, n * d, n * d)
-    V = prior.precision() - torch.linalg.inv(diagonal_blocks(flat, n))
-    return Response(
-        magnetization=response.magnetization,
-        log_partition=response.log_partition,
-        energy=response.energy,
-        cavity_variance=V.reshape(*fields.shape, d),
-        solution=None,
-        method="AdaptiveTAP",
-        _covariance=lambda: response.covariance,
-        _susceptibility=lambda: response.covariance,
-    )

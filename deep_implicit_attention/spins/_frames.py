@@ -91,6 +91,10 @@ class Frame:
         """`(*batch, N, *event)` -> `(B, N, k)`."""
         return x.reshape(-1, self.system.num_spins, self.components)
 
+    def coordinates(self, m: Tensor) -> Tensor:
+        """`(*batch, N, *event)` -> `(B, N, k)`, the inverse of `magnetization`."""
+        return self.fields(m)
+
     def magnetization(self, m: Tensor, batch: torch.Size) -> Tensor:
         """`(B, N, k)` -> `(*batch, N, *event)`."""
         return m.reshape(*batch, self.system.num_spins, *self.system.event_shape)
@@ -130,6 +134,9 @@ class _PottsFrame(Frame):
     def fields(self, x: Tensor) -> Tensor:
         return (x.reshape(-1, *self.push.shape) + self.push) @ self.basis
 
+    def coordinates(self, m: Tensor) -> Tensor:
+        return m.reshape(-1, *self.push.shape) @ self.basis
+
     def magnetization(self, m: Tensor, batch: torch.Size) -> Tensor:
         return super().magnetization(1 / (self.components + 1) + m @ self.basis.mT, batch)
 
@@ -147,7 +154,7 @@ class _PottsFrame(Frame):
         return self.centre_energy + flat.sum(dim=(1, 2)) / (self.components + 1)
 
 
-def frame_of(system: SpinSystem) -> Frame:
+def frame_of(system: SpinSystem, method: str) -> Frame:
     """The frame for the prior of `system`; raises `TypeError` for one without equations."""
     prior = system.prior
     if isinstance(prior, IsingPrior):
@@ -156,4 +163,4 @@ def frame_of(system: SpinSystem) -> Frame:
         return Frame(system, _Sphere(prior), system.event_shape[0])
     if isinstance(prior, PottsPrior):
         return _PottsFrame(system)
-    raise TypeError(f"AdaptiveTAP has no equations for {type(prior).__name__}")
+    raise TypeError(f"{method} has no equations for {type(prior).__name__}")

@@ -48,8 +48,20 @@ class IteratedMethod:
         self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}
         self.on_failure: OnFailure = on_failure
 
-    def fixed_point(self, step: Callable, start: tuple[Tensor, ...], *args: Any) -> Solution:
-        """Solve `step`, leaving the report on the forward solve to the method."""
+    def fixed_point(
+        self,
+        step: Callable,
+        start: tuple[Tensor, ...],
+        *args: Any,
+        solver: Callable[..., Solution] | None = None,
+    ) -> Solution:
+        """Solve `step`, leaving the report on the forward solve to the method.
+
+        A `solver` given here stands for the method's own and all of its options.
+        """
+        options = self.options
+        if solver is not None:
+            options = {"solver": solver, "tol": options["tol"], "max_iter": options["max_iter"]}
         return solve_and_attach(
-            step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **self.options
+            step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **options
         )

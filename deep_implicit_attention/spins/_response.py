@@ -25,6 +25,8 @@ class Response:
         energy: ⟨−½ Σ_ij S_iᵀ J_ij S_j − Σ_i x_i·S_i⟩, `(*batch,)`.
         cavity_variance: V_i, `(*batch, N, *event, *event)`, or None if the method has none.
         solution: evidence of the solve, or None if nothing was iterated.
+        objective: −log Z after each outer step of a double loop, `(steps, *batch)`, NaN for samples
+            that needed none; or None.
     """
 
     magnetization: Tensor
@@ -35,6 +37,7 @@ class Response:
     method: str
     _covariance: Callable[[], Tensor] = field(repr=False)
     _susceptibility: Callable[[], Tensor] = field(repr=False)
+    objective: Tensor | None = None
 
     @cached_property
     def covariance(self) -> Tensor:

@@ -1,0 +1,218 @@
+"""The double loop of expectation consistency: downhill steps in a free energy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._blocks import block_diagonal, diagonal_blocks
+from ._consistency import apply, inverse, matched
+from ._frames import Local
+
+# Newton's method on a convex function; more than these were never seen.
+_NEWTON_STEPS = 50
+_HALVINGS = 40
+
+
+class DoubleLoop:
+    """Minimisation of the free energy of Opper and Winther (2005, JMLR 6, section 4),
+
+        F(θ_s) = log Z_s(θ_s) − min over θ_r of { log Z_q(θ_s − θ_r) + log Z_r(θ_r) }
+
+    with θ the natural parameters of fields and second moments: in q they drive single spins, in r
+    the Gaussian of all sites with the couplings, in s independent Gaussians. log Z_q and log Z_r
+    are convex, so the minimum is that of a convex function (Newton's method, inner loop), and it
+    is concave in θ_s: replacing it by its tangent bounds F from above, and the minimum of the
+    bound, s with the moments of r, cannot increase F (outer loop). Where Newton's step on F
+    itself goes further down it is taken instead; it makes the end of the descent quadratic.
+
+    An instance is the `propose` of one solve for states (g, Λ) of site terms; `objective` grows by
+    F after each outer step, which at a fixed point is −log Z.
+    """
+
+    def __init__(self, local: Local, couplings: Tensor, x: Tensor) -> None:
+        self.local, self.couplings, self.x = local, couplings, x
+        self.basis = _basis(local, x)
+        self.objective: list[Tensor] = []
+        self.theta: Tensor | None = None  # θ_s of the last step
+
+    def __call__(self, g: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The site terms after one outer step."""
+        theta_r = self._pack(g, -total)
+        mean, chi = self._gaussian(theta_r)
+        bound = self._natural(mean, chi)
+        if self.theta is None:
+            return self._moved(bound, *self._inner(bound, theta_r))
+        moments, covariance_r = _statistics(mean, chi, self.basis)
+        theta = self._newton(self.theta, theta_r, moments, covariance_r, bound)
+        new_r, value = self._inner(theta, theta_r)
+        old = self.objective[-1]
+        for other, other_r in ((bound, None), (self.theta, theta_r)):
+            # Newton's step, then the bound, and where rounding spoils even that, no step.
+            slack = 100 * torch.finfo(old.dtype).eps * (1 + value.abs())
+            worse = ~(self._free_energy(theta, value) <= old + slack)
+            if not bool(worse.any()):
+                break
+            if other_r is None:
+                other_r, other_value = self._inner(other, theta_r)
+            else:
+                other_value = _independent(*self._unpack(other)) - old
+            new_r = torch.where(worse[:, None, None], other_r, new_r)
+            value = torch.where(worse, other_value, value)
+            theta = torch.where(worse[:, None, None], other, theta)
+        return self._moved(theta, new_r, value)
+
+    def _moved(self, theta: Tensor, theta_r: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.theta = theta
+        self.objective.append(self._free_energy(theta, value))
+        g, negative = self._unpack(theta_r)
+        return g, -negative
+
+    def _free_energy(self, theta: Tensor, inner: Tensor) -> Tensor:
+        return _independent(*self._unpack(theta)) - inner
+
+    def _newton(
+        self, theta: Tensor, theta_r: Tensor, moments: Tensor, covariance_r: Tensor, bound: Tensor
+    ) -> Tensor:
+        """θ_s after Newton's step on F, or `bound` where F is not convex or the step leaves s."""
+        shape = theta.shape
+        size = shape[1] * shape[2]
+        _, _, covariance_q = self._spins(theta - theta_r)
+        q = block_diagonal(covariance_q)
+        inner = q @ torch.linalg.solve_ex(q + covariance_r, covariance_r).result
+        own_moments, own = self._own(theta)
+        hessian = block_diagonal(own) - 0.5 * (inner + inner.mT)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        slope = (own_moments - moments).reshape(-1, size, 1)
+        new = theta - torch.cholesky_solve(slope, factor).view(shape)
+        precision = -self._unpack(new)[1]
+        valid = (torch.linalg.cholesky_ex(precision).info == 0).all(dim=1) & (failed == 0)
+        valid &= torch.isfinite(new).flatten(1).all(dim=1)
+        return torch.where(valid[:, None, None], new, bound)
+
+    def _inner(self, theta: Tensor, theta_r: Tensor) -> tuple[Tensor, Tensor]:
+        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), and the minimum."""
+        shape = theta.shape
+        eps = torch.finfo(theta.dtype).eps
+        value = self._value(theta, theta_r)
+        going = torch.isfinite(value)
+        before = torch.full_like(value, torch.inf)
+        for _ in range(_NEWTON_STEPS):
+            moments_r, covariance_r = _statistics(*self._gaussian(theta_r), self.basis)
+            _, moments_q, covariance_q = self._spins(theta - theta_r)
+            slope = (moments_r - moments_q).flatten(1).unsqueeze(-1)
+            hessian = covariance_r + block_diagonal(covariance_q)
+            step = -torch.linalg.solve_ex(hessian, slope).result
+            decrement = -(slope * step).sum(dim=(1, 2))
+            # Here differences of values are rounding: full steps as long as the decrement falls.
+            close = decrement <= eps * (1 + value.abs())
+            going &= ~close | (decrement < 0.25 * before)
+            if not bool(going.any()):
+                break
+            before = decrement
+            length = torch.ones_like(value)
+            for _ in range(_HALVINGS):
+                trial = theta_r + length[:, None, None] * step.view(shape)
+                new = self._value(theta, trial)
+                enough = new <= value - 1e-4 * length * decrement
+                enough |= close & torch.isfinite(new)
+                if bool((enough | ~going).all()):
+                    break
+                length = torch.where(enough, length, 0.5 * length)
+            going &= enough
+            theta_r = torch.where(going[:, None, None], trial, theta_r)
+            value = torch.where(going, new, value)
+        return theta_r, value
+
+    def _value(self, theta: Tensor, theta_r: Tensor) -> Tensor:
+        q = self.local.log_partition(*self._unpack(theta - theta_r)).sum(dim=1)
+        g, negative = self._unpack(theta_r)
+        factor, failed = torch.linalg.cholesky_ex(-block_diagonal(negative) - self.couplings)
+        b = (self.x + g).flatten(1).unsqueeze(-1)
+        mean = torch.cholesky_solve(b, factor)
+        log = 0.5 * (b * mean).sum(dim=(1, 2))
+        log = log - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        return torch.where(failed == 0, q + log, torch.inf)
+
+    def _gaussian(self, theta_r: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean `(B, N, k)` and covariance `(B, N·k, N·k)` of the spins in r."""
+        g, negative = self._unpack(theta_r)
+        operator = -block_diagonal(negative) - self.couplings
+        chi = torch.cholesky_inverse(torch.linalg.cholesky_ex(operator).L)
+        mean = (chi @ (self.x + g).flatten(1).unsqueeze(-1)).view_as(g)
+        return mean, chi
+
+    def _own(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments `(B, N, s)` of the statistics in s and their covariances `(B, N, s, s)`."""
+        field, negative = self._unpack(theta)
+        chi = inverse(-negative)
+        mean = apply(chi, field)
+        k, s = field.shape[-1], theta.shape[-1]
+        moments, covariance = _statistics(mean.reshape(-1, 1, k), chi.reshape(-1, k, k), self.basis)
+        return moments.view_as(theta), covariance.view(*theta.shape, s)
+
+    def _spins(self, theta_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log Z_q by site, moments `(B, N, s)` and covariances `(B, N, s, s)` of single spins."""
+        with torch.enable_grad():
+            theta = theta_q.detach().requires_grad_()
+            log = self.local.log_partition(*self._unpack(theta))
+            (moments,) = torch.autograd.grad(log.sum(), theta, create_graph=True)
+            rows = [
+                torch.autograd.grad(
+                    moments[..., a].sum(), theta, retain_graph=True, materialize_grads=True
+                )[0]
+                for a in range(theta.shape[-1])
+            ]
+        return log.detach(), moments.detach(), torch.stack(rows, dim=-2)
+
+    def _natural(self, mean: Tensor, chi: Tensor) -> Tensor:
+        """θ_s of the independent Gaussians with the moments of r."""
+        precision = inverse(matched(self.local, chi, mean.shape[1]))
+        return self._pack(apply(precision, mean), -precision)
+
+    def _pack(self, field: Tensor, quadratic: Tensor) -> Tensor:
+        coefficients = torch.einsum("...ij,aij->...a", quadratic, self.basis)
+        return torch.cat([field, coefficients], dim=-1)
+
+    def _unpack(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.x.shape[-1]
+        return theta[..., :k], torch.einsum("...a,aij->...ij", theta[..., k:], self.basis)
+
+
+def _independent(field: Tensor, negative: Tensor) -> Tensor:
+    """log Z_s of independent Gaussians, but for the factors of 2π that cancel against r's."""
+    factor = torch.linalg.cholesky_ex(-negative).L
+    b = field.unsqueeze(-1)
+    quadratic = (b * torch.cholesky_solve(b, factor)).flatten(1).sum(dim=1)
+    return 0.5 * quadratic - factor.diagonal(dim1=-2, dim2=-1).log().flatten(1).sum(dim=1)
+
+
+def _statistics(mean: Tensor, chi: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments and covariance of S_i and ½ S_iᵀE_aS_i under a Gaussian (Isserlis' theorem)."""
+    batch, sites, k = mean.shape
+    blocks = chi.view(batch, sites, k, sites, k)
+    second = diagonal_blocks(chi, sites) + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    moments = torch.cat([mean, 0.5 * torch.einsum("bnij,aij->bna", second, basis)], dim=-1)
+    pushed = torch.einsum("aij,bnj->bnai", basis, mean)  # E_a m
+    linear = torch.einsum("bnimj,bmaj->bnima", blocks, pushed)
+    both = torch.einsum("bncj,bnjma->bncma", pushed, linear)
+    turned = torch.einsum("cij,bnjmk,akl->bnicmla", basis, blocks, basis)
+    both = both + 0.5 * torch.einsum("bnicmla,bniml->bncma", turned, blocks)
+    top = torch.cat([blocks, linear], dim=-1)
+    low = torch.cat([linear.permute(0, 3, 4, 1, 2), both], dim=-1)
+    size = sites * (k + len(basis))
+    return moments, torch.cat([top, low], dim=2).reshape(batch, size, size)
+
+
+def _basis(local: Local, x: Tensor) -> Tensor:
+    """Orthonormal symmetric matrices `(p, k, k)` that span what single spins and response match."""
+    k = x.shape[-1]
+    unit = []
+    for i in range(k):
+        for j in range(i, k):
+            matrix = x.new_zeros(k, k)
+            matrix[i, j] = matrix[j, i] = 1.0
+            unit.append(matrix / matrix.norm())
+    spanned = local.match(torch.stack(unit).unsqueeze(0)).squeeze(0).flatten(1)
+    _, values, rows = torch.linalg.svd(spanned, full_matrices=False)
+    return rows[values > 0.5 * values[0]].view(-1, k, k)
