@@ -21,8 +21,15 @@ from ..solvers._gmres import power_of_two
 from ..solvers._validate import check_count, check_number, check_options
 from ._failure import report
 from ._map import TracedMap, without_autocast
+from ._refusal import link, refuse, reroute
 
 FlatMap = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+_AT_A_SOLUTION = (
+    "the gradient came from a tape at a fixed solution (OneStep, Phantom, or a tensor that f "
+    "merely closes over). Use Implicit() and pass such tensors in args, or make f a module that "
+    "owns them."
+)
 
 
 class Adjoint:
@@ -141,7 +148,7 @@ class Phantom(Adjoint):
         for _ in range(self.steps):
             image = f(unrolled, f.tensors)
             unrolled = self.damping * unrolled + (1 - self.damping) * image
-        return _Reroute.apply(z, unrolled)
+        return reroute(z, unrolled, _AT_A_SOLUTION)
 
 
 @dataclass(frozen=True)
@@ -220,9 +227,9 @@ class _Attach(Function):
             if tape is not None:
                 # What f closes over has no alias, so whoever differentiates these products with
                 # respect to it, or the tape's own gradient with respect to anything, is refused.
-                refusal = _Refuse.apply(tape)
-                grads = [None if d is None else _Link.apply(d, refusal) for d in grads]
-                u = _Link.apply(u, _Refuse.apply(z))
+                refusal = refuse(tape, _AT_A_SOLUTION)
+                grads = [None if d is None else link(d, refusal) for d in grads]
+                u = link(u, refuse(z, _AT_A_SOLUTION))
         else:
             grads, u = u.finish(), u.value
         return None, None, None, (u if tape is not None else None), *grads
@@ -313,49 +320,3 @@ class _Transposed:
             at = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
             image = self.f(at, rest)
             return _vjp(image, at, u, create_graph) + g
-
-
-class _Reroute(Function):
-    """The value of the first argument with the gradient of the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, tape: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(tape)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            (tape,) = ctx.saved_tensors
-            g = _Link.apply(g, _Refuse.apply(tape))
-        return None, g
-
-
-class _Link(Function):
-    """The first argument; whoever differentiates it reaches the second, too."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(other)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        (other,) = ctx.saved_tensors
-        return g, torch.zeros_like(other)
-
-
-class _Refuse(Function):
-    """The identity, which raises when it is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, tape: Tensor) -> Tensor:  # type: ignore[override]
-        return tape.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        raise RuntimeError(
-            "second derivatives would be wrong here: the gradient came from a tape at a fixed "
-            "solution (OneStep, Phantom, or a tensor that f merely closes over). Use Implicit() "
-            "and pass such tensors in args, or make f a module that owns them."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..solvers import Solution, Status
 
@@ -15,9 +15,12 @@ class ConvergenceWarning(UserWarning):
 
 
 class ConvergenceError(RuntimeError):
-    """A solve did not reach its tolerance for some samples; `solution` holds the evidence."""
+    """A solve did not reach its tolerance for some samples; `solution` holds the evidence.
 
-    def __init__(self, message: str, solution: Solution) -> None:
+    That is a `Solution`, or what a method that solves no equation offers in its place.
+    """
+
+    def __init__(self, message: str, solution: Any) -> None:
         super().__init__(message)
         self.solution = solution
 
