@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Generator, Size, Tensor, nn
 
 from ._prior import Prior
 
@@ -79,6 +79,18 @@ class GaussianPrior(Prior):
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
         return torch.cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
+
+    def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
+        # μ + Σ h + L ε with Σ = L Lᵀ.
+        self.check_field(field)
+        factor = self.scale_tril().to(field)
+        noise = torch.randn(
+            field.shape, generator=generator, dtype=field.dtype, device=field.device
+        )
+        return self.location.to(field) + (field @ factor + noise) @ factor.mT
+
+    def supports(self, spins: Tensor) -> Tensor:
+        return torch.isfinite(spins).all(dim=-1)
 
     def _solve(self, field: Tensor, V: Tensor | None) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of P − V, and b."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
 
 from ._prior import Prior
 
@@ -30,3 +30,12 @@ class IsingPrior(Prior):
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         # 1/cosh²: the difference 1 − tanh² loses all digits in strong fields.
         return torch.exp(-2 * self.log_partition(field))
+
+    def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
+        up = torch.rand(
+            field.shape, generator=generator, dtype=field.dtype, device=field.device
+        ) < torch.sigmoid(2 * field)
+        return 2 * up.to(field.dtype) - 1
+
+    def supports(self, spins: Tensor) -> Tensor:
+        return spins.abs() == 1

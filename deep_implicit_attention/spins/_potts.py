@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Size, Tensor
+import torch.nn.functional as F
+from torch import Generator, Size, Tensor
 
 from ..solvers._validate import check_count
 from ._prior import Prior
@@ -44,3 +45,15 @@ class PottsPrior(Prior):
     def _effective(self, field: Tensor, V: Tensor | None) -> Tensor:
         self.check_field(field)
         return field if V is None else field + V.diagonal(dim1=-2, dim2=-1) / 2
+
+    def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
+        # The first of q exponential clocks with rates exp(h_a) rings for a with probability
+        # softmax(h)_a; times are compared by logarithm, so no exponential overflows.
+        self.check_field(field)
+        times = torch.empty_like(field).exponential_(generator=generator)
+        first = (field - times.log()).argmax(dim=-1)
+        return F.one_hot(first, self.event_shape[0]).to(field.dtype)
+
+    def supports(self, spins: Tensor) -> Tensor:
+        bits = ((spins == 0) | (spins == 1)).all(dim=-1)
+        return bits & (spins.sum(dim=-1) == 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Size, Tensor, nn
+from torch import Generator, Size, Tensor, nn
 
 
 class Prior(nn.Module):
@@ -27,6 +27,14 @@ class Prior(nn.Module):
 
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         """⟨S Sᵀ⟩ − ⟨S⟩⟨S⟩ᵀ, `(..., *event_shape, *event_shape)`."""
+        raise NotImplementedError
+
+    def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
+        """An exact draw of S ~ ρ(S) exp(h·S) / Z0(h) for every field, the shape of `field`."""
+        raise NotImplementedError
+
+    def supports(self, spins: Tensor) -> Tensor:
+        """Whether `spins` `(..., *event_shape)` are possible values, boolean `(...)`."""
         raise NotImplementedError
 
     def check_field(self, field: Tensor) -> None:

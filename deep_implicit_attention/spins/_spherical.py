@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Size, Tensor
+from torch import Generator, Size, Tensor
 
 from ..solvers._validate import check_count
 from ._bessel import Bessel, bessel
 from ._prior import Prior
+from ._von_mises_fisher import von_mises_fisher
 
 
 class SphericalPrior(Prior):
@@ -61,6 +62,14 @@ class SphericalPrior(Prior):
         along = 2 * self.radius**2 * values.fall[..., None, None] * outer
         matrix = values.ratio[..., None, None] * identity + along
         return (self.radius**2 * matrix).to(field.dtype)
+
+    def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
+        self.check_field(field)
+        return self.radius * von_mises_fisher(self.radius * field, generator)
+
+    def supports(self, spins: Tensor) -> Tensor:
+        allowed = 1e-5 if spins.dtype == torch.float32 else 1e-10
+        return (spins.norm(dim=-1) - self.radius).abs() <= allowed * self.radius
 
     def variances(self, field: Tensor) -> tuple[Tensor, Tensor]:
         """Variance along the field and across it, `(...)` each: R² A′ and R² A/κ.
