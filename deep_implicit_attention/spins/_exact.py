@@ -124,14 +124,7 @@ def _states(levels: Tensor, n: int, first: int, size: int) -> Tensor:
 def _gaussian(system: SpinSystem, prior: GaussianPrior, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = system.num_spins
     precision = prior.precision().to(x)
-    operator = block_diagonal(precision.expand(n, -1, -1)) - system.matrix()
-    factor, failed = torch.linalg.cholesky_ex(operator)
-    if int(failed):
-        smallest = torch.linalg.eigvalsh(operator.detach())[0].item()
-        raise ValueError(
-            f"P − J must be positive definite, or there is no distribution; its smallest "
-            f"eigenvalue is {smallest:.4g}"
-        )
+    factor = factorise(system, precision)
     pull = (precision @ prior.location.to(x)).repeat(n)
     b = x + pull
     m = torch.cholesky_solve(b.mT, factor).mT
@@ -143,3 +136,16 @@ def _gaussian(system: SpinSystem, prior: GaussianPrior, x: Tensor) -> tuple[Tens
         - 0.5 * n * prior.location @ precision @ prior.location
     )
     return log, m, covariance
+
+
+def factorise(system: SpinSystem, precision: Tensor) -> Tensor:
+    """The Cholesky factor of blockdiag P − J of a Gaussian system, or `ValueError`."""
+    operator = block_diagonal(precision.expand(system.num_spins, -1, -1)) - system.matrix()
+    factor, failed = torch.linalg.cholesky_ex(operator)
+    if int(failed):
+        smallest = torch.linalg.eigvalsh(operator.detach())[0].item()
+        raise ValueError(
+            f"P − J must be positive definite, or there is no distribution; its smallest "
+            f"eigenvalue is {smallest:.4g}"
+        )
+    return factor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution
+from ._mcmc import Sampling
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Response:
     """Magnetizations, free energy and response of a system, by one method.
 
     Everything is differentiable with respect to couplings, fields and prior parameters that carry
-    gradients.
+    gradients; of a sampled response only `log_partition` is, once (`GibbsSampler`).
 
     Attributes:
         magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
@@ -27,6 +28,7 @@ class Response:
         solution: evidence of the solve, or None if nothing was iterated.
         objective: −log Z after each outer step of a double loop, `(steps, *batch)`, NaN for samples
             that needed none; or None.
+        sampling: evidence of the Markov chains, or None if nothing was sampled.
     """
 
     magnetization: Tensor
@@ -38,6 +40,7 @@ class Response:
     _covariance: Callable[[], Tensor] = field(repr=False)
     _susceptibility: Callable[[], Tensor] = field(repr=False)
     objective: Tensor | None = None
+    sampling: Sampling | None = None
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -60,7 +63,7 @@ class Response:
     def __repr__(self) -> str:
         shape = tuple(self.magnetization.shape)
         log = self.log_partition.detach().mean().item()
-        evidence = "" if self.solution is None else f", {self.solution!r}"
+        evidence = "".join(f", {e!r}" for e in (self.solution, self.sampling) if e is not None)
         return f"Response({self.method}: magnetization {shape}, mean log Z {log:.6g}{evidence})"
 
 

@@ -1,0 +1,429 @@
+"""Sampled answers against enumeration, closed forms and quadrature, with calibrated errors.
+
+Tolerances come from the sampler's own standard errors: over many components z-scores must have a
+root mean square near one, which a bias fails, and an error estimate that is too large or small.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from deep_implicit_attention.deq import ConvergenceError, ConvergenceWarning
+from deep_implicit_attention.spins import (
+    BlockGibbs,
+    Exact,
+    GaussianPrior,
+    GibbsSampler,
+    IsingPrior,
+    PottsPrior,
+    SphericalPrior,
+    SpinSystem,
+    ferromagnet,
+    lattice,
+    sherrington_kirkpatrick,
+)
+from deep_implicit_attention.spins._prior import Prior
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def full_couplings(sites: int, d: int, scale: float) -> Tensor:
+    couplings = scale * randn(sites, sites, d, d, seed=7)
+    couplings = (couplings + couplings.permute(1, 0, 3, 2)) / 2
+    return couplings * (1 - torch.eye(sites, dtype=torch.float64))[:, :, None, None]
+
+
+def gaussian_prior(d: int) -> GaussianPrior:
+    root = randn(d, d, seed=3) / 3
+    covariance = root @ root.T + 0.7 * torch.eye(d, dtype=torch.float64)
+    return GaussianPrior(randn(d, seed=4), covariance).double()
+
+
+def rms(z: Tensor) -> float:
+    return z.square().mean().sqrt().item()
+
+
+SYSTEMS = {
+    "ising": lambda: SpinSystem(sherrington_kirkpatrick(8, 1.0)[0], IsingPrior()),
+    "ising-lattice": lambda: SpinSystem(lattice((2, 4), 0.4), IsingPrior()),
+    "potts": lambda: SpinSystem(full_couplings(5, 3, 1.0), PottsPrior(3)),
+    "potts-scalar": lambda: SpinSystem(sherrington_kirkpatrick(5, 2.0)[0], PottsPrior(3)),
+    "gaussian": lambda: SpinSystem(full_couplings(4, 2, 0.25), gaussian_prior(2)),
+    "gaussian-scalar": lambda: SpinSystem(sherrington_kirkpatrick(4, 0.3)[0], gaussian_prior(2)),
+    "sphere": lambda: SpinSystem(full_couplings(4, 3, 0.7), SphericalPrior(3, 1.3)),
+    "circle": lambda: SpinSystem(sherrington_kirkpatrick(4, 0.9)[0], SphericalPrior(2)),
+}
+ENUMERATED = [name for name in SYSTEMS if name not in ("sphere", "circle")]
+
+
+@pytest.fixture(params=list(SYSTEMS))
+def system(request) -> SpinSystem:
+    return SYSTEMS[request.param]()
+
+
+class TestBlockGibbs:
+    def test_every_spin_follows_its_conditional_distribution(self, system):
+        """In a fixed state the first block is drawn from prior(x + J S), and so on with the new
+        spins of the blocks before: residuals have mean zero, also times what they depend on."""
+        n, k, copies = system.num_spins, system.event_shape.numel(), 10_000
+        sweeps = BlockGibbs(system)
+        x = 0.5 * randn(n, *system.event_shape, seed=1)
+        old = system.prior.sample(3 * randn(n, *system.event_shape, seed=2), seeded())
+        old = old.expand(copies, *old.shape).contiguous()
+        new = sweeps(old, x, generator=seeded(5))
+        seen = old.clone()
+        for block in sweeps.blocks:
+            field = x + system.pull(seen)
+            mean = system.prior.mean(field)[:, block].reshape(copies, -1)
+            residual = new[:, block].reshape(copies, -1) - mean
+            context = torch.cat([torch.ones(copies, 1), seen.reshape(copies, -1)], dim=1)
+            products = residual.unsqueeze(2) * context.unsqueeze(1)
+            error = products.std(dim=0) / copies**0.5
+            z = products.mean(dim=0) / error.clamp(min=1e-12)
+            assert z.abs().max() < 4.5
+            # Spins of a block are independent of each other, and of the right width.
+            expected = system.prior.covariance(field)[:, block].reshape(copies, len(block), k, k)
+            blocks = torch.einsum("ma,mb->mab", residual, residual)
+            for i in range(len(block)):
+                own = slice(i * k, (i + 1) * k)
+                blocks[:, own, own] -= expected[:, i]
+            z = blocks.mean(dim=0) / (blocks.std(dim=0) / copies**0.5).clamp(min=1e-12)
+            assert z.abs().max() < 4.5
+            seen[:, block] = new[:, block]
+
+    def test_blocks_cover_all_sites_without_couplings_inside(self, system):
+        blocks = BlockGibbs(system).blocks
+        assert sorted(torch.cat(blocks).tolist()) == list(range(system.num_spins))
+        for block in blocks:
+            assert not system.couplings[block][:, block].any()
+
+    def test_number_of_blocks(self):
+        def blocks(couplings: Tensor) -> list[list[int]]:
+            return [b.tolist() for b in BlockGibbs(SpinSystem(couplings, IsingPrior())).blocks]
+
+        board = [{i for i in range(24) if (i // 6 + i) % 2 == parity} for parity in (0, 1)]
+        for periodic in (True, False):
+            found = blocks(lattice((4, 6), 0.3, periodic=periodic))
+            assert [set(block) for block in found] in (board, board[::-1])
+        assert len(blocks(lattice((4, 4, 4)))) == 2
+        assert len(blocks(lattice((5,)))) == 3  # an odd ring
+        assert len(blocks(torch.zeros(6, 6))) == 1
+        assert len(blocks(ferromagnet(7))) == 7
+        # A sparse bipartite graph in random order, where greedy colouring in that order takes more.
+        order = torch.randperm(30, generator=seeded(1))
+        machine = torch.zeros(30, 30)
+        machine[:20, 20:] = (torch.rand(20, 10, generator=seeded(2)) < 0.3).float()
+        machine = (machine + machine.T)[order][:, order]
+        assert len(blocks(machine)) == 2
+
+    def test_sweeps_go_on_where_they_stopped(self, system):
+        """Persistent chains: two calls are one with twice the sweeps."""
+        sweeps = BlockGibbs(system)
+        x = randn(3, system.num_spins, *system.event_shape, seed=1)
+        start = system.prior.sample(torch.zeros(5, *x.shape, dtype=x.dtype), seeded())
+        at_once = sweeps(start, x, sweeps=2, generator=seeded(1))
+        generator = seeded(1)
+        half = sweeps(start, x, generator=generator)
+        assert torch.equal(sweeps(half, x, generator=generator), at_once)
+        assert not torch.equal(half, at_once)
+        assert at_once.shape == start.shape
+        assert system.prior.supports(at_once).all()
+
+    def test_refusals(self):
+        sweeps = BlockGibbs(SpinSystem(ferromagnet(3), IsingPrior()))
+        x, up = torch.zeros(3).double(), torch.ones(4, 3).double()
+        with pytest.raises(ValueError, match=r"spins must have shape \(\.\.\., 3\), got \(4, 2\)"):
+            sweeps(up[:, :2], x, generator=seeded())
+        with pytest.raises(ValueError, match="spins must be values of IsingPrior"):
+            sweeps(0.5 * up, x, generator=seeded())
+        with pytest.raises(TypeError, match=r"spins are torch\.float32"):
+            sweeps(up.float(), x, generator=seeded())
+        with pytest.raises(ValueError, match="do not broadcast"):
+            sweeps(up, torch.zeros(5, 3).double(), generator=seeded())
+        with pytest.raises(ValueError, match="fields must be finite"):
+            sweeps(up, x + torch.nan, generator=seeded())
+        with pytest.raises(ValueError, match="sweeps must be at least 1"):
+            sweeps(up, x, sweeps=0, generator=seeded())
+
+        class Unsampled(Prior):
+            event_shape = torch.Size(())
+
+        with pytest.raises(TypeError, match="Unsampled has no sample"):
+            BlockGibbs(SpinSystem(ferromagnet(3), Unsampled()))
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_against_exact_answers(name):
+    system = SYSTEMS[name]()
+    batch = 12
+    fields = 0.5 * randn(batch, system.num_spins, *system.event_shape)
+    sampler = GibbsSampler(num_samples=300, burn_in=60, num_temperatures=4, on_failure="ignore")
+    sampled, exact = sampler(system, fields), Exact()(system, fields)
+    evidence = sampled.sampling
+    z = {
+        "m": (sampled.magnetization - exact.magnetization) / evidence.standard_error,
+        "energy": (sampled.energy - exact.energy) / evidence.energy_standard_error,
+        "log Z": (sampled.log_partition - exact.log_partition)
+        / evidence.log_partition_standard_error,
+    }
+    for quantity, values in z.items():
+        assert 0.6 < rms(values.detach()) < 1.4, (quantity, rms(values.detach()))
+        assert values.abs().max() < 5, quantity
+    # Covariances have no error estimate of their own: that of products of unit spread.
+    scale = exact.covariance.flatten(1).abs().amax(dim=1).mean()
+    gap = (sampled.covariance - exact.covariance).abs().max()
+    assert gap < 8 * scale / evidence.effective_size.min().sqrt()
+    assert torch.equal(sampled.susceptibility, sampled.covariance)
+    # Sums of many systems: a bias below the error of one shows here.
+    pooled = (sampled.energy - exact.energy).sum() / evidence.energy_standard_error.norm()
+    assert abs(pooled) < 4
+
+
+def test_two_spins_on_a_sphere_against_quadrature():
+    prior = SphericalPrior(3, 1.4)
+    system = SpinSystem(full_couplings(2, 3, 1.5), prior)
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    angle = torch.arange(80).double() * (2 * math.pi / 80)
+    height = torch.from_numpy(nodes)[:, None]
+    ring = (1 - height.square()).sqrt()
+    points = torch.stack(
+        [ring * angle.cos(), ring * angle.sin(), height.expand(-1, 80)], dim=-1
+    ).reshape(-1, 3)
+    weight = (torch.from_numpy(weights) / 2 / 80).repeat_interleave(80)
+
+    couplings = system.couplings[0, 1].clone().requires_grad_()
+    x = 0.5 * randn(2, 3).requires_grad_()
+
+    def log_partition(x: Tensor) -> Tensor:
+        """The second spin integrated in closed form, the first on the grid."""
+        first = prior.radius * points
+        pulled = first @ couplings + x[1]
+        return (weight.log() + first @ x[0] + prior.log_partition(pulled)).logsumexp(dim=0)
+
+    log = log_partition(x)
+    m, moment = grad(log, (x, couplings))
+    energy = -(couplings * moment).sum() - (x * m).sum()
+    covariance = torch.autograd.functional.hessian(log_partition, x)
+    response = GibbsSampler(num_samples=400, burn_in=100, num_chains=32, num_temperatures=4)(
+        system, x
+    )
+    evidence = response.sampling
+    assert rms((response.magnetization - m) / evidence.standard_error) < 1.7
+    assert abs(response.energy - energy) < 4 * evidence.energy_standard_error
+    assert abs(response.log_partition - log) < 4 * evidence.log_partition_standard_error
+    assert (response.covariance - covariance).abs().max() < 0.03
+
+
+class TestTempering:
+    def test_a_magnet_needs_it(self):
+        """Two states, up and down, that single spins never connect: N = 16, β = 3."""
+        system = SpinSystem(ferromagnet(16, 3.0), IsingPrior())
+        x = torch.zeros(16, dtype=torch.float64)
+        with pytest.warns(ConvergenceWarning, match=r"1 of 1 systems.*raise num_temperatures"):
+            stuck = GibbsSampler(num_samples=200, burn_in=50, num_temperatures=1)(system, x)
+        assert stuck.sampling.worst_r_hat > 1.5
+        assert stuck.sampling.effective_size.max() < 100
+        free = GibbsSampler(num_samples=600, burn_in=100, max_r_hat=1.03)(system, x)
+        evidence = free.sampling
+        assert evidence.worst_r_hat < 1.03
+        assert (free.magnetization / evidence.standard_error).abs().max() < 4
+        exact = Exact()(system, x)
+        assert evidence.log_partition_standard_error < 0.05
+        gap = free.log_partition - exact.log_partition
+        assert abs(gap) < 4 * evidence.log_partition_standard_error
+        assert (free.covariance - exact.covariance).abs().max() < 0.02
+
+    def test_ladder_is_spaced_by_rejections(self):
+        system = SpinSystem(ferromagnet(30, 4.0), IsingPrior())
+        x = torch.full((2, 30), 0.1, dtype=torch.float64)
+        options = {"num_samples": 100, "num_temperatures": 6, "on_failure": "ignore"}
+        even = GibbsSampler(burn_in=0, **options)(system, x).sampling
+        spaced = GibbsSampler(burn_in=400, **options)(system, x).sampling
+        steps = even.inverse_temperatures.diff(dim=1)
+        torch.testing.assert_close(steps, torch.full_like(steps, 0.2))
+        assert spaced.inverse_temperatures.shape == (2, 6)
+        assert (spaced.inverse_temperatures[:, 0] == 0).all()
+        assert (spaced.inverse_temperatures[:, -1] == 1).all()
+        assert (spaced.inverse_temperatures.diff(dim=1) > 0).all()
+
+        def uneven(acceptance: Tensor) -> float:
+            return (acceptance.amax(dim=1) - acceptance.amin(dim=1)).max().item()
+
+        assert uneven(even.swap_acceptance) > 0.3
+        assert uneven(spaced.swap_acceptance) < 0.12
+
+    def test_without_a_ladder_there_is_no_log_partition(self):
+        system = SpinSystem(ferromagnet(4), IsingPrior())
+        x = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+        response = GibbsSampler(num_samples=200, num_temperatures=1)(system, x)
+        assert response.log_partition.isnan()
+        assert response.sampling.log_partition_standard_error.isnan()
+        assert response.sampling.swap_acceptance.shape == (0,)
+        assert "no log Z" in repr(response.sampling)
+        assert torch.equal(grad(response.log_partition, x)[0], response.magnetization)
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("name", ["ising-lattice", "potts", "potts-scalar", "gaussian"])
+    def test_first_derivatives_are_the_sampled_moments(self, name):
+        system = SYSTEMS[name]()
+        x = 0.5 * randn(system.num_spins, *system.event_shape)
+        couplings = system.couplings.clone().requires_grad_()
+        system = SpinSystem(couplings, system.prior)
+        inputs = [x.requires_grad_(), couplings, *system.prior.parameters()]
+        sampler = GibbsSampler(
+            num_samples=400, burn_in=100, num_temperatures=2, on_failure="ignore"
+        )
+        response = sampler(system, x)
+        found = grad(response.log_partition, inputs)
+        torch.testing.assert_close(found[0], response.magnetization)
+        flat = sampler.sample(system, x).flatten(0, 1).flatten(1)
+        second = flat.mT @ flat / len(flat)
+        n, k = system.num_spins, system.event_shape.numel()
+        second = second.reshape(n, k, n, k).permute(0, 2, 1, 3)
+        if couplings.dim() == 2:
+            second = second.diagonal(dim1=2, dim2=3).sum(dim=-1)
+        torch.testing.assert_close(found[1], second / 2)
+        exact = grad(Exact()(system, x).log_partition, inputs)
+        for sampled, wanted in zip(found, exact, strict=True):
+            assert (sampled - wanted).abs().max() < 0.03 * (1 + wanted.abs().max())
+
+    def test_second_ones_are_refused(self):
+        system = SpinSystem(ferromagnet(4), IsingPrior())
+        x = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        response = GibbsSampler(num_samples=200, num_temperatures=2)(system, x)
+        first = grad(response.log_partition, x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="second derivatives would be wrong"):
+            first.sum().backward()
+
+    def test_the_rest_has_no_graph(self):
+        system = SpinSystem(ferromagnet(4).requires_grad_(), IsingPrior())
+        response = GibbsSampler(num_samples=200, num_temperatures=2)(system, torch.ones(4).double())
+        assert response.log_partition.requires_grad
+        for name in ("magnetization", "covariance", "susceptibility", "energy"):
+            assert not getattr(response, name).requires_grad
+
+
+class TestUse:
+    SMALL: ClassVar = {"num_samples": 20, "burn_in": 8, "num_chains": 3, "num_temperatures": 3}
+
+    def test_equal_seeds_give_equal_numbers(self, system):
+        x = randn(2, system.num_spins, *system.event_shape)
+        first, again, other = (
+            GibbsSampler(**self.SMALL, seed=seed, on_failure="ignore")(system, x)
+            for seed in (1, 1, 2)
+        )
+        assert torch.equal(first.magnetization, again.magnetization)
+        assert torch.equal(first.covariance, again.covariance)
+        assert torch.equal(first.log_partition, again.log_partition)
+        assert not torch.equal(first.magnetization, other.magnetization)
+        torch.manual_seed(5)  # nothing is drawn from the global stream
+        before = torch.random.get_rng_state()
+        GibbsSampler(**self.SMALL, on_failure="ignore")(system, x)
+        assert torch.equal(before, torch.random.get_rng_state())
+
+    @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_shapes(self, system, batch, dtype):
+        system = SpinSystem(system.couplings.to(dtype), system.prior)
+        event = (system.num_spins, *system.event_shape)
+        x = torch.zeros(*batch, *event, dtype=dtype)
+        sampler = GibbsSampler(**self.SMALL, on_failure="ignore")
+        response = sampler(system, x)
+        assert response.magnetization.shape == (*batch, *event)
+        assert response.covariance.shape == (*batch, *event, *event)
+        assert response.energy.shape == response.log_partition.shape == batch
+        evidence = response.sampling
+        assert evidence.r_hat.shape == evidence.standard_error.shape == (*batch, *event)
+        assert evidence.effective_size.shape == (*batch, *event)
+        assert evidence.energy_r_hat.shape == evidence.energy_standard_error.shape == batch
+        assert evidence.worst_r_hat.shape == evidence.log_partition_standard_error.shape == batch
+        assert evidence.inverse_temperatures.shape == (*batch, 3)
+        assert evidence.swap_acceptance.shape == (*batch, 2)
+        assert evidence.draws == 60
+        for value in (response.magnetization, response.log_partition, response.energy):
+            assert value.dtype == dtype
+            assert value.isfinite().all()
+        draws = sampler.sample(system, x)
+        assert draws.shape == (20, 3, *batch, *event)
+        assert draws.dtype == dtype
+        assert system.prior.supports(draws).all()
+        if 0 not in batch:
+            mean = draws.mean(dim=(0, 1))
+            torch.testing.assert_close(mean, response.magnetization)
+            assert repr(response).startswith("Response(GibbsSampler")
+
+    def test_burn_in_and_thinning_leave_draws_out(self, system):
+        x = randn(system.num_spins, *system.event_shape)
+
+        def draws(**options: int) -> Tensor:
+            return GibbsSampler(num_chains=2, num_temperatures=1, **options).sample(system, x)
+
+        every = draws(num_samples=20, burn_in=0)
+        assert torch.equal(draws(num_samples=15, burn_in=5), every[5:])
+        assert torch.equal(draws(num_samples=5, burn_in=5, thin=3), every[7::3])
+
+    def test_chains_start_where_they_are_told(self):
+        system = SpinSystem(ferromagnet(20, 6.0), IsingPrior())
+        x = torch.zeros(2, 20, dtype=torch.float64)
+        start = torch.ones(3, 2, 20, dtype=torch.float64)
+        start[1], start[:, 1] = -start[1], -start[:, 1].clone()
+        sampler = GibbsSampler(num_samples=10, burn_in=0, num_chains=3, num_temperatures=1)
+        means = sampler.sample(system, x, start=start).mean(dim=(0, 3))
+        assert (means * start[..., 0] > 0.9).all()
+
+    def test_failures_are_reported_as_asked(self):
+        system = SpinSystem(ferromagnet(10, 5.0), IsingPrior())
+        x = torch.zeros(3, 10, dtype=torch.float64)
+        x[2] = 6.0  # this one has a single state
+        options = {"num_samples": 200, "burn_in": 20, "num_temperatures": 1}
+        GibbsSampler(**options, on_failure="ignore")(system, x)
+        with pytest.raises(ConvergenceError, match="2 of 3 systems") as caught:
+            GibbsSampler(**options, on_failure="raise")(system, x)
+        assert (caught.value.solution.worst_r_hat > 1.01).tolist() == [True, True, False]
+        GibbsSampler(**options, max_r_hat=1e300, on_failure="raise")(system, x[2])
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"num_samples": 3}, ValueError, "num_samples must be at least 4"),
+            ({"num_chains": 1}, ValueError, "num_chains at least 2"),
+            ({"num_samples": 10.0}, TypeError, "num_samples must be an integer"),
+            ({"burn_in": -1}, ValueError, "burn_in must be at least 1"),
+            ({"num_temperatures": 0}, ValueError, "num_temperatures must be at least 1"),
+            ({"thin": 0}, ValueError, "thin must be at least 1"),
+            ({"seed": 0.5}, TypeError, "seed must be an integer"),
+            ({"max_r_hat": 0.9}, ValueError, "max_r_hat must be at least 1"),
+            ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
+        ],
+    )
+    def test_bad_options(self, options, error, message):
+        with pytest.raises(error, match=message):
+            GibbsSampler(**options)
+
+    def test_bad_input(self):
+        sampler = GibbsSampler(**self.SMALL)
+        system = SpinSystem(ferromagnet(4), IsingPrior())
+        x = torch.zeros(2, 4, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"fields must have shape \(\*batch, 4\)"):
+            sampler(system, x[:, :3])
+        with pytest.raises(ValueError, match=r"start must have shape \(3, 2, 4\), got \(2, 4\)"):
+            sampler.sample(system, x, start=x)
+        with pytest.raises(ValueError, match="spins must be values of IsingPrior"):
+            sampler.sample(system, x, start=torch.zeros(3, 2, 4, dtype=torch.float64))
+        strong = SpinSystem(full_couplings(4, 2, 3.0), gaussian_prior(2))
+        with pytest.raises(ValueError, match=r"P − J must be positive definite.*eigenvalue is -"):
+            sampler(strong, torch.zeros(4, 2, dtype=torch.float64))
