@@ -129,9 +129,11 @@ class TestDiagnostics:
     def test_r_hat_of_independent_draws_is_one(self):
         draws = randn(1000, 8, 50)
         assert (split_r_hat(draws) - 1).abs().max() < 5e-3
-        # By ranks: any increasing function has the same, and a mean need not exist.
+        # By ranks: a mean need not exist, and tails do not hide that places differ.
         cauchy = torch.tan(math.pi * (torch.rand(1000, 8, 50, generator=seeded()).double() - 0.5))
         assert (split_r_hat(cauchy) - 1).abs().max() < 5e-3
+        cauchy[:, ::2] += 3
+        assert split_r_hat(cauchy).min() > 1.1
 
     def test_r_hat_by_the_formula(self):
         """Two values are a linear function of their ranks, so R̂ is that of the draws."""
