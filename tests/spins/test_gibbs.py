@@ -123,6 +123,17 @@ class TestTempering:
         assert abs(gap) < 4 * evidence.log_partition_standard_error
         assert (free.covariance - exact.covariance).abs().max() < 0.02
 
+    def test_weights_belong_to_the_states(self, system):
+        """After exchanges, f = ½ SᵀJS + x·S of the states at β = 1, for every chain and system."""
+        x = randn(3, system.num_spins, *system.event_shape, seed=1)
+        replicas = GibbsSampler(num_chains=5, num_temperatures=4)._start(system, x, None)
+        for _ in range(7):  # the last one exchanges with the coldest
+            replicas.step()
+        assert replicas.acceptance().min() > 0
+        spins = replicas.cold()
+        own = 0.5 * spins * system.pull(spins) + x * spins
+        torch.testing.assert_close(replicas.log_weight[-1], own.flatten(2).sum(dim=2))
+
     def test_ladder_is_spaced_by_rejections(self):
         system = SpinSystem(ferromagnet(30, 4.0), IsingPrior())
         x = torch.full((2, 30), 0.1, dtype=torch.float64)
