@@ -1,5 +1,12 @@
 """Floor 5: figures, as pure functions from arrays."""
 
 from ._figures import confusion_matrix, convergence, coupling_graph, learning_curves
+from ._inference import approximation_errors
 
-__all__ = ["confusion_matrix", "convergence", "coupling_graph", "learning_curves"]
+__all__ = [
+    "approximation_errors",
+    "confusion_matrix",
+    "convergence",
+    "coupling_graph",
+    "learning_curves",
+]

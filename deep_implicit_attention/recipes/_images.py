@@ -170,8 +170,7 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
     schedule.batches(len(data.train))
     model = recipe.model(data)
     run = Run(recipe.run_dir)
-    config = {name: _plain(value) for name, value in vars(recipe).items()}
-    run.start({"recipe": type(recipe).__name__.lower(), **config})
+    run.start({"recipe": type(recipe).__name__.lower(), **vars(recipe)})
     with training.Progress() as progress:
         progress.say(
             f"{len(data.train)} training, {len(data.validation)} validation and "
@@ -219,10 +218,6 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
             )
         progress.say(f"metrics, checkpoint and pictures are in {run.folder}/")
     return result
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _draw(

@@ -27,11 +27,14 @@ class Run:
         self.folder = folder
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder anew: the configuration, and no metrics, weights or pictures."""
+        """Make the folder anew: the configuration, and no metrics, weights or pictures.
+
+        Paths in the configuration become strings.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.folder / METRICS, self.folder / WEIGHTS, *self.folder.glob("*.png")):
             path.unlink(missing_ok=True)
-        self._write(CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        self._write(CONFIG, (json.dumps(config, indent=2, default=str) + "\n").encode())
 
     def log(self, **record: Any) -> None:
         """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""

@@ -41,11 +41,15 @@ class Outcome:
 
 def call(folder: Path, recipe: str, *flags: str) -> Outcome:
     """`dia train RECIPE` with tiny settings; `flags` have the last word."""
+    return invoke(folder, "train", recipe, *TINY.split(), "--run-dir", str(folder), *flags)
+
+
+def invoke(folder: Path, *arguments: str) -> Outcome:
+    """`dia`, whose run folder is `folder`."""
     out, err = io.StringIO(), io.StringIO()
-    arguments = ["train", recipe, *TINY.split(), "--run-dir", str(folder), *flags]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = main(arguments)
+            status = main(list(arguments))
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
     return Outcome(status, out.getvalue(), err.getvalue(), folder)
@@ -90,3 +94,10 @@ def dia(
         return call(tmp_path / "run", recipe, *flags)
 
     return run
+
+
+@pytest.fixture
+def ising(tmp_path: Path) -> Callable[..., Outcome]:
+    """Call `dia ising *flags`."""
+    folder = tmp_path / "run"
+    return lambda *flags: invoke(folder, "ising", "--run-dir", str(folder), *flags)

@@ -1,0 +1,264 @@
+"""What the recipe `ising` does: ask the methods, measure their errors, print, save and draw."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..deq import ConvergenceWarning
+from ..solvers import Status
+from ..spins import Exact, IsingPrior, SpinSystem
+from ..training import Run, require
+from ._ising import Ising, Method
+
+ANSWERS, FIGURE = "answers.npz", "ising.png"
+EXACT = "exact"
+Answers = dict[str, "Answer"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of a system; the numbers are NaN where it did not converge."""
+
+    status: str
+    steps: int | None
+    residual: float | None
+    seconds: float
+    magnetization: Tensor
+    covariance: Tensor
+    log_partition: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether there are numbers."""
+        return math.isfinite(self.log_partition)
+
+    def sizes(self) -> tuple[float, float, float]:
+        """Mean |m_i|, mean |C_ij| for i ≠ j, and log Z."""
+        return _sizes(self.magnetization, self.covariance, self.log_partition)
+
+    def errors(self, exact: Answer) -> tuple[float, float, float]:
+        """Mean |error| of m_i, of C_ij for i ≠ j, and |error| of log Z."""
+        return _sizes(
+            self.magnetization - exact.magnetization,
+            self.covariance - exact.covariance,
+            abs(self.log_partition - exact.log_partition),
+        )
+
+
+def run_ising(recipe: Ising) -> list[dict[str, Any]]:
+    """Ask the methods, print the table, draw the figure; returns the lines of `metrics.jsonl`.
+
+    Beyond the 2^24 states that can be enumerated there is nothing to compare with: the methods'
+    answers are printed and saved, and no figure is drawn.
+    """
+    recipe.check()
+    methods = recipe.build()
+    couplings, x = recipe.load()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    run = Run(recipe.run_dir)
+    run.start({"recipe": "ising", **vars(recipe)})
+    (run.folder / ANSWERS).unlink(missing_ok=True)
+
+    console = require("rich.console", "train").Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, 100)  # a pipe has no width, and a table must not be cut
+    reference = _reference(len(x))
+    betas = [recipe.beta] if reference is None else sorted({*recipe.betas, recipe.beta})
+    systems = {beta: _at(recipe, beta, couplings, x) for beta in betas}
+    answers: dict[float, Answers] = {}
+    with console.status("") as status:
+        for beta, system in systems.items():
+            answers[beta] = {}
+            if reference is not None:
+                status.update(f"beta {beta:g}: {EXACT}")
+                answers[beta][EXACT] = _ask(reference, *system)
+                if not answers[beta][EXACT].sound:
+                    raise ValueError(f"at beta {beta:g} the exact answer is not a finite number")
+            for name, method in methods.items():
+                status.update(f"beta {beta:g}: {name}")
+                answers[beta][name] = _ask(method, *system)
+
+    records = [_record(beta, name, answers[beta]) for beta in betas for name in answers[beta]]
+    for record in records:
+        run.log(**record)
+    _save(run.folder / ANSWERS, *systems[recipe.beta], answers[recipe.beta])
+    _print(console, recipe, answers[recipe.beta])
+    if reference is not None:
+        _draw(run.folder / FIGURE, recipe, answers)
+    contents = "metrics and answers" if reference is None else "metrics, answers and figure"
+    console.print(f"{contents} are in {run.folder}/", soft_wrap=True)
+    return records
+
+
+def _at(recipe: Ising, beta: float, couplings: Tensor, x: Tensor) -> tuple[SpinSystem, Tensor]:
+    """The system at inverse temperature β: fields of an ensemble stay, those of a file do not."""
+    return SpinSystem(beta * couplings, IsingPrior()), x if recipe.couplings is None else beta * x
+
+
+def _reference(num_spins: int) -> Method | None:
+    """What errors are measured against: enumeration, as far as it goes."""
+    exact = Exact()
+    return exact if 2**num_spins <= exact.max_states else None
+
+
+def _ask(method: Method, system: SpinSystem, x: Tensor) -> Answer:
+    """The answer of one method; of one that did not converge only the evidence."""
+    start = time.perf_counter()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ConvergenceWarning)
+        response = method(system, x)
+        solution = response.solution
+        status = "done" if solution is None else str(solution.status[0])
+        failed = solution is not None and not bool(solution.converged[0])
+        m, log = response.magnetization, response.log_partition.item()
+        covariance = torch.full_like(system.couplings, math.nan)
+        if not failed:
+            try:
+                covariance = response.covariance
+            except torch.linalg.LinAlgError:  # type: ignore
+                failed, status = True, "singular"
+    seconds = time.perf_counter() - start
+    for warning in said:
+        if not issubclass(warning.category, ConvergenceWarning):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        elif not failed:  # the response, or a method without a solution to tell of
+            failed, status = True, "not converged"
+    finite = bool(torch.isfinite(m).all() & torch.isfinite(covariance).all())
+    if not failed and not (finite and math.isfinite(log)):
+        failed, status = True, str(Status.NONFINITE)
+    if failed:
+        m, covariance, log = m * math.nan, covariance * math.nan, math.nan
+    return Answer(
+        status=status,
+        steps=None if solution is None else int(solution.steps[0]),
+        residual=None if solution is None else solution.residual[0].item(),
+        seconds=seconds,
+        magnetization=m,
+        covariance=covariance,
+        log_partition=log,
+    )
+
+
+def _pairs(covariance: Tensor) -> Tensor:
+    """C_ij for i < j."""
+    rows, columns = torch.triu_indices(*covariance.shape, offset=1)
+    return covariance[rows, columns]
+
+
+def _sizes(m: Tensor, covariance: Tensor, log: float) -> tuple[float, float, float]:
+    return m.abs().mean().item(), _pairs(covariance).abs().mean().item(), log
+
+
+def _record(beta: float, name: str, answers: Answers) -> dict[str, Any]:
+    """A line of `metrics.jsonl`."""
+    answer, exact = answers[name], answers.get(EXACT)
+    m, covariance, log = (math.nan,) * 3 if exact is None else answer.errors(exact)
+    return {
+        "beta": beta,
+        "method": name,
+        "status": answer.status,
+        "log_partition": answer.log_partition,
+        "magnetization_error": m,
+        "covariance_error": covariance,
+        "log_partition_error": log,
+        "steps": answer.steps,
+        "residual": answer.residual,
+        "seconds": round(answer.seconds, 4),
+    }
+
+
+def _save(path: Path, system: SpinSystem, x: Tensor, answers: Answers) -> None:
+    """The system of the table, and what each method says of it."""
+    arrays: dict[str, Any] = {"couplings": system.couplings.numpy(), "fields": x.numpy()}
+    for name, answer in answers.items():
+        arrays[f"{name} magnetization"] = answer.magnetization.numpy()
+        arrays[f"{name} covariance"] = answer.covariance.numpy()
+    np.savez(path, **arrays)
+
+
+def _print(console: Any, recipe: Ising, answers: Answers) -> None:
+    exact = answers.get(EXACT)
+    size = len(next(iter(answers.values())).magnetization)
+    lines = [recipe.describe(size)]
+    if exact is None:
+        lines.append(f"2^{size} states are too many to enumerate: no exact answer, and no errors")
+        heads = ("mean |m|", "mean |C|", "log Z")
+    else:
+        m, covariance, log = (_show(number, ".4g") for number in exact.sizes())
+        lines.append(
+            f"exact answer from 2^{size} states in {exact.seconds:.2f} s: mean |m| {m}, "
+            f"mean |C| {covariance}, log Z {log}"
+        )
+        heads = ("error of m", "error of C", "error of log Z")
+    table = require("rich.table", "train").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for head in (*heads, "steps", "residual"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    for name, answer in answers.items():
+        if name == EXACT:
+            continue
+        numbers = answer.sizes() if exact is None else answer.errors(exact)
+        table.add_row(
+            name,
+            *(_show(number, ".4g" if exact is None else ".1e") for number in numbers),
+            _show(answer.steps, "d"),
+            _show(answer.residual, ".1e"),
+            answer.status,
+            f"{answer.seconds:.2f}",
+            style=None if answer.sound else "red",
+        )
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    console.print(table)
+    if not all(answer.sound for answer in answers.values()):
+        console.print(
+            "a method that did not converge has no numbers: for max_iter raise --max-iter or "
+            "loosen --tol, for anything else lower --beta",
+            soft_wrap=True,
+        )
+
+
+def _show(number: float | None, pattern: str) -> str:
+    return "-" if number is None or math.isnan(number) else format(number, pattern)
+
+
+def _draw(path: Path, recipe: Ising, answers: dict[float, Answers]) -> None:
+    from .. import plots  # matplotlib takes a second to import
+
+    here = answers[recipe.beta]
+    exact = here[EXACT]
+    names = [name for name in here if name != EXACT]
+    sound = {name: here[name] for name in names if here[name].sound}
+    # Without fields all magnetizations vanish by symmetry: their errors would be rounding.
+    magnetized = bool(exact.magnetization.abs().max() > 1e-9)
+    figure = plots.approximation_errors(
+        exact.magnetization.numpy(),
+        {name: answer.magnetization.numpy() for name, answer in sound.items()},
+        _pairs(exact.covariance).numpy(),
+        {name: _pairs(answer.covariance).numpy() for name, answer in sound.items()},
+        list(answers),
+        {
+            name: [at[name].errors(at[EXACT])[0 if magnetized else 1] for at in answers.values()]
+            for name in names
+        },
+        beta=recipe.beta,
+        error_label=f"mean |error| of {'magnetizations' if magnetized else 'covariances'}",
+        beta_label="inverse temperature β (dimensionless, fields fixed)"
+        if recipe.couplings is None
+        else "inverse temperature β (dimensionless, 1 as loaded)",
+        title=recipe.describe(len(exact.magnetization)),
+    )
+    figure.savefig(path, dpi=130)
