@@ -12,8 +12,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ._figures import COLOURS
 
-# Okabe, Ito 2008 again, black left for what is exact; markers tell methods apart without colour.
-_STYLES = tuple(zip((*COLOURS[1:], "#CC79A7", "#56B4E9"), "os^Dv*", strict=True))
+# Okabe, Ito 2008 again, black left for what is exact. Markers tell methods apart without colour,
+# and nest, so that equal answers are all seen.
+_STYLES = tuple(
+    zip((*COLOURS[1:], "#CC79A7", "#56B4E9"), "os^Dv*", (7.5, 6.5, 5.5, 4.5, 4, 4), strict=True)
+)
 
 # Errors below this are rounding; a logarithmic axis has no place for zero.
 _FLOOR = 1e-16
@@ -47,8 +50,8 @@ def approximation_errors(
             f"at most {len(_STYLES)} methods can be told apart, got {len(error_by_method)}"
         )
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": colour, "marker": marker, "markerfacecolor": "none"}
-        for name, (colour, marker) in zip(error_by_method, _STYLES, strict=False)
+        name: {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": "none"}
+        for name, (colour, marker, size) in zip(error_by_method, _STYLES, strict=False)
     }
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -97,6 +100,6 @@ def _against_exact(
     ends = low - margin, high + margin
     axes.plot(ends, ends, color=COLOURS[0], linewidth=1, label="_exact", zorder=0)
     for name, values in answers.items():
-        axes.plot(exact, values, linestyle="none", markersize=5, label=f"_{name}", **styles[name])
+        axes.plot(exact, values, linestyle="none", label=f"_{name}", **styles[name])
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.grid(alpha=0.3)
