@@ -485,6 +485,30 @@ def test_files_that_are_no_arrays(
     assert not run.folder.exists()
 
 
+class Payload:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.mkdir, (self.path,)
+
+
+def test_files_are_never_executed(ising: Command, saved: Callable, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    run = ising(*saved(np.array([[Payload(made)]], dtype=object), np.zeros(1)))
+    assert "J.npy" in run.complaint()
+    assert not made.exists()
+
+
+def test_a_run_that_fails_leaves_nothing_of_the_one_before(ising: Command, saved: Callable) -> None:
+    assert ising("--num-spins", "4", "--betas").status == 0
+    failed = ising(*saved(FRUSTRATED * 1e308, FOUR))
+    assert failed.complaint()
+    assert failed.files() == {"config.json"}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
