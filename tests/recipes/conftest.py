@@ -7,7 +7,9 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +103,15 @@ def ising(tmp_path: Path) -> Callable[..., Outcome]:
     """Call `dia ising *flags`."""
     folder = tmp_path / "run"
     return lambda *flags: invoke(folder, "ising", "--run-dir", str(folder), *flags)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any, Any], list[str]]:
+    """Flags of a system in files."""
+
+    def save(couplings: Any, fields: Any) -> list[str]:
+        np.save(tmp_path / "J.npy", couplings)
+        np.save(tmp_path / "x.npy", fields)
+        return ["--couplings", str(tmp_path / "J.npy"), "--fields", str(tmp_path / "x.npy")]
+
+    return save
