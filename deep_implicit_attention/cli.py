@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: tyro evaluates annotations that name local recipes.
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from .training import require
@@ -11,6 +12,7 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
   dia train digits      a minute on a laptop, nothing to download
   dia train mnist       the 2021 project's task, at its size and schedule
+  dia evaluate RUN      measures a finished run again, from its folder
   dia ising             mean-field methods beside the exact answer, on a system drawn or your own
 """
 
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `dia`; returns the exit status."""
     try:
         tyro = require("tyro", "train")
-        for module in ("sklearn", "rich", "matplotlib"):
+        for module in ("accelerate", "sklearn", "rich", "matplotlib"):
             require(module, "train")
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
@@ -33,10 +35,28 @@ def main(arguments: list[str] | None = None) -> int:
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
 
         The folder of the run holds config.json, metrics.jsonl (one line an epoch, the test last),
-        model.safetensors (the best epoch) and pictures. Ctrl-C tests and draws what was learned
-        so far.
+        model.safetensors (the best epoch), checkpoints and pictures. Ctrl-C tests and draws what
+        was learned so far. A run that was interrupted or killed goes on with --resume and the same
+        settings, to the same weights on a CPU. For several processes or devices:
+        accelerate launch -m deep_implicit_attention.cli train RECIPE --device auto
         """
         return 130 if recipes.run_images(recipe)["interrupted"] else 0
+
+    def evaluate(run: tyro.conf.Positional[Path]) -> int:  # type: ignore
+        """Measure the test metrics of a finished run again, from the files in its folder.
+
+        Prints them beside those that were logged; the exit status is 1 if they differ.
+
+        Args:
+            run: folder of the run
+        """
+        measured, logged = recipes.evaluate_run(run)
+        for name, value in measured.items():
+            print(f"{name:18} {value:<12.6g} logged {logged[name]:.6g}")
+        if recipes.agree(measured, logged):
+            return 0
+        print(f"dia: the weights in {run} do not do what its metrics say", file=sys.stderr)
+        return 1
 
     def ising(recipe: tyro.conf.OmitArgPrefixes[recipes.Ising]) -> int:  # type: ignore
         """Compare mean-field methods with the exact answer on a system of Ising spins.
@@ -50,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     app = tyro.extras.SubcommandApp()
     app.command(train)
+    app.command(evaluate)
     app.command(ising)
     try:
         return app.cli(args=arguments, prog="dia", description=_DESCRIPTION)

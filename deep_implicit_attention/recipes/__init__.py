@@ -1,7 +1,21 @@
 """Floor 6: named runs. A recipe's dataclass is its flags, its settings and its saved file."""
 
 from ._compare import run_ising
-from ._images import Digits, ImageRecipe, Mnist, run_images
+from ._flags import TrainingFlags
+from ._image_recipe import Digits, ImageRecipe, Mnist
+from ._images import run_images
 from ._ising import Ising
+from ._saved import agree, evaluate_run, load_recipe
 
-__all__ = ["Digits", "ImageRecipe", "Ising", "Mnist", "run_images", "run_ising"]
+__all__ = [
+    "Digits",
+    "ImageRecipe",
+    "Ising",
+    "Mnist",
+    "TrainingFlags",
+    "agree",
+    "evaluate_run",
+    "load_recipe",
+    "run_images",
+    "run_ising",
+]

@@ -1,6 +1,8 @@
-"""Floor 5: data, training loops and the folder a run leaves behind."""
+"""Floor 5: data, the training loop and the folder a run leaves behind."""
 
+from ._checkpoint import Checkpoint, Checkpoints
 from ._classify import (
+    Classification,
     Measured,
     Schedule,
     augment,
@@ -9,19 +11,41 @@ from ._classify import (
     train_classifier,
 )
 from ._data import ImageData, Split, digits, mnist
+from ._devices import Devices
+from ._ema import MovingAverage
 from ._extras import require
+from ._plan import Device, OnDivergence, Plan, Precision
 from ._progress import Progress
-from ._run import Run, seed_everything
+from ._random import derived_seed, seed_everything
+from ._run import Run
+from ._task import Outcome, Task
+from ._trainer import Trainer
+from ._watch import DivergenceWarning, Watch
 
 __all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "Classification",
+    "Device",
+    "Devices",
+    "DivergenceWarning",
     "ImageData",
     "Measured",
+    "MovingAverage",
+    "OnDivergence",
+    "Outcome",
+    "Plan",
+    "Precision",
     "Progress",
     "Run",
     "Schedule",
     "Split",
+    "Task",
+    "Trainer",
+    "Watch",
     "augment",
     "batch_spectral_radius",
+    "derived_seed",
     "digits",
     "measure",
     "mnist",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq import spectral_radius
 from ..models import SiteClassifier
 from ..solvers._validate import check_count, check_number
 from ._data import ImageData, Split
+from ._devices import Devices
+from ._plan import Plan
 from ._progress import Progress
 from ._run import Run
+from ._task import Outcome, Task
+from ._trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Schedule:
         check_count("epochs", self.epochs)
         check_count("batch_size", self.batch_size)
         check_number("smoothing", self.smoothing, minimum=0.0, below=1.0)
+        check_number("warmup", self.warmup, minimum=0.0, below=1.0)
         for name in ("learning_rate", "coupling_rate", "weight_decay", "shift", "rotation", "zoom"):
             check_number(name, getattr(self, name), minimum=0.0)
 
@@ -48,6 +52,13 @@ class Schedule:
                 f"{images} training images do not fill a batch of batch_size {self.batch_size}"
             )
         return images // self.batch_size
+
+    def plan(self, images: int, **options: Any) -> Plan:
+        """The plan for so many images, evaluated after every epoch; `options` are further ones."""
+        batches = self.batches(images)
+        return Plan(
+            steps=self.epochs * batches, evaluate_every=batches, warmup=self.warmup, **options
+        )
 
 
 @dataclass(frozen=True)
@@ -61,74 +72,115 @@ class Measured:
     residual: float
 
 
+class Classification(Task):
+    """Learn to tell images apart: augmented batches, cross-entropy in nats.
+
+    Args:
+        data: images to learn from and to choose the best epoch by.
+        schedule: size of the batches, augmentation and label smoothing.
+    """
+
+    advice = "lower --learning-rate or --coupling-rate"
+
+    def __init__(self, data: ImageData, schedule: Schedule) -> None:
+        self.data, self.schedule = data, schedule
+        self.batches = schedule.batches(len(data.train))
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def batch(self, epoch: int, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images `(batch_size, 1, H, W)` and labels; what is left of an epoch is not used."""
+        if index == 0:
+            self._order = torch.randperm(len(self.data.train), generator=generator)
+        size = self.schedule.batch_size
+        part = self.data.train[self._order[index * size : (index + 1) * size]]
+        images = augment(part.images, self.schedule, self.data.background, generator)
+        return images, part.labels
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
+        """Cross-entropy with smoothed labels, and the accuracy."""
+        images, labels = batch
+        scores, solution = model(images, return_solution=True)
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.schedule.smoothing)
+        right = (scores.argmax(dim=1) == labels).float().mean()
+        return Outcome(loss, {"accuracy": right}, (solution,))
+
+    def state(self) -> dict[str, Tensor]:
+        """The order of the images in this epoch."""
+        return {"order": self._order}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on in the middle of an epoch."""
+        self._order = state["order"]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss and accuracy on the validation images; spectral radius on the first 32 of them."""
+        classifier = cast(SiteClassifier, model)
+        measured = measure(classifier, self.data.validation)
+        return {
+            "validation_loss": measured.loss,
+            "validation_accuracy": measured.accuracy,
+            "spectral_radius": batch_spectral_radius(classifier, self.data.validation.images[:32]),
+        }
+
+
 def train_classifier(
-    model: SiteClassifier, data: ImageData, schedule: Schedule, run: Run, progress: Progress
-) -> None:
+    model: SiteClassifier,
+    data: ImageData,
+    schedule: Schedule,
+    run: Run,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    devices: Devices | None = None,
+    **options: Any,
+) -> str:
     """Train `model`, keeping in `run` the weights of the epoch with the lowest validation loss.
 
     The loss, because on a small validation set the accuracy of an early epoch may be high by
     luck. Every epoch adds a line to the metrics: loss and accuracy (training and validation), mean
-    number of solver steps, worst residual, spectral radius of the update at the equilibrium of a
-    validation batch, seconds.
+    number of solver steps, share of failed solves, worst residual, spectral radius of the update at
+    the equilibria of validation images, seconds.
+
+    Args:
+        model: the classifier; it is left with the last weights.
+        data: what to learn from.
+        schedule: how.
+        run: the folder, started already.
+        progress: what is told.
+        resume: go on from the newest checkpoint of `run`.
+        devices: see `Trainer`.
+        **options: of the `Plan`.
+
+    Returns:
+        How the training ended, as `Trainer.train` says.
     """
-    batches = schedule.batches(len(data.train))
-    optimizer = _optimizer(model, schedule)
-    total = batches * schedule.epochs
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate(step / total, schedule.warmup)
+    plan = schedule.plan(len(data.train), **options)
+    # Order and augmentation go on in the stream of torch.manual_seed, after the model's weights.
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    trainer = Trainer(
+        model,
+        _optimizer(model, schedule),
+        Classification(data, schedule),
+        plan,
+        run,
+        progress,
+        generator=generator,
+        devices=devices,
     )
-    best = math.inf
-    progress.start(schedule.epochs, batches)
-    for epoch in range(1, schedule.epochs + 1):
-        started = time.perf_counter()
-        sums = dict.fromkeys(("loss", "correct", "steps"), 0.0)
-        worst = 0.0
-        model.train()
-        for count, part in enumerate(_batches(data.train, schedule.batch_size), start=1):
-            images = augment(part.images, schedule, data.background)
-            scores, solution = model(images, return_solution=True)
-            loss = model.loss(scores, part.labels, schedule.smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            sums["loss"] += loss.item()
-            sums["correct"] += (scores.argmax(dim=1) == part.labels).float().mean().item()
-            sums["steps"] += solution.steps.float().mean().item()
-            worst = max(worst, solution.residual.max().item())
-            progress.batch(epoch, {name: value / count for name, value in sums.items()}, worst)
-            if not math.isfinite(sums["loss"]):
-                raise FloatingPointError(
-                    f"the training loss is not finite in epoch {epoch}, batch {count}: lower "
-                    "--learning-rate or --coupling-rate"
-                )
-        measured = measure(model, data.validation)
-        record = {
-            "epoch": epoch,
-            "train_loss": sums["loss"] / batches,
-            "train_accuracy": sums["correct"] / batches,
-            "validation_loss": measured.loss,
-            "validation_accuracy": measured.accuracy,
-            "solver_steps": sums["steps"] / batches,
-            "residual": worst,
-            "spectral_radius": batch_spectral_radius(model, data.validation.images[:32]),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        run.log(**record)
-        if measured.loss < best:
-            best = measured.loss
-            run.save_weights(model, epoch)
-        progress.epoch(record)
+    return trainer.train(resume=resume)
 
 
 @torch.no_grad()
 def measure(model: SiteClassifier, split: Split, batch_size: int = 500) -> Measured:
     """Loss, accuracy, predictions and the solver's work on `split`."""
     model.eval()
+    device = model.token.device
     scores, steps, worst = [], 0.0, 0.0
     for start in range(0, len(split), batch_size):
-        some, solution = model(split.images[start : start + batch_size], return_solution=True)
-        scores.append(some)
+        images = split.images[start : start + batch_size].to(device)
+        some, solution = model(images, return_solution=True)
+        scores.append(some.cpu())
         steps += solution.steps.sum().item()
         worst = max(worst, solution.residual.max().item())
     every = torch.cat(scores)
@@ -147,19 +199,24 @@ def batch_spectral_radius(model: SiteClassifier, images: Tensor) -> float:
     model.eval()
     layer = model.attention
     with torch.no_grad():
-        x = layer.fun.sources(model.sources(images))
+        x = layer.fun.sources(model.sources(images.to(model.token.device)))
         context = layer.fun.prepare(x)
         z = layer(x)
     radii = spectral_radius(lambda state: layer.fun.update(state, context), z)
     return radii.mean().item()
 
 
-def augment(images: Tensor, schedule: Schedule, background: float) -> Tensor:
+def augment(
+    images: Tensor,
+    schedule: Schedule,
+    background: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Shift (pixels), rotate (degrees) and zoom (fraction) every image at random."""
     if not (schedule.shift or schedule.rotation or schedule.zoom):
         return images
     batch, size = len(images), images.shape[-1]
-    angle, zoom, dx, dy = (torch.rand(4, batch) * 2 - 1).unbind()
+    angle, zoom, dx, dy = (torch.rand(4, batch, generator=generator) * 2 - 1).unbind()
     angle = angle * math.radians(schedule.rotation)
     zoom = 1 + zoom * schedule.zoom
     shift = 2 * schedule.shift / size  # grid_sample counts from −1 to 1
@@ -168,13 +225,6 @@ def augment(images: Tensor, schedule: Schedule, background: float) -> Tensor:
     grid = F.affine_grid(rows.view(batch, 2, 3), list(images.shape), align_corners=False)
     moved = F.grid_sample(images - background, grid, align_corners=False)
     return moved + background
-
-
-def _batches(split: Split, batch_size: int) -> Iterator[Split]:
-    """Shuffled whole batches."""
-    order = torch.randperm(len(split))
-    for start in range(0, len(split) - batch_size + 1, batch_size):
-        yield split[order[start : start + batch_size]]
 
 
 def _optimizer(model: SiteClassifier, schedule: Schedule) -> torch.optim.Optimizer:
@@ -187,10 +237,3 @@ def _optimizer(model: SiteClassifier, schedule: Schedule) -> torch.optim.Optimiz
         {"params": inside, "lr": rate * schedule.coupling_rate},
     ]
     return torch.optim.AdamW(groups, lr=rate, weight_decay=schedule.weight_decay)
-
-
-def _rate(done: float, warmup: float) -> float:
-    """Linear to 1 over the fraction `warmup`, then a cosine to 0."""
-    if done < warmup:
-        return max(done / warmup, 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

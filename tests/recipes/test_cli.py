@@ -57,7 +57,7 @@ def test_a_run_leaves_its_files(finished: Any) -> None:
     assert finished.err == ""
     assert len(pictures(finished.folder)) == 4
     others = {name for name in finished.files() if not name.endswith(".png")}
-    assert others == {"config.json", "metrics.jsonl", "model.safetensors"}
+    assert others == {"config.json", "metrics.jsonl", "model.safetensors", "checkpoints"}
     assert str(finished.folder) in finished.out
 
 
@@ -301,6 +301,7 @@ def test_training_that_blows_up(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> No
     ("missing", "recipe"),
     [
         ("tyro", "digits"),
+        ("accelerate", "digits"),
         ("sklearn", "digits"),
         ("rich", "digits"),
         ("matplotlib", "digits"),

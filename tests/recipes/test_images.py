@@ -34,6 +34,11 @@ def test_settings_reach_the_model_and_the_schedule(
     settings = recipe(
         **{**SMALL, **own, "tol": 1e-2, "max_iter": 7, "dropout": 0.4, "batch_size": 11}
     )
+    flags = {"checkpoint_every": 3, "patience": 4, "accumulate": 5, "clip": 0.1, "ema": 0.2}
+    flags |= {"device": "auto", "precision": "bf16", "trackers": ("x",), "on_divergence": "stop"}
+    options = recipe(**flags, keep_checkpoints=7).plan_options()
+    assert options == {**flags, "keep": 7}
+    assert training.Plan(steps=1, evaluate_every=1, **options).keep == 7
     schedule = settings.schedule()
     for name, value in {**own, "batch_size": 11, "epochs": 1}.items():
         assert getattr(schedule, name) == value
@@ -94,7 +99,7 @@ def test_the_figures_show_the_run(
     columns = ("epoch", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
     assert drawn["learning_curves"][:5] == tuple([r[c] for r in epochs] for c in columns)
 
-    model = models[0].eval()
+    model = models[-1].eval()  # the one that was tested
     with torch.no_grad():
         scores, solution = model(data.test.images, return_solution=True)
     expected = np.zeros((10, 10), dtype=int)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from deep_implicit_attention.models import SiteClassifier
-from deep_implicit_attention.training import ImageData, Schedule, Split
+from deep_implicit_attention.training import (
+    ImageData,
+    Outcome,
+    Plan,
+    Run,
+    Schedule,
+    Split,
+    Task,
+    Trainer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +94,68 @@ def plan() -> Callable[..., Schedule]:
         return Schedule(**{**options, **changes})
 
     return make
+
+
+class Regression(Task):
+    """Noisy linear regression; 48 rows in batches of 8, every row shifted at random."""
+
+    def __init__(self, noise: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(48, 3, generator=generator, dtype=torch.float64)
+        self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)
+        self.batches, self.noise = 6, noise
+
+    def batch(self, epoch: int, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if index == 0:
+            self.order = torch.randperm(48, generator=generator)
+        rows = self.order[8 * index : 8 * index + 8]
+        shift = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+        return {"x": self.x[rows] + self.noise * shift, "y": self.y[rows]}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"order": self.order}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.order = state["order"]
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Outcome:
+        error = model(batch["x"]) - batch["y"]
+        return Outcome(error.square().mean(), {"error": error.abs().mean()})
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        torch.rand(3)  # an evaluation may use random numbers
+        with torch.no_grad():
+            return {"validation_loss": (model(self.x) - self.y).square().mean().item()}
+
+
+@pytest.fixture
+def regression() -> type[Regression]:
+    return Regression
+
+
+@pytest.fixture
+def network() -> Callable[..., nn.Module]:
+    """Two layers with dropout between, float64."""
+
+    def build(seed: int = 0, dropout: float = 0.1) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = (nn.Linear(3, 5), nn.Dropout(dropout), nn.Tanh(), nn.Linear(5, 1))
+        return nn.Sequential(*layers).double()
+
+    return build
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, network: Callable[..., nn.Module]) -> Callable[..., Trainer]:
+    """A trainer of the network on a task, in `tmp_path`, with AdamW."""
+
+    def build(task: Task, model: nn.Module | None = None, **settings: Any) -> Trainer:
+        model = network() if model is None else model
+        run = Run(tmp_path)
+        if not run.is_started():
+            run.start({})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+        options = {"steps": 12, "evaluate_every": 3, "device": "cpu", **settings}
+        return Trainer(model, optimizer, task, Plan(**options), run)
+
+    return build

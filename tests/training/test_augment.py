@@ -108,7 +108,7 @@ def test_a_right_angle_turns_the_image(
     turned = []
     for draw in (0.0, 1.0):
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *shape, draw=draw: torch.full(shape, draw))
+            patch.setattr(torch, "rand", lambda *shape, draw=draw, **_: torch.full(shape, draw))
             turned.append(augment(images, plan(rotation=90.0), 0.3))
     sides = [images.rot90(1, (2, 3)), images.rot90(-1, (2, 3))]
     if not torch.allclose(turned[0], sides[0], atol=1e-5):

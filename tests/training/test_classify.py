@@ -42,11 +42,13 @@ class Spy(Progress):
         super().batch(epoch, means, residual)
 
 
-def train(model: SiteClassifier, data: ImageData, schedule: Schedule, folder: Path) -> Run:
+def train(
+    model: SiteClassifier, data: ImageData, schedule: Schedule, folder: Path, **options: Any
+) -> Run:
     run = Run(folder)
     run.start({})
     with Progress(quiet=True) as progress:
-        train_classifier(model, data, schedule, run, progress)
+        train_classifier(model, data, schedule, run, progress, **options)
     return run
 
 
@@ -105,8 +107,8 @@ def test_metrics_of_every_epoch(
         assert len(own) == 96 // 20
         # The last running means are those of the epoch, as is the worst residual.
         assert own[-1]["loss"] == pytest.approx(record["train_loss"])
-        assert own[-1]["correct"] == pytest.approx(record["train_accuracy"])
-        assert own[-1]["steps"] == pytest.approx(record["solver_steps"])
+        assert own[-1]["accuracy"] == pytest.approx(record["train_accuracy"])
+        assert own[-1]["solver_steps"] == pytest.approx(record["solver_steps"])
         assert record["residual"] == max(r for e, _, r in spy.batches if e == record["epoch"])
 
 
@@ -135,8 +137,8 @@ def test_batches_are_whole_shuffled_and_without_repetition(
     seen: list[list[float]] = []
 
     def note(images: Tensor, *settings: Any) -> Tensor:
-        assert model.training
-        assert settings == (schedule, -1.25)
+        assert settings[:2] == (schedule, -1.25)
+        assert isinstance(settings[2], torch.Generator)
         seen.append(images[:, 0, 0, 0].tolist())
         return images
 

@@ -39,7 +39,7 @@ def test_a_broken_library_is_not_called_missing(
 
 
 def test_everything_but_running_works_without_the_extras() -> None:
-    blocked = ["tyro", "rich", "sklearn", "matplotlib", "pooch"]
+    blocked = ["accelerate", "tyro", "rich", "sklearn", "matplotlib", "pooch"]
     rooms = ["solvers", "deq", "attention", "models", "training", "recipes", "cli"]
     program = "import sys\n"
     program += f"sys.modules.update(dict.fromkeys({blocked}))\n"

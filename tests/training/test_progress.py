@@ -17,7 +17,7 @@ RECORD = {
     "spectral_radius": 0.714,
     "seconds": 61.23,
 }
-MEANS = {"loss": 0.5, "correct": 0.25, "steps": 7.0}
+MEANS = {"loss": 0.5, "accuracy": 0.25, "solver_steps": 7.0, "failed": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -84,4 +84,35 @@ def test_a_terminal_sees_the_running_means(
         progress._bar.refresh()
     shown = capsys.readouterr().out
     for part in ("epoch 5/7", "1/3", "loss 0.500", "25.0%", "steps 7.0", "3e-02"):
+        assert part in shown
+
+
+def test_failed_solves_are_shown_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    for share, shown in ((0.0, False), (0.31, True)):
+        with Progress() as progress:
+            progress.start(1, 3)
+            progress.batch(1, {**MEANS, "failed": share}, 3e-2)
+            progress._bar.refresh()
+        assert ("failed 31%" in capsys.readouterr().out) == shown
+
+
+def test_other_columns_and_a_resumed_epoch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    columns = (("step", "{:>6d}", "step"), ("validation_perplexity", "{:>10.2f}", "perplexity"))
+    with Progress(columns=columns, unit="round") as progress:
+        progress.start(4, 30, 12)
+        progress.batch(2, {"loss": 1.0, "bits": 1.25}, 0.0)
+        progress._bar.refresh()
+        progress.epoch({"step": 60, "validation_perplexity": 7.531})
+    shown = capsys.readouterr().out
+    for part in ("round 2/4", "13/30", "bits 1.25", "perplexity", "60        7.53"):
         assert part in shown

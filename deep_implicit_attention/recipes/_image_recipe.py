@@ -1,0 +1,174 @@
+"""Settings of the recipes that train a `SiteClassifier`: `digits` and `mnist`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import training
+from ..models import SiteClassifier
+from ..training import Device, ImageData, Measured, Run, Schedule
+from ._flags import TrainingFlags
+
+
+@dataclass(frozen=True)
+class ImageRecipe(TrainingFlags):
+    """What image recipes share; every field is a flag of the command line."""
+
+    run_dir: Path
+    """folder of metrics, checkpoints and pictures; an earlier run is lost but for --resume"""
+    seed: int
+    """random seed; the same seed gives the same run on the same CPU"""
+    epochs: int
+    """passes over the training images"""
+    batch_size: int
+    """images in a batch"""
+    learning_rate: float
+    """largest learning rate of AdamW, after warm-up"""
+    coupling_rate: float
+    """learning rate of the equilibrium layer, as a multiple of the other one"""
+    weight_decay: float
+    """decoupled weight decay of AdamW"""
+    smoothing: float
+    """label smoothing"""
+    shift: float
+    """augmentation: largest shift, in pixels"""
+    rotation: float
+    """augmentation: largest rotation, in degrees"""
+    zoom: float
+    """augmentation: largest zoom, as a fraction"""
+    validation: float
+    """part of the training images set aside to choose the best epoch"""
+    dim: int
+    """components of a spin"""
+    widths: tuple[int, ...]
+    """channels of the convolutions"""
+    strides: tuple[int, ...]
+    """their strides"""
+    dropout: float
+    """dropout before the linear head"""
+    tol: float
+    """relative residual at which a sample's equilibrium counts as found, forward and backward"""
+    max_iter: int
+    """solver steps at most, forward and backward"""
+    threads: int
+    """CPU threads (0 leaves it to PyTorch); a result depends on it in the last digits"""
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings out of range that nothing else looks at."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
+
+    def load(self) -> ImageData:
+        """The data of this recipe."""
+        raise NotImplementedError
+
+    def model(self, data: ImageData) -> SiteClassifier:
+        """The untrained model."""
+        return SiteClassifier(
+            image_size=data.train.images.shape[-1],
+            num_classes=10,
+            widths=self.widths,
+            strides=self.strides,
+            dim=self.dim,
+            dropout=self.dropout,
+            on_failure="ignore",  # the training loop reports residuals itself
+            solver_fwd_tol=self.tol,
+            solver_fwd_max_iter=self.max_iter,
+            solver_bwd_tol=self.tol,
+            solver_bwd_max_iter=self.max_iter,
+        )
+
+    def schedule(self) -> Schedule:
+        """The part of the settings that the training loop needs."""
+        names = {field.name for field in dataclasses.fields(Schedule)}
+        return Schedule(**{k: v for k, v in vars(self).items() if k in names})
+
+    def evaluate(self, run: Run) -> dict[str, float]:
+        """The test metrics of a finished run, measured again from its weights."""
+        data = self.load()
+        model = self.model(data)
+        run.load_weights(model)
+        return measured_on_test(training.measure(model, data.test))
+
+
+@dataclass(frozen=True)
+class Digits(ImageRecipe):
+    """Train on the 1,797 digits of 8×8 pixels bundled with scikit-learn (no download).
+
+    A fifth of the images is held out for the test; of the rest a part is set aside to choose the
+    best epoch. Takes a minute on two cores.
+    """
+
+    run_dir: Path = Path("runs/digits")
+    seed: int = 0
+    epochs: int = 40
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    coupling_rate: float = 0.1
+    weight_decay: float = 0.01
+    smoothing: float = 0.05
+    shift: float = 0.7
+    rotation: float = 10.0
+    zoom: float = 0.1
+    validation: float = 0.1
+    dim: int = 10
+    widths: tuple[int, ...] = (16, 32, 32)
+    strides: tuple[int, ...] = (1, 1, 2)
+    dropout: float = 0.0
+    tol: float = 1e-3
+    max_iter: int = 30
+    threads: int = 1
+    device: Device = "cpu"
+
+    def load(self) -> ImageData:
+        return training.digits(self.validation, self.seed)
+
+
+@dataclass(frozen=True)
+class Mnist(ImageRecipe):
+    """Train on MNIST at the size and schedule of the 2021 project: 26,000 parameters at most, 20
+    epochs.
+
+    Of the 60,000 training images a part is set aside to choose the best epoch; the 10,000 test
+    images are looked at once, at the end.
+    """
+
+    data_dir: Path | None = None
+    """folder with the four idx files; without it DIA_DATA, else a download"""
+    run_dir: Path = Path("runs/mnist")
+    seed: int = 0
+    epochs: int = 20
+    batch_size: int = 60
+    learning_rate: float = 3e-3
+    coupling_rate: float = 0.1
+    weight_decay: float = 0.01
+    smoothing: float = 0.0
+    shift: float = 1.5
+    rotation: float = 8.0
+    zoom: float = 0.1
+    validation: float = 1 / 12
+    dim: int = 10
+    widths: tuple[int, ...] = (12, 24, 24, 32)
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    dropout: float = 0.0
+    tol: float = 1e-3
+    max_iter: int = 30
+    threads: int = 1
+    device: Device = "cpu"
+
+    def load(self) -> ImageData:
+        return training.mnist(self.data_dir, self.validation, self.seed)
+
+
+def measured_on_test(measured: Measured) -> dict[str, float]:
+    """What the metrics file says of the test images."""
+    return {
+        "test_accuracy": measured.accuracy,
+        "test_loss": measured.loss,
+        "test_solver_steps": measured.steps,
+        "test_residual": measured.residual,
+    }

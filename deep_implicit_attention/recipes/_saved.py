@@ -1,0 +1,107 @@
+"""Runs in their folders: started, resumed, finished, measured again."""
+
+from __future__ import annotations
+
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+from ..training import Devices, Run
+from ..training._run import plain
+from ._flags import TrainingFlags
+from ._image_recipe import Digits, Mnist
+
+RECIPES: dict[str, type[Any]] = {"digits": Digits, "mnist": Mnist}
+
+# What may be another when a run is resumed: it decides where and how often, not what is computed.
+_FREE = {
+    *("resume", "run_dir", "data_dir", "threads", "device"),
+    *("checkpoint_every", "keep_checkpoints", "trackers"),
+}
+
+
+def start(run: Run, recipe: TrainingFlags, devices: Devices) -> bool:
+    """Start the run of a recipe, or find that it is to be resumed; returns which.
+
+    `ValueError` for a run that was started with other settings.
+    """
+    resume = False
+    if devices.is_main:
+        config = {"recipe": _name(recipe), **vars(recipe)}
+        resume = recipe.resume and run.is_started()
+        if resume:
+            _check_same(run, plain(config))
+        else:
+            run.start(config)
+    return devices.agree(resume)
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """The result of a run that is finished, the last line of its metrics; else None."""
+    lines = run.metrics()
+    return lines[-1] if lines and lines[-1].get("interrupted") is False else None
+
+
+def load_recipe(run: Run) -> Any:
+    """The recipe of a run, with its settings."""
+    config = run.config()
+    kind = RECIPES.get(config.get("recipe", ""))
+    if kind is None:
+        raise ValueError(
+            f"{run.folder} is a run of {config.get('recipe', 'nothing')}; only "
+            f"{' and '.join(RECIPES)} can be loaded"
+        )
+    types = typing.get_type_hints(kind)
+    return kind(
+        **{name: _typed(value, types[name]) for name, value in config.items() if name in types}
+    )
+
+
+def evaluate_run(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The test metrics of a finished run: measured again from its weights, and as logged."""
+    run = Run(folder)
+    recipe = load_recipe(run)
+    result = finished(run)
+    if result is None:
+        raise ValueError(
+            f"the run in {folder} is not finished: dia train {run.config()['recipe']} --resume "
+            "with its settings goes on"
+        )
+    measured = recipe.evaluate(run)
+    return measured, {name: result[name] for name in measured}
+
+
+def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
+    """Whether two measurements are the same, but for the last digits of another machine."""
+    return all(
+        math.isclose(value, logged[name], rel_tol=1e-4, abs_tol=1e-9)
+        for name, value in measured.items()
+        if not name.endswith("residual")
+    )
+
+
+def _name(recipe: Any) -> str:
+    return next(name for name, kind in RECIPES.items() if type(recipe) is kind)
+
+
+def _check_same(run: Run, config: dict[str, Any]) -> None:
+    before = run.config()
+    changed = [
+        f"{name} {before.get(name)} (now {value})"
+        for name, value in config.items()
+        if name not in _FREE and before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {run.folder} was started with {', '.join(changed)}: resume with the same "
+            "settings, or leave out --resume to start anew"
+        )
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value of a JSON file as a field of type `kind` holds it."""
+    kinds = {kind, *typing.get_args(kind)}
+    if isinstance(value, str) and Path in kinds:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,97 @@
+"""What a checkpoint of a `Trainer` holds: `pack` gathers it, `unpack` puts it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._checkpoint import (
+    Checkpoint,
+    load_model,
+    load_optimizer,
+    optimizer_tensors,
+    whole_tensors,
+)
+from ._course import Course
+from ._random import derived_seed, random_states, restore_random_states
+from ._watch import Watch
+
+if TYPE_CHECKING:
+    from ._trainer import Trainer
+
+Parts = dict[str, dict[str, Tensor]]
+
+# A training that is resumed with others is another training.
+_FIXED = ("steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience")
+
+
+def pack(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
+    """Tensors by part and name, and all else as JSON. Every process has to ask."""
+    devices, model = trainer.devices, trainer.plain
+    parts = {
+        "model": whole_tensors(model.state_dict()),
+        "optimizer": optimizer_tensors(model, trainer.plain_optimizer),
+        "random": devices.collect(random_states(devices.device)),
+        "generator": {"state": trainer.generator.get_state()},
+        "task": whole_tensors(trainer.task.state()),
+    }
+    if trainer.average:
+        with trainer.average.in_model():
+            parts["average"] = whole_tensors(model.state_dict())
+    trainer.course.metrics_size = trainer.run.metrics_size()
+    scaler = devices.accelerator.scaler
+    state = {
+        "fixed": _fixed(trainer),
+        "course": asdict(trainer.course),
+        "watch": trainer.watch.state(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    return parts, state
+
+
+def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Put back what `pack` gathered; `ValueError` for other settings or another model."""
+    path, parts, state = checkpoint.path, checkpoint.parts, checkpoint.state
+    for name, value in _fixed(trainer).items():
+        before = state["fixed"].get(name)
+        if before != value:
+            raise ValueError(
+                f"{path} was written with {name} {before}, now it is {value}: resume with the "
+                "settings of the start"
+            )
+    model = trainer.plain
+    if trainer.average:
+        load_model(model, parts["average"], path)
+        trainer.average.assign()
+    load_model(model, parts["model"], path)
+    load_optimizer(model, trainer.plain_optimizer, parts.get("optimizer", {}), path)
+    trainer.course, trainer.watch = Course(**state["course"]), Watch(**state["watch"])
+    scaler = trainer.devices.accelerator.scaler
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    trainer.generator.set_state(parts["generator"]["state"])
+    trainer.task.load_state(parts.get("task", {}))
+    rank = trainer.devices.rank
+    own = {
+        name.removeprefix(f"{rank}/"): value
+        for name, value in parts["random"].items()
+        if name.startswith(f"{rank}/")
+    }
+    if own:
+        restore_random_states(own, trainer.devices.device)
+    else:  # there are more processes than there were
+        torch.manual_seed(derived_seed(trainer.plan.seed, 1, rank, trainer.course.step))
+
+
+def weights(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights to keep: averaged, where there is an average."""
+    return parts.get("average", parts["model"])
+
+
+def _fixed(trainer: Trainer) -> dict[str, Any]:
+    fixed = {name: getattr(trainer.plan, name) for name in _FIXED}
+    return {**fixed, "learning rates": trainer.rates}

@@ -1,0 +1,225 @@
+"""`dia train --resume` and `dia evaluate`: runs that are killed, changed, finished, or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deep_implicit_attention import recipes
+from deep_implicit_attention.training import Progress, Run
+
+from .conftest import TINY, invoke
+
+ROOT = Path(__file__).parents[2]
+Dia = Callable[..., Any]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The same weights, last checkpoint and metrics, but for the time."""
+    assert load_file(one / "model.safetensors").keys()
+    for name in ("model.safetensors", f"checkpoints/{newest(one)}"):
+        mine, theirs = load_file(one / name), load_file(other / name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert newest(one) == newest(other)
+    assert records(one) == records(other)
+
+
+def newest(folder: Path) -> str:
+    return max(path.name for path in (folder / "checkpoints").glob("*.safetensors"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+
+
+# --- resume ---------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed(dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    flags = ["--epochs", "4", "--dropout", "0.1", "--shift", "1"]
+    assert dia("digits", *flags).status == 0
+    (tmp_path / "run").rename(tmp_path / "whole")
+
+    def pressed(self: Progress, epoch: int, *_: Any) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "batch", pressed)
+        assert dia("digits", *flags).status == 130
+    assert Run(tmp_path / "run").metrics()[-1]["interrupted"] is True
+    run = dia("digits", *flags, "--resume")
+    assert run.status == 0, run.err
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    shown = [line.split()[0] for line in run.out.splitlines() if line and line.split()[0].isdigit()]
+    assert shown[1:] == ["3", "4"]  # after the line that says how many images there are
+
+
+def test_a_finished_run_says_so(finished: Any) -> None:
+    before = {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()}
+    flags = [*TINY.split(), "--batch-size", "128", "--seed", "3", "--resume"]
+    run = invoke(finished.folder, "train", "digits", "--run-dir", str(finished.folder), *flags)
+    assert run.status == 0, run.err
+    assert "is finished, with test accuracy" in run.out
+    assert {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()} == before
+
+
+def test_nothing_to_resume_is_a_start(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    run = dia("digits", "--resume")
+    assert run.status == 0
+    assert [r.get("epoch") for r in records(run.folder)] == [1, 2, None]
+
+
+def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    assert dia("digits").status == 0
+    line = dia("digits", "--resume", "--dropout", "0.5", "--widths", "5").complaint()
+    assert "started with dim" not in line
+    for part in ("widths [4] (now [5])", "dropout 0.0 (now 0.5)", "leave out --resume"):
+        assert part.split(" (")[0] in line
+    run = dia("digits", "--resume", "--checkpoint-every", "1", "--keep-checkpoints", "9")
+    assert run.status == 0
+
+
+@pytest.mark.parametrize("case", ["truncated", "other model", "weights"])
+def test_checkpoints_that_do_not_fit(
+    case: str, dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    assert dia("digits", "--widths", "5").status == 0
+    foreign = (tmp_path / "run" / "checkpoints" / newest(tmp_path / "run")).read_bytes()
+    assert dia("digits").status == 0
+    run = Run(tmp_path / "run")
+    run.cut_metrics(run.metrics_size() - 5)  # not finished
+    path = run.folder / "checkpoints" / newest(run.folder)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif case == "other model":
+        path.write_bytes(foreign)
+    else:
+        save_file(load_file(run.folder / "model.safetensors"), path)
+    (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n' * 100)
+    line = dia("digits", "--resume").complaint()
+    assert str(path) in line
+    expected = {"truncated": "damaged", "other model": "another model", "weights": "not a check"}
+    assert expected[case] in line
+
+
+# --- evaluate -------------------------------------------------------------------------------
+
+
+def test_evaluate_measures_what_was_logged(finished: Any) -> None:
+    result = records(finished.folder)[-1]
+    run = invoke(finished.folder, "evaluate", str(finished.folder))
+    assert run.status == 0, run.err
+    shown = {line.split()[0]: line.split()[1:] for line in run.out.splitlines()}
+    assert set(shown) == {name for name in result if name.startswith("test_")}
+    for name, (measured, _, logged) in shown.items():
+        assert measured == logged
+        assert float(measured) == pytest.approx(result[name], rel=1e-5)
+
+
+def test_evaluate_notices_other_weights(finished: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, folder)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["head.1.bias"] += torch.arange(10.0)
+    save_file(weights, path)
+    run = invoke(folder, "evaluate", str(folder))
+    assert run.status == 1
+    assert "do not do what its metrics say" in run.err
+
+
+def test_evaluate_what_is_no_finished_run(finished: Any, dia: Dia, tmp_path: Path) -> None:
+    line = invoke(tmp_path, "evaluate", str(tmp_path / "nothing")).complaint()
+    assert "holds no run" in line
+    folder = tmp_path / "some"
+    Run(folder).start({"recipe": "ising"})
+    assert "a run of ising" in invoke(folder, "evaluate", str(folder)).complaint()
+    Run(folder).start(Run(finished.folder).config())
+    assert "is not finished" in invoke(folder, "evaluate", str(folder)).complaint()
+    (folder / "config.json").write_text("{")
+    assert "config.json is damaged" in invoke(folder, "evaluate", str(folder)).complaint()
+
+
+# --- SIGKILL --------------------------------------------------------------------------------
+
+
+def launch(folder: Path, flags: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "deep_implicit_attention.cli", "train", "digits", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--run-dir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def killed(folder: Path, flags: list[str], head: bool, delay: float) -> bool:
+    """Kill a run `delay` seconds after its start, or after the head of its table; was it alive?"""
+    process = launch(folder, flags)
+    assert process.stdout
+    if head:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+    time.sleep(delay)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    assert alive or process.returncode == 0, output
+    return alive
+
+
+def finish(folder: Path, flags: list[str]) -> str:
+    process = launch(folder, flags)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*TINY.split(), "--epochs", "5", "--dropout", "0.1", "--checkpoint-every", "7"]
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    whole = invoke(tmp_path, "train", "digits", *flags, "--run-dir", str(tmp_path / "whole"))
+    assert whole.status == 0
+    assert killed(tmp_path / "run", flags, True, 0.3)
+    finish(tmp_path / "run", [*flags, "--resume"])
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path: Path) -> None:
+    flags = ["--epochs", "20", "--dropout", "0.1", "--ema", "0.9", "--checkpoint-every", "9"]
+    finish(tmp_path / "whole", flags)
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(20):
+        # A fifth of the kills fall into the start, the others into the training.
+        head = chance.random() > 0.2
+        delay = chance.uniform(0.0, 1.5 if head else 4.0)
+        kills += killed(tmp_path / "run", [*flags, "--resume"], head, delay)
+    assert kills == 20  # the run is long enough for all of them
+    finish(tmp_path / "run", [*flags, "--resume"])
+    assert_same_end(tmp_path / "run", tmp_path / "whole")

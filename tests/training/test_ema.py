@@ -1,0 +1,61 @@
+"""The moving average of the weights against its closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deep_implicit_attention.training import MovingAverage
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9])
+def test_the_average_is_the_weighted_sum_of_the_history(decay: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    average = MovingAverage(model, decay)
+    history = [model.weight.detach().clone()]
+    for _ in range(7):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3))
+        history.append(model.weight.detach().clone())
+        average.update()
+    # e_n = d^n θ_0 + (1 − d) Σ_k d^(n−k) θ_k
+    expected = decay**7 * history[0]
+    for k in range(1, 8):
+        expected = expected + (1 - decay) * decay ** (7 - k) * history[k]
+    with average.in_model():
+        torch.testing.assert_close(model.weight, expected, rtol=1e-14, atol=1e-14)
+    assert torch.equal(model.weight, history[-1])
+
+
+def test_the_weights_come_back_after_an_error() -> None:
+    model = nn.Linear(2, 2)
+    average = MovingAverage(model, 0.5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    inside = []
+
+    def fail() -> None:
+        with average.in_model():
+            inside.append(model.weight.detach().clone())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(inside[0], before)
+    assert torch.equal(model.weight, before + 1)
+
+
+def test_assign_starts_the_average_anew() -> None:
+    model = nn.Linear(2, 2)
+    average = MovingAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight += 1
+    average.assign()
+    now = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    with average.in_model():
+        assert torch.equal(model.weight, now)
