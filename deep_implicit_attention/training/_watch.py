@@ -17,7 +17,7 @@ class Watch:
     Loss and share are means m ← m + (x − m)/min(n, 20) over the last twenty steps or so. Three
     signs, each told once in a training:
 
-    - More than half of the solves end above the tolerance.
+    - More than half of the solves end above the tolerance, after 3 steps or more.
     - The loss is a tenth above its mean over the first 20 steps, or has lost half of what it had
       gained since, where that was more than a fifth.
     - The spectral radius at an evaluation is above 0.98: at 1 plain iteration no longer contracts
@@ -32,6 +32,7 @@ class Watch:
     told: list[str] = field(default_factory=list)
 
     MEMORY = 20
+    FIRST_STEPS = 3
     LARGEST_FAILED = 0.5
     LARGEST_RADIUS = 0.98
 
@@ -44,14 +45,14 @@ class Watch:
         if self.count <= self.MEMORY:
             self.first = self.lowest = self.loss
         self.lowest = min(self.lowest, self.loss)
-        if self.count < self.MEMORY:
-            return None
-        if self.failed > self.LARGEST_FAILED:
+        if self.count >= self.FIRST_STEPS and self.failed > self.LARGEST_FAILED:
             return self._tell(
                 "failed",
-                f"{self.failed:.0%} of the equilibria of the last {self.MEMORY} steps were not "
-                "found to the tolerance",
+                f"{self.failed:.0%} of the equilibria of the last "
+                f"{min(self.count, self.MEMORY)} steps were not found to the tolerance",
             )
+        if self.count <= self.MEMORY:
+            return None
         size, gained = abs(self.first), self.first - self.lowest
         lost = self.loss - self.lowest
         if self.loss > self.first + 0.1 * size or (gained > 0.2 * size and lost > 0.5 * gained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,35 @@ def test_a_loss_that_is_not_finite(
         train(model, problem, plan(), tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_solves_that_fail_are_told_before_the_loss_is_no_number(
+    small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path
+) -> None:
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    run = Run(tmp_path)
+    run.start({})
+    schedule = plan(epochs=20, learning_rate=1e4, coupling_rate=1.0)
+    with (
+        Listener(quiet=True) as progress,
+        pytest.raises(FloatingPointError, match=r"not finite in step (\d+)") as caught,
+    ):
+        train_classifier(small_model(), problem, schedule, run, progress)
+    (told,) = (text for text in said if "equilibria of the last" in text)
+    assert "lower --learning-rate or --coupling-rate" in told
+    first, last = (int(re.search(r"step (\d+)", str(t))[1]) for t in (told, caught.value))  # type: ignore
+    assert 3 <= first < last
+
+
+def test_a_sound_training_has_no_sign_of_divergence(
+    small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path
+) -> None:
+    records = train(small_model(), problem, plan(epochs=8), tmp_path).metrics()
+    assert not any("signs_of_divergence" in record for record in records)
 
 
 def test_too_few_images_for_a_batch(

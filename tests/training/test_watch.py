@@ -59,6 +59,9 @@ def test_more_than_half_of_the_solves_fail() -> None:
     assert step == 115
     assert "51%" in sign or "50%" in sign
     assert signs([1.0] * 200, [0.45] * 200) == []
+    ((step, sign),) = signs([1.0] * 10, [0.0, *[1.0] * 9])
+    assert step == 2  # two thirds after three steps
+    assert "67% of the equilibria of the last 3 steps" in sign
 
 
 @pytest.mark.parametrize(
