@@ -40,6 +40,7 @@ def run_images(recipe: ImageRecipe) -> dict[str, Any]:
     model = recipe.model(data)
     run = Run(recipe.run_dir)
     devices = training.Devices(plan, run.folder)
+    devices.rows(recipe.batch_size, recipe.accumulate)
     resume = start(run, recipe, devices)
     with training.Progress(quiet=not devices.is_main) as progress:
         if resume and (result := finished(run)):

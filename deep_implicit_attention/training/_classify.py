@@ -174,6 +174,8 @@ def train_classifier(
 @torch.no_grad()
 def measure(model: SiteClassifier, split: Split, batch_size: int = 500) -> Measured:
     """Loss, accuracy, predictions and the solver's work on `split`."""
+    if not len(split):
+        raise ValueError("split must hold at least one image, got none")
     model.eval()
     device = model.token.device
     scores, steps, worst = [], 0.0, 0.0

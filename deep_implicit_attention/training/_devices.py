@@ -24,10 +24,11 @@ class Devices:
 
     Args:
         plan: device, precision and trackers.
-        folder: where trackers that write files put them, in `trackers/`.
+        folder: of the run; trackers write their files in it.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
+        self.folder = folder
         accelerate = require("accelerate", "train")
         for name in plan.trackers:
             if importlib.util.find_spec(name) is None:
@@ -89,20 +90,23 @@ class Devices:
         plain = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(plain).pop("_is_accelerate_prepared", None)
 
+    def rows(self, count: int, accumulate: int) -> int:
+        """Rows in one of the parts of a batch of `count`; `ValueError` if they cannot be equal."""
+        processes = self.accelerator.num_processes
+        if count % (processes * accumulate) or not count:
+            raise ValueError(
+                f"a batch of {count} rows cannot be cut into equal parts for {processes} "
+                f"process{'es' if processes > 1 else ''} and accumulate {accumulate}"
+            )
+        return count // (processes * accumulate)
+
     def parts(self, batch: Any, accumulate: int) -> Iterator[Any]:
         """This process's rows of `batch` in `accumulate` parts, each moved to its device."""
         leaves, structure = pytree.tree_flatten(batch)
         rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         if len(rows) != 1:
             raise ValueError(f"the tensors of a batch must have the same rows, got {sorted(rows)}")
-        (count,) = rows
-        pieces = accumulate * self.accelerator.num_processes
-        if count % pieces or not count:
-            raise ValueError(
-                f"a batch of {count} rows cannot be cut into equal parts for "
-                f"{self.accelerator.num_processes} processes and accumulate {accumulate}"
-            )
-        size = count // pieces
+        size = self.rows(rows.pop(), accumulate)
         for k in range(accumulate):
             start = (self.rank * accumulate + k) * size
             some = [
@@ -153,8 +157,11 @@ class Devices:
         plain = {
             k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()
         }
-        options = {"tensorboard": {"purge_step": step + 1}}
-        self.accelerator.init_trackers("run", plain, options)
+        options = {
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {"dir": str(self.folder), "name": self.folder.name},
+        }
+        self.accelerator.init_trackers("deep-implicit-attention", plain, options)
 
     def track(self, record: Mapping[str, Any], step: int) -> None:
         """Send numbers and texts to the trackers."""

@@ -86,6 +86,26 @@ def test_nothing_to_resume_is_a_start(dia: Dia, monkeypatch: pytest.MonkeyPatch)
     assert [r.get("epoch") for r in records(run.folder)] == [1, 2, None]
 
 
+def test_an_earlier_run_survives_settings_that_do_not_fit(
+    dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    assert dia("digits").status == 0
+    before = records(tmp_path / "run")
+    for flags, part in (
+        ("--accumulate 5", "32 rows cannot be cut"),
+        ("--precision fp16", "fp16 needs an accelerator"),
+        ("--ema 1", "ema must be"),
+        ("--clip 0", "clip must be"),
+        ("--trackers no_such_tracker", "pip install no_such_tracker"),
+        ("--trackers json", "json"),
+    ):
+        run = dia("digits", *flags.split())
+        assert run.status == 1
+        assert part in run.err
+        assert records(tmp_path / "run") == before
+
+
 def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     assert dia("digits").status == 0
@@ -166,7 +186,8 @@ def test_evaluate_what_is_no_finished_run(finished: Any, dia: Dia, tmp_path: Pat
 
 def launch(folder: Path, flags: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "deep_implicit_attention.cli", "train", "digits", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, "--run-dir", str(folder)],
         stdout=subprocess.PIPE,
@@ -200,11 +221,12 @@ def finish(folder: Path, flags: list[str]) -> str:
 
 
 def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = [*TINY.split(), "--epochs", "5", "--dropout", "0.1", "--checkpoint-every", "7"]
+    flags = [*TINY.split(), "--epochs", "6", "--dropout", "0.1", "--checkpoint-every", "7"]
+    flags += ["--validation", "0.8"]
     monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     whole = invoke(tmp_path, "train", "digits", *flags, "--run-dir", str(tmp_path / "whole"))
     assert whole.status == 0
-    assert killed(tmp_path / "run", flags, True, 0.3)
+    assert killed(tmp_path / "run", flags, True, 0.2)
     finish(tmp_path / "run", [*flags, "--resume"])
     assert_same_end(tmp_path / "run", tmp_path / "whole")
 

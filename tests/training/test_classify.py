@@ -349,6 +349,11 @@ def test_measure_against_one_image_at_a_time(
     assert measured.residual == pytest.approx(worst, rel=0.05)
 
 
+def test_measure_nothing(small_model: Build, quadrants: Callable) -> None:
+    with pytest.raises(ValueError, match="at least one image, got none"):
+        measure(small_model(), quadrants(0, 3))
+
+
 def test_measure_shows_an_image_that_could_not_be_solved(
     small_model: Build, quadrants: Callable
 ) -> None:

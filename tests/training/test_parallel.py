@@ -85,7 +85,7 @@ def worker(rank: int, port: int, kind: str, folder: Path, results: Any) -> None:
     os.environ.update({name: str(value) for name, value in settings.items()})
     model: nn.Module = Model()
     if kind == "ddp":
-        found: Any = train(model, folder, 20)
+        found: Any = train(model, folder, 20), train(Model(), folder / "parts", 5, accumulate=2)
     else:
         torch.distributed.init_process_group("gloo")
         mesh = init_device_mesh("cpu", (2,))
@@ -122,12 +122,13 @@ def test_two_processes_with_half_the_batch_learn_like_one(
     two_processes: Callable[[str], dict[int, Any]], tmp_path: Path
 ) -> None:
     curves = two_processes("ddp")
+    assert curves[0] == curves[1]
+    together, in_parts = curves[0]
     alone = train(Model(), tmp_path / "alone", 20)
     assert len(alone) == 20
-    assert curves[0] == curves[1]
-    torch.testing.assert_close(
-        torch.tensor(curves[0]).double(), torch.tensor(alone).double(), rtol=1e-8, atol=0
-    )
+    assert together == pytest.approx(alone, rel=1e-8, abs=0)
+    fewer = train(Model(), tmp_path / "fewer", 5)
+    assert in_parts == pytest.approx(fewer, rel=1e-8, abs=0)
     assert max(alone) > 1.1 * min(alone)
     first, second = (Run(tmp_path / name).metrics() for name in ("ddp", "alone"))
     assert len(first) == len(second) == 1  # one process writes
