@@ -152,7 +152,8 @@ class Trainer:
         """Measure the model, see whether it is the best so far or the last, log it."""
         course, plan, name = self.course, self.plan, self.task.monitor
         with self._aside():
-            measured = self.devices.agree(self.task.evaluate(self.plain))
+            found = {k: float(v) for k, v in self.task.evaluate(self.plain).items()}
+            measured = self.devices.agree(found)
             sample = self.task.sample(self.plain)
         if name not in measured:
             known = ", ".join(measured)
