@@ -13,6 +13,7 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
   dia train digits      a minute on a laptop, nothing to download
   dia train mnist       the 2021 project's task, at its size and schedule
   dia evaluate RUN      measures a finished run again, from its folder
+  dia generate RUN      continues a text with the language model of a run
   dia ising             mean-field methods beside the exact answer, on a system drawn or your own
 """
 
@@ -58,6 +59,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dia: the weights in {run} do not do what its metrics say", file=sys.stderr)
         return 1
 
+    def generate(
+        run: tyro.conf.Positional[Path],  # type: ignore
+        prompt: str,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> int:
+        """Continue a text with the language model of a run, from its best weights.
+
+        Args:
+            run: folder of the run
+            prompt: the beginning of the text
+            max_new_tokens: length of the continuation
+            temperature: divides the logits; 0 takes the likeliest token
+            top_k: draw from so many of the likeliest tokens only
+            seed: random seed of the draws
+        """
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        print(recipes.generate_run(run, prompt, **options, top_k=top_k, seed=seed))
+        return 0
+
     def ising(recipe: tyro.conf.OmitArgPrefixes[recipes.Ising]) -> int:  # type: ignore
         """Compare mean-field methods with the exact answer on a system of Ising spins.
 
@@ -71,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     app = tyro.extras.SubcommandApp()
     app.command(train)
     app.command(evaluate)
+    app.command(generate)
     app.command(ising)
     try:
         return app.cli(args=arguments, prog="dia", description=_DESCRIPTION)

@@ -5,7 +5,7 @@ from ._flags import TrainingFlags
 from ._image_recipe import Digits, ImageRecipe, Mnist
 from ._images import run_images
 from ._ising import Ising
-from ._saved import agree, evaluate_run, load_recipe
+from ._saved import agree, evaluate_run, generate_run, load_recipe
 
 __all__ = [
     "Digits",
@@ -15,6 +15,7 @@ __all__ = [
     "TrainingFlags",
     "agree",
     "evaluate_run",
+    "generate_run",
     "load_recipe",
     "run_images",
     "run_ising",

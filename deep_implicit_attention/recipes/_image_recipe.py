@@ -17,7 +17,7 @@ class ImageRecipe(TrainingFlags):
     """What image recipes share; every field is a flag of the command line."""
 
     run_dir: Path
-    """folder of metrics, checkpoints and pictures; an earlier run is lost but for --resume"""
+    """folder of the run's files; an earlier run there is overwritten, or resumed"""
     seed: int
     """random seed; the same seed gives the same run on the same CPU"""
     epochs: int

@@ -72,6 +72,21 @@ def evaluate_run(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return measured, {name: result[name] for name in measured}
 
 
+def generate_run(folder: Path, prompt: str, **options: Any) -> str:
+    """A continuation of `prompt` by the language model of a run, from its best weights.
+
+    Asks the run's recipe for `generate(run, prompt, **options)`; `ValueError` where it has none.
+    """
+    run = Run(folder)
+    recipe = load_recipe(run)
+    if not hasattr(recipe, "generate"):
+        raise ValueError(
+            f"{folder} is a run of {_name(recipe)}, which does not generate text: dia generate "
+            "needs a run of a language model"
+        )
+    return recipe.generate(run, prompt, **options)
+
+
 def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
     """Whether two measurements are the same, but for the last digits of another machine."""
     return all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -179,6 +180,38 @@ def test_evaluate_what_is_no_finished_run(finished: Any, dia: Dia, tmp_path: Pat
     assert "is not finished" in invoke(folder, "evaluate", str(folder)).complaint()
     (folder / "config.json").write_text("{")
     assert "config.json is damaged" in invoke(folder, "evaluate", str(folder)).complaint()
+
+
+# --- generate -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A recipe whose model repeats the prompt."""
+
+    run_dir: Path
+    sizes: tuple[int, ...] = (1,)
+
+    def generate(self, run: Run, prompt: str, **options: Any) -> str:
+        assert run.folder == self.run_dir
+        assert self.sizes == (3, 4)
+        return f"{prompt} {prompt} {sorted(options.items())}"
+
+
+def test_generate_asks_the_recipe_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipes._saved.RECIPES, "echo", Echo)
+    Run(tmp_path).start({"recipe": "echo", "run_dir": tmp_path, "sizes": (3, 4)})
+    run = invoke(tmp_path, "generate", str(tmp_path), "--prompt", "To be", "--top-k", "5")
+    assert run.status == 0, run.err
+    options = "('max_new_tokens', 200), ('seed', 0), ('temperature', 1.0), ('top_k', 5)"
+    assert run.out == f"To be To be [{options}]\n"
+
+
+def test_generate_by_a_classifier(finished: Any) -> None:
+    run = invoke(finished.folder, "generate", str(finished.folder), "--prompt", "x")
+    assert "a run of digits, which does not generate text" in run.complaint()
 
 
 # --- SIGKILL --------------------------------------------------------------------------------
