@@ -98,7 +98,7 @@ class Trainer:
         try:
             while not self.course.ending:
                 self._step()
-                if self.plan.evaluation_due(self.course.step):
+                if self.plan.evaluation_due(self.course.step) or self.course.ending:
                     self._evaluate()
                 if self.plan.checkpoint_due(self.course.step) or self.course.ending:
                     self._save()

@@ -222,7 +222,13 @@ def test_divergence_can_end_the_training(regression: Build, trainer: Build, tmp_
     with pytest.warns(DivergenceWarning):
         assert build.train() == "diverged"
     assert build.course.step < 100
+    *_, last = Run(tmp_path).metrics()
+    assert last["step"] == build.course.step
+    assert last["signs_of_divergence"]
     assert Run(tmp_path).saved_step() is not None
+    again = trainer(Rising.of(regression), steps=600, evaluate_every=10, on_divergence="stop")
+    assert again.train(resume=True) == "diverged"  # and trains no further
+    assert Run(tmp_path).metrics()[-1] == last
 
 
 def test_a_spectral_radius_near_one_is_told(regression: Build, trainer: Build) -> None:
