@@ -86,6 +86,7 @@ class Frame:
     def __init__(self, system: SpinSystem, local: Local, components: int) -> None:
         self.system, self.local, self.components = system, local, components
         self.couplings = system.matrix()
+        self.basis: Tensor | None = None
 
     def fields(self, x: Tensor) -> Tensor:
         """`(*batch, N, *event)` -> `(B, N, k)`."""
@@ -121,8 +122,8 @@ class _PottsFrame(Frame):
         ones = torch.ones(q, 1, dtype=like.dtype, device=like.device)
         identity = torch.eye(q, q - 1, dtype=like.dtype, device=like.device)
         basis = torch.linalg.qr(torch.cat([ones, identity], dim=1)).Q[:, 1:]
-        super().__init__(system, _Potts(system.prior, basis), q - 1)
-        self.basis = basis
+        super().__init__(system, local_of(system.prior, basis), q - 1)
+        self.basis: Tensor = basis
         sites = system.num_spins
         spread = torch.kron(torch.eye(sites).to(basis), basis.contiguous())  # (N·q, N·(q−1))
         full = system.matrix()
@@ -157,10 +158,18 @@ class _PottsFrame(Frame):
 def frame_of(system: SpinSystem, method: str) -> Frame:
     """The frame for the prior of `system`; raises `TypeError` for one without equations."""
     prior = system.prior
-    if isinstance(prior, IsingPrior):
-        return Frame(system, _Ising(prior), 1)
-    if isinstance(prior, SphericalPrior):
-        return Frame(system, _Sphere(prior), system.event_shape[0])
     if isinstance(prior, PottsPrior):
         return _PottsFrame(system)
+    if isinstance(prior, IsingPrior | SphericalPrior):
+        return Frame(system, local_of(prior), system.event_shape.numel())
     raise TypeError(f"{method} has no equations for {type(prior).__name__}")
+
+
+def local_of(prior: Prior, basis: Tensor | None = None) -> Local:
+    """A prior as its frame sees it; Potts spins need the `basis` of the frame."""
+    if isinstance(prior, IsingPrior):
+        return _Ising(prior)
+    if isinstance(prior, SphericalPrior):
+        return _Sphere(prior)
+    assert basis is not None
+    return _Potts(prior, basis)
