@@ -14,7 +14,7 @@ from ._figures import COLOURS
 
 # Okabe, Ito 2008 again, black left for what is exact. Markers tell methods apart without colour,
 # and nest, so that equal answers are all seen.
-_STYLES = tuple(
+STYLES = tuple(
     zip((*COLOURS[1:], "#CC79A7", "#56B4E9"), "os^Dv*", (7.5, 6.5, 5.5, 4.5, 4, 4), strict=True)
 )
 
@@ -48,13 +48,13 @@ def approximation_errors(
     Raises:
         ValueError: for more methods than there are styles, six.
     """
-    if len(error_by_method) > len(_STYLES):
+    if len(error_by_method) > len(STYLES):
         raise ValueError(
-            f"at most {len(_STYLES)} methods can be told apart, got {len(error_by_method)}"
+            f"at most {len(STYLES)} methods can be told apart, got {len(error_by_method)}"
         )
     styles: dict[str, dict[str, Any]] = {
         name: {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": "none"}
-        for name, (colour, marker, size) in zip(error_by_method, _STYLES, strict=False)
+        for name, (colour, marker, size) in zip(error_by_method, STYLES, strict=False)
     }
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
