@@ -97,6 +97,6 @@ def _handle(name: str, figure: Figure) -> Line2D:
     for line in drawn:
         if line.get_marker() != "None":
             handle.set(marker=line.get_marker(), markersize=line.get_markersize())
-    styles = [line.get_linestyle() for line in drawn if line.get_linestyle() != "None"]
+    styles: list[Any] = [line.get_linestyle() for line in drawn if line.get_linestyle() != "None"]
     handle.set_linestyle(styles[0] if styles else "None")
     return handle
