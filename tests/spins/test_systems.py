@@ -110,7 +110,7 @@ class TestExact:
 
     def test_refusals(self):
         big = SpinSystem(ferromagnet(40), IsingPrior())
-        with pytest.raises(ValueError, match=r"1.1e\+12 states.*NaiveMeanField"):
+        with pytest.raises(ValueError, match=r"1.1e\+12 states.*GibbsSampler.*AdaptiveTAP"):
             Exact()(big, torch.zeros(40, dtype=torch.float64))
         with pytest.raises(TypeError, match="SphericalPrior"):
             Exact()(SpinSystem(ferromagnet(3), SphericalPrior(3)), torch.zeros(3, 3).double())
