@@ -6,8 +6,6 @@ the coordinates of a frame, and read the same answers off them. They differ in h
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from ._blocks import block_diagonal, diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod
+from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
 from ._system import SpinSystem
 
@@ -76,22 +74,6 @@ class ConsistentMethod(IteratedMethod):
         solution = solution.with_status(broken, Status.INDEFINITE)
         report(solution, self.on_failure, type(self).__name__, self.options["tol"], stacklevel=4)
         return solution
-
-
-def check_start(start: Tensor | None, fields: Tensor) -> None:
-    """Raise `ValueError` unless `start` is None or finite magnetizations for these fields."""
-    if start is None:
-        return
-    if not isinstance(start, Tensor) or start.shape != fields.shape or start.dtype != fields.dtype:
-        got: Any = type(start).__name__
-        if isinstance(start, Tensor):
-            got = f"{start.dtype} {tuple(start.shape)}"
-        raise ValueError(
-            f"start must be magnetizations like fields, {fields.dtype} {tuple(fields.shape)}, "
-            f"got {got}"
-        )
-    if not bool(torch.isfinite(start).all()):
-        raise ValueError("start must be finite")
 
 
 def pull(couplings: Tensor, m: Tensor) -> Tensor:
