@@ -35,7 +35,7 @@ class SelfAveragingTAP(IteratedMethod):
 
     Cost: one eigendecomposition for each system, O(N³), which `SpinSystem.spectrum` keeps for
     further fields, then O(B N² d) a step. Memory without gradients: one array `(N, N)` beside J.
-    Second derivatives by couplings exist where no two eigenvalues are equal.
+    Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
     """
 
     def __call__(
@@ -103,7 +103,7 @@ class _Step(nn.Module):
         field = x + _pull(couplings, m) - V.unsqueeze(-1) * m
         everywhere = _everywhere(V, x)
         mean_chi = _mean_chi(self.local.covariance(field, everywhere))
-        return self.local.mean(field, everywhere), _variance(mean_chi, spectrum)
+        return self.local.mean(field, everywhere), _variance(mean_chi, couplings, spectrum)
 
 
 def _pull(couplings: Tensor, m: Tensor) -> Tensor:
@@ -123,34 +123,60 @@ def _mean_chi(covariance: Tensor) -> Tensor:
     return covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(dim=1, keepdim=True)
 
 
-def _variance(mean_chi: Tensor, spectrum: Tensor) -> Tensor:
+def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
     """V `(B, 1)` such that λ = V + 1/χ̄ is above the spectrum and (1/N) Σ_k 1/(λ − e_k) = χ̄.
 
     Newton's method on G = 1/χ̄ with G the harmonic mean of the gaps λ − e_k. G increases and is
     concave, so from the left of the root the steps approach it monotonically. There are
     λ = max e + 1/(N χ̄), where the largest eigenvalue alone reaches χ̄, and the λ whose mean gap is
-    1/χ̄. All is written in w_k = 1/(χ̄(λ − e_k)), of mean one at the root, since λ and 1/χ̄ are
-    large beside V in strong fields. The last two steps carry the graph: each doubles the order to
-    which derivatives are right, so they are to third order.
+    1/χ̄. All is written in R = χ/χ̄, whose trace at the root is N, since λ and 1/χ̄ are large beside
+    V in strong fields. The last two steps carry the graph: each doubles the order to which
+    derivatives are right, so they are to third order.
     """
 
     def newton(V: Tensor) -> Tensor:
-        gap = V - spectrum
-        w = 1 / (1 + mean_chi * gap)
-        excess = (gap * w).mean(dim=-1, keepdim=True)  # (1 − mean of w) / χ̄
-        return V - excess * w.mean(dim=-1, keepdim=True) / w.square().mean(dim=-1, keepdim=True)
+        mean, square, pulled = _traces(mean_chi, V, couplings, spectrum)
+        excess = V * mean - pulled  # (1 − mean) / χ̄
+        return V - excess * mean / square
 
     with torch.no_grad():
         V = spectrum[-1] - (1 - 1 / len(spectrum)) / mean_chi
         V = torch.maximum(V, spectrum.mean())
         for _ in range(_NEWTON_STEPS):
             before = V
-            V = torch.maximum(
-                newton(V), V
-            )  # where it stands still it stays, whatever the others do
+            V = torch.maximum(newton(V), V)  # a sample that stands still does not move again
             if torch.equal(V, before):
                 break
     return newton(newton(V))
+
+
+def _traces(
+    mean_chi: Tensor, V: Tensor, couplings: Tensor, spectrum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tr R, tr R² and tr JR over N, `(B, 1)`, of R = χ/χ̄ = (1 + χ̄(V − J))⁻¹.
+
+    Sums over eigenvalues, but for couplings with a graph: eigenvalues that are equal have no second
+    derivatives, although the traces have.
+    """
+    if _attached(couplings):
+        ratio = torch.cholesky_inverse(_factor(mean_chi, V, couplings))
+        terms = ratio.diagonal(dim1=1, dim2=2), ratio.square(), ratio * couplings
+    else:
+        w = 1 / (1 + mean_chi * (V - spectrum))
+        terms = w, w.square(), w * spectrum
+    mean, square, pulled = (t.flatten(1).sum(dim=1, keepdim=True) / len(spectrum) for t in terms)
+    return mean, square, pulled
+
+
+def _attached(couplings: Tensor) -> bool:
+    return torch.is_grad_enabled() and couplings.requires_grad
+
+
+def _factor(mean_chi: Tensor, V: Tensor, couplings: Tensor) -> Tensor:
+    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`."""
+    identity = torch.eye(len(couplings), dtype=couplings.dtype, device=couplings.device)
+    scaled = (1 + mean_chi * V)[..., None] * identity - mean_chi[..., None] * couplings
+    return torch.linalg.cholesky_ex(scaled).L
 
 
 def _read(
@@ -161,25 +187,26 @@ def _read(
     field = x + pulled - V.unsqueeze(-1) * m
     everywhere = _everywhere(V, x)
     mean_chi = _mean_chi(local.covariance(field, everywhere))
-    scaled = mean_chi * (V - spectrum)  # χ̄ (λ − e_k) − 1
+    if _attached(couplings):
+        log_det = 2 * _factor(mean_chi, V, couplings).diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    else:
+        log_det = torch.log1p(mean_chi * (V - spectrum)).sum(dim=1)
     k = x.shape[-1]
     overlap = (m * pulled).flatten(1).sum(dim=1)
     log = (
         local.log_partition(field, everywhere).sum(dim=1)
-        - 0.5 * k * torch.log1p(scaled).sum(dim=1)
+        - 0.5 * k * log_det
         + 0.5 * (V * m.flatten(1).square()).sum(dim=1)
         - 0.5 * overlap
     )
-    # Σ_ij J_ij tr χ_ij = k Σ_k e_k / (λ − e_k)
-    pair = k * (mean_chi * spectrum / (1 + scaled)).sum(dim=1)
+    _, _, pair = _traces(mean_chi, V, couplings, spectrum)
+    pair = (k * len(spectrum) * mean_chi * pair)[:, 0]  # Σ_ij J_ij tr χ_ij
     return log, -0.5 * (overlap + pair) - (x * m).flatten(1).sum(dim=1), mean_chi
 
 
 def _response(couplings: Tensor, V: Tensor, mean_chi: Tensor, like: Tensor) -> Tensor:
     """χ = (λ − J)⁻¹ · 1, `(B, N·k, N·k)`."""
     n, k = like.shape[1:]
-    identity = torch.eye(n, dtype=like.dtype, device=like.device)
-    inverse = (1 + mean_chi * V)[..., None] * identity - mean_chi[..., None] * couplings
-    chi = mean_chi[..., None] * torch.linalg.inv_ex(inverse).inverse
+    chi = mean_chi[..., None] * torch.cholesky_inverse(_factor(mean_chi, V, couplings))
     component = torch.eye(k, dtype=like.dtype, device=like.device)
     return torch.einsum("bij,ac->biajc", chi, component).reshape(-1, n * k, n * k)

@@ -101,15 +101,13 @@ class SpinSystem:
         return covariance @ self.couplings.square().mT
 
     def spectrum(self) -> Tensor:
-        """Eigenvalues of couplings `(N, N)`, ascending, `(N,)`. Cost: O(N³), once.
+        """Eigenvalues of couplings `(N, N)`, ascending, `(N,)`, without a graph. Cost: O(N³), once.
 
         They are kept until the couplings change, as autograd counts changes (it misses those
-        through `.data` or an array that shares the memory). Couplings with a graph are decomposed
-        at each call, since the eigenvalues are then part of the graph.
+        through `.data` or an array that shares the memory).
         """
         couplings = self.couplings
-        attached = torch.is_grad_enabled() and couplings.requires_grad
-        if attached or couplings.is_inference():  # inference tensors count no changes
+        if couplings.is_inference():  # changes of inference tensors are not counted
             return torch.linalg.eigvalsh(couplings)
         kept = self._spectrum
         if kept is None or kept[0] is not couplings or kept[1] != couplings._version:
