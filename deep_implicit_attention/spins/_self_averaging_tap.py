@@ -173,10 +173,11 @@ def _attached(couplings: Tensor) -> bool:
 
 
 def _factor(mean_chi: Tensor, V: Tensor, couplings: Tensor) -> Tensor:
-    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`."""
+    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`, NaN where that is not positive definite."""
     identity = torch.eye(len(couplings), dtype=couplings.dtype, device=couplings.device)
     scaled = (1 + mean_chi * V)[..., None] * identity - mean_chi[..., None] * couplings
-    return torch.linalg.cholesky_ex(scaled).L
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    return torch.where(failed[:, None, None] == 0, factor, torch.nan)
 
 
 def _read(
