@@ -22,8 +22,9 @@ lint: $(DEV)  ## formatting, style, types, floors
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(DEV)  ## solver evaluations beside TorchDEQ; writes docs/benchmarks.md
+bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.evaluations
+	$(BIN)/python -m benchmarks.inference
 
 docs: $(DEV)  ## check that the code in README and docs runs
 	$(BIN)/python -m pytest -q tests/docs
