@@ -25,6 +25,7 @@ lint: $(DEV)  ## formatting, style, types, floors
 bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.evaluations
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.response
 
 docs: $(DEV)  ## check that the code in README and docs runs
 	$(BIN)/python -m pytest -q tests/docs

@@ -27,8 +27,9 @@ class DoubleLoop:
     the Gaussian of all sites with the couplings, in s independent Gaussians. log Z_q and log Z_r
     are convex, so the minimum is that of a convex function (Newton's method, inner loop), and it
     is concave in θ_s: replacing it by its tangent bounds F from above, and the minimum of the
-    bound, s with the moments of r, cannot increase F (outer loop). As long as Newton's step on F
-    itself goes down it is taken instead; it makes the end of the descent quadratic.
+    bound, s with the moments of r, cannot increase F (outer loop). That is slow where F is flat. So
+    Newton's step on F, and then a few steps of the single loop, are tried before it, and taken if
+    they go down.
 
     An instance is the `propose` of one solve for states (g, Λ) of site terms; `objective` grows by
     F after each outer step, which at a fixed point is −log Z.
@@ -116,7 +117,7 @@ class DoubleLoop:
         return torch.where(rows, given[0], other[0]), torch.where(rows, given[1], other[1])
 
     def _inner(self, theta: Tensor, theta_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), the minimum, and where it was found."""
+        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), the minimum, whether it was found."""
         shape = theta.shape
         eps = torch.finfo(theta.dtype).eps
         value = self._value(theta, theta_r)
