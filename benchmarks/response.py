@@ -74,9 +74,10 @@ def main() -> None:
         page,
         "Gaussian adaptive TAP attention",
         f"{provenance()}, one thread.\n\n"
-        f"N = {SITES}, d = {DIM}, batch {BATCH}, trainable Gaussian prior: one linear system of size "
-        f"{SITES * DIM}. Forward and backward, the layer beside `torch.linalg.solve` of that size in "
-        f"turns, median of {TURNS}, and beside itself inside `frozen()`.\n\n" + "\n".join(lines),
+        f"N = {SITES}, d = {DIM}, batch {BATCH}, trainable Gaussian prior: one linear system of "
+        f"size {SITES * DIM}. Forward and backward, the layer beside `torch.linalg.solve` of that "
+        f"size in turns, median of {TURNS}, and beside itself inside `frozen()`.\n\n"
+        + "\n".join(lines),
     )
     if not good:
         raise SystemExit(f"beyond {BAR} times a solve, or frozen not {FROZEN_BAR:g} times faster")

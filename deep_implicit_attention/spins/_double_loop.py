@@ -117,7 +117,7 @@ class DoubleLoop:
         return torch.where(rows, given[0], other[0]), torch.where(rows, given[1], other[1])
 
     def _inner(self, theta: Tensor, theta_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), the minimum, whether it was found."""
+        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), the minimum; if it was found."""
         shape = theta.shape
         eps = torch.finfo(theta.dtype).eps
         value = self._value(theta, theta_r)
