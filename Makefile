@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRAIN := .venv/train.done
 DEV := .venv/dev.done
 
-.PHONY: demo test slow lint bench docs clean
+.PHONY: demo test slow lint bench docs pictures clean
 
 demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; pictures in runs/digits/
 	$(BIN)/dia train digits
@@ -22,11 +22,16 @@ lint: $(DEV)  ## formatting, style, types, floors
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(DEV)  ## solver evaluations beside TorchDEQ; writes docs/benchmarks.md
+bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks.evaluations
+	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.response
 
 docs: $(DEV)  ## check that the code in README and docs runs
 	$(BIN)/python -m pytest -q tests/docs
+
+pictures: $(DEV)  ## make the pictures of docs/methods again
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv runs

@@ -10,13 +10,9 @@ and none is stopped early. Evaluations do not depend on the machine; there is no
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +28,8 @@ from deep_implicit_attention.attention import (
 from deep_implicit_attention.deq import DEQModule
 from deep_implicit_attention.deq._state import Layout
 from deep_implicit_attention.solvers import anderson, broyden, picard
+
+from .page import parse_out, provenance, write_section
 
 TOLERANCE = 1e-4
 LIMIT = 100
@@ -172,27 +170,18 @@ def table() -> tuple[str, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
-    out = parser.parse_args().out
+    page = parse_out(__doc__)
     body, good = table()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    out.write_text(
-        "# Benchmarks\n\n"
-        "## Evaluations of f\n\n"
-        f"`make bench`; torch {torch.__version__}, Python {platform.python_version()}, commit "
-        f"{commit or 'unknown'}, float32.\n\n"
+    write_section(
+        page,
+        "Evaluations of f",
+        f"{provenance()}, float32.\n\n"
         "Evaluations until every sample of the batch has relative residual ≤ 1e-4, mean over "
         f"weights and sources of seeds 0 to {SEEDS[-1]}; all solvers with their default options, "
         "from zeros. The stopping rule is applied outside the solvers, in the same way to all. "
         "The last column is our `anderson` over the best of TorchDEQ's three.\n\n"
-        f"{body}\n"
+        f"{body}",
     )
-    print(f"\nwritten to {out}")
     if not good:
         raise SystemExit("anderson needs more evaluations than it should on some map")
 

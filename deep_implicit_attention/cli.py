@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     def ising(recipe: tyro.conf.OmitArgPrefixes[recipes.Ising]) -> int:  # type: ignore
-        """Compare mean-field methods with the exact answer on a system of Ising spins.
+        """Compare mean-field methods with the exact answer on a system of Ising spins, or with a
+        Gibbs sampler where there are too many states to enumerate.
 
         The folder of the run holds config.json, metrics.jsonl (one line for each method and beta),
         answers.npz (couplings, fields, magnetizations and covariances of the table) and ising.png

@@ -1,42 +1,67 @@
-"""Adaptive TAP with a Gaussian prior: the exact response of a Gaussian vector spin system."""
+"""Adaptive TAP attention: the response of vector spins with a prior of one's choice."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..deq._state import full_precision
+from ..spins import AdaptiveTAP, GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
+from ..spins._prior import Prior
+from . import _matched
+from ._linear import Factor, factorise, inverse, log_determinant, solve
+from ._matched import Matched
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
 
 
-class _Context(NamedTuple):
-    x: Tensor  # (B, N, d)
+class _Gaussian(NamedTuple):
+    """What a solve with a Gaussian prior needs."""
+
+    x: Tensor  # (B, N, d), the fields, x + Pμ
     couplings: Tensor  # (N·d, N·d)
     precision: Tensor  # (N, d, d), P_i
+    covariance: Tensor  # (N, d, d), P_i⁻¹
     operator: Tensor  # (N·d, N·d), blockdiag P − J
+    factor: Factor  # of the operator
+
+
+class _Frozen(NamedTuple):
+    """What `frozen` keeps: the context without fields, and the weights it was made from."""
+
+    weights: list[tuple]
+    context: _Gaussian | Matched
 
 
 class DEQAdaTAPMeanFieldAttention(SiteCouplings):
-    """Adaptive TAP equations of spins with a Gaussian prior N(0, P_i⁻¹):
+    """The adaptive TAP equations of spins with a prior ρ (Opper, Winther 2001, Phys. Rev. E 64,
+    056131),
 
-        z_i = C_i (x_i + Σ_j J_ij z_j − V_i z_i),   C_i = (P_i − V_i)⁻¹
+        z_i = mean(h_i, V_i),   h_i = x_i + Σ_j J_ij z_j − V_i z_i,   C_i = covariance(h_i, V_i)
         V_i = Λ_i − (χ_ii)⁻¹,   Λ_i = V_i + C_i⁻¹,   χ = (blockdiag Λ − J)⁻¹
 
-    V_i is the variance of the cavity field, the self-correction that the other mechanisms learn
-    (Opper, Winther 2001, Phys. Rev. E 64, 056131). With this prior Λ = P and the equations have
-    the closed form that `DEQFixedPoint` returns,
+    V_i is the variance of the cavity field, the self-correction that the other mechanisms learn.
 
-        z = (P − J)⁻¹ x,   V_i = P_i − ([(P − J)⁻¹]_ii)⁻¹,
+    With a Gaussian prior, N(0, P_i⁻¹) or `GaussianPrior`, Λ = P and the equations have the closed
+    form that `DEQFixedPoint` returns,
+
+        z = (P − J)⁻¹ (x + Pμ),   V_i = P_i − ([(P − J)⁻¹]_ii)⁻¹,
 
     which is the exact mean of the Gaussian system; V never changes z, and is computed only if it
     is among the output elements. `update` iterates the equations themselves and is the reference
     for it. There is a distribution behind the fixed point only if the couplings have both
     symmetries and P − J is positive definite; where it is not, the layer still returns the
     solution of the equations and says so as `on_failure` tells it.
+
+    With any other prior V depends on the sample and the equations are iterated: `IsingPrior()`
+    makes every component a spin (N·d scalar spins, V diagonal), `PottsPrior(d)` and
+    `SphericalPrior(d, R)` live on the vector. These priors need both symmetries.
 
     Wrap it in `DEQFixedPoint`; x is `(B, N, d)`, the state is (z `(B, N, d)`, V `(B, N, d, d)`).
 
@@ -47,9 +72,14 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         weight_training: False makes the couplings a buffer.
         weight_sym_internal: symmetrise each J_ij.
         weight_sym_sites: symmetrise J_ij = J_ji.
-        lin_response: False is naive mean field, V = 0 (and the same z).
+        lin_response: False is naive mean field, V = 0 (for a Gaussian prior the same z).
+        prior: prior of a spin, shared by all sites; its parameters are trained with the module. By
+            default N(0, 1), kept as the buffer `spin_prior_inv_var` `(N, d, d)` of the P_i.
 
-    Cost: O(N³ d³ + B N² d²) once, no iteration; an `update` costs O(B N³ d³).
+    Raises:
+        TypeError, ValueError: for a prior of another dimension, or without the symmetries it needs.
+
+    Cost: Gaussian, O(N³ d³ + B N² d²) once, no iteration; otherwise O(B N³ d³) an update.
     """
 
     spin_prior_inv_var: Tensor
@@ -63,67 +93,207 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         weight_sym_internal: bool = True,
         weight_sym_sites: bool = True,
         lin_response: bool = True,
+        *,
+        prior: Prior | None = None,
     ) -> None:
         super().__init__(
             num_spins, dim, weight_init_std, weight_training, weight_sym_internal, weight_sym_sites
         )
+        _check_prior(prior, dim, self.symmetric)
         self.lin_response = lin_response
-        self.register_buffer("spin_prior_inv_var", torch.eye(dim).repeat(num_spins, 1, 1))
+        self.prior = prior
+        if prior is None:
+            self.register_buffer("spin_prior_inv_var", torch.eye(dim).repeat(num_spins, 1, 1))
+        self._frozen: _Frozen | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the couplings are those of a Boltzmann distribution, J_ij = J_jiᵀ."""
+        return self.weight_sym_internal and self.weight_sym_sites
 
     def initial_state(self, x: Tensor) -> State:
-        return torch.zeros_like(x), x.new_zeros(*x.shape, x.shape[-1])
+        # No preferred direction: 0, for Potts spins equal probabilities.
+        centre = 1 / self.dim if isinstance(self.prior, PottsPrior) else 0.0
+        return torch.full_like(x, centre), x.new_zeros(*x.shape, x.shape[-1])
 
-    def prepare(self, x: Tensor) -> _Context:
+    def prepare(self, x: Tensor) -> _Gaussian | Matched:
+        if self._frozen is not None:
+            return self._thawed(self._frozen, x)
+        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
+            return _matched.prepare(self.weight(), self.prior, x)
         couplings = self.coupling_matrix()
-        precision = self.spin_prior_inv_var.to(couplings)
-        return _Context(x, couplings, precision, block_diagonal(precision) - couplings)
+        if self.prior is None:
+            precision = self.spin_prior_inv_var.to(couplings)
+        else:
+            precision = self.prior.precision().to(couplings)
+            x = x + precision @ self.prior.location.to(couplings)
+            precision = precision.expand(self.num_spins, -1, -1)
+        operator = -couplings
+        blocks = operator.view(self.num_spins, self.dim, self.num_spins, self.dim)
+        blocks.diagonal(dim1=0, dim2=2).add_(precision.permute(1, 2, 0))
+        factor = factorise(operator, self.symmetric)
+        covariance = torch.linalg.inv_ex(precision.detach()).inverse
+        return _Gaussian(x, couplings, precision, covariance, operator, factor)
 
-    def solve(self, context: _Context, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """The closed form; V only if element 1 is wanted."""
-        x, operator = context.x, context.operator
-        z = torch.linalg.solve_ex(operator, x.flatten(1).mT).result.mT.reshape_as(x)
+    def update(self, z: State, context: _Gaussian | Matched) -> State:
+        if isinstance(context, Matched):
+            assert self.prior is not None
+            return _matched.update(self.prior, z, context, self.lin_response)
+        mean, cavity = z
+        narrow = context.precision - cavity  # C_i⁻¹, (B, N, d, d)
+        field = (context.x.flatten(1) + mean.flatten(1) @ context.couplings.mT).view_as(mean)
+        field = field - (cavity @ mean.unsqueeze(-1)).squeeze(-1)
+        new_mean = torch.linalg.solve_ex(narrow, field.unsqueeze(-1)).result.squeeze(-1)
+        if not self.lin_response:
+            return new_mean, torch.zeros_like(cavity)
+        total = cavity + narrow  # Λ_i
+        response = torch.linalg.inv_ex(block_diagonal(total) - context.couplings).inverse
+        blocks = diagonal_blocks(response, self.num_spins)
+        return new_mean, total - torch.linalg.inv_ex(blocks).inverse
+
+    @property
+    def solve(self) -> Any:
+        """The closed form, `solve(context, wanted)`; priors without one have no such attribute."""
+        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
+            raise AttributeError(f"{type(self.prior).__name__} has no closed form")
+        return self._solve
+
+    def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """z; V only if element 1 is wanted."""
+        x, operator, factor = context.x, context.operator, context.factor
+        z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
         if 1 not in wanted:
             return z, None
         if not self.lin_response:
             return z, self.initial_state(x)[1]
-        response = torch.linalg.inv_ex(operator).inverse
-        blocks = diagonal_blocks(response, self.num_spins)
+        blocks = diagonal_blocks(inverse(operator, factor), self.num_spins)
         cavity_variance = context.precision - torch.linalg.inv_ex(blocks).inverse
         return z, cavity_variance.expand(x.shape[0], *cavity_variance.shape)
 
-    def residual(self, context: _Context, state: State) -> tuple[Tensor, Tensor]:
-        """‖f(z) − z‖, relative to ‖f(z)‖ and absolute, of f(z) = P⁻¹ (x + J z).
+    def residual(self, context: _Gaussian, state: State) -> tuple[Tensor, Tensor]:
+        """‖f(z) − z‖, relative to ‖f(z)‖ and absolute, of f(z) = P⁻¹ (x + Pμ + J z).
 
         That is the update at V = 0; V has no influence on the fixed point.
         """
         z = state[0]
-        field = (context.x.flatten(1) + z.flatten(1) @ context.couplings.mT).view_as(z)
-        image = torch.linalg.solve_ex(context.precision, field.unsqueeze(-1)).result.squeeze(-1)
+        # The fast product is that with the matrix as it lies in memory.
+        incoming = context.couplings if self.symmetric else context.couplings.mT
+        field = (context.x.flatten(1) + z.flatten(1) @ incoming).view_as(z)
+        image = torch.einsum("nij,bnj->bni", context.covariance, field)
         norm = torch.linalg.vector_norm((image - z).flatten(1), dim=1)
         size = torch.linalg.vector_norm(image.flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
 
-    def judge(self, context: _Context) -> str:
+    def judge(self, context: _Gaussian) -> str:
         """Names the smallest eigenvalue of P − J if the matrix is not positive definite."""
-        if not (self.weight_sym_internal and self.weight_sym_sites):
+        if not self.symmetric or context.factor.pivots is None:
             return ""
         operator = context.operator.detach()
-        if int(torch.linalg.cholesky_ex(operator).info) == 0:
-            return ""
         if not bool(torch.isfinite(operator).all()):
             return "The couplings are not finite."
         smallest = torch.linalg.eigvalsh(operator)[0].item()
         return f"The smallest eigenvalue of P − J is {smallest:.4g}."
 
-    def update(self, z: State, context: _Context) -> State:
-        mean, cavity = z
-        inverse = context.precision - cavity  # C_i⁻¹, (B, N, d, d)
-        field = (context.x.flatten(1) + mean.flatten(1) @ context.couplings.mT).view_as(mean)
-        field = field - (cavity @ mean.unsqueeze(-1)).squeeze(-1)
-        new_mean = torch.linalg.solve_ex(inverse, field.unsqueeze(-1)).result.squeeze(-1)
-        if not self.lin_response:
-            return new_mean, torch.zeros_like(cavity)
-        total = cavity + inverse  # Λ_i
-        response = torch.linalg.inv_ex(block_diagonal(total) - context.couplings).inverse
-        blocks = diagonal_blocks(response, self.num_spins)
-        return new_mean, total - torch.linalg.inv_ex(blocks).inverse
+    def free_energy(self, x: Tensor, method: AdaptiveTAP | None = None) -> Tensor:
+        """−log Z of the spins in fields `x` `(B, N, d)`, `(B,)`, to be a term of a loss.
+
+        Its derivative with respect to x is −z, with respect to the couplings −(z_i z_jᵀ + χ_ij):
+        exact for a Gaussian prior, by adaptive TAP (`method`, by default `AdaptiveTAP(tol=1e-5)`)
+        for the others. The prior is a probability measure, so −log Z is 0 without couplings and
+        fields.
+
+        Raises:
+            TypeError: if the couplings do not have both symmetries: there is no distribution.
+            ValueError: if P − J is not positive definite, naming the smallest eigenvalue.
+        """
+        if not self.symmetric:
+            raise TypeError(
+                "free_energy needs weight_sym_internal and weight_sym_sites: without them there is "
+                "no Boltzmann distribution"
+            )
+        x = self.sources(full_precision(x))
+        context = self.prepare(x)
+        if isinstance(context, Matched):
+            assert self.prior is not None
+            weight = self.weight() if self._frozen is None else self.weight().detach()
+            system = _matched.spin_system(weight, self.prior)
+            fields = x.flatten(1) if isinstance(self.prior, IsingPrior) else x
+            return -(method or AdaptiveTAP(tol=1e-5))(system, fields).log_partition
+        if message := self.judge(context):
+            raise ValueError(f"P − J must be positive definite. {message}")
+        b = context.x.flatten(1)
+        z = solve(context.operator, b.mT, context.factor).mT
+        log = 0.5 * (b * z).sum(dim=1) - 0.5 * log_determinant(context.operator, context.factor)
+        log = log + 0.5 * torch.linalg.slogdet(context.precision).logabsdet.sum()
+        if isinstance(self.prior, GaussianPrior):
+            pulled = self.prior.precision() @ self.prior.location
+            log = log - 0.5 * self.num_spins * self.prior.location @ pulled
+        return -log
+
+    @contextmanager
+    def frozen(self) -> Iterator[DEQAdaTAPMeanFieldAttention]:
+        """Within this context the weights are constants: couplings and factorisation are made once.
+
+            with module.frozen():
+                for x in batches:
+                    z = layer(x)
+
+        Gradients reach x and not the weights. Changing a weight inside, by whatever means, makes
+        the next call raise `RuntimeError`.
+        """
+        before, self._frozen = self._frozen, None
+        with torch.no_grad():
+            nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
+            context = self.prepare(nothing)
+            if isinstance(context, _Gaussian):
+                context = context._replace(factor=context.factor.inverted())
+            weights = self._fingerprints()
+        self._frozen = _Frozen(weights, context)
+        try:
+            yield self
+        finally:
+            self._frozen = before
+
+    def _fingerprints(self) -> list[tuple]:
+        return [_fingerprint(weight) for weight in (*self.parameters(), *self.buffers())]
+
+    def _thawed(self, frozen: _Frozen, x: Tensor) -> _Gaussian | Matched:
+        """The frozen context with the fields `x`, of which it depends affinely."""
+        if self._fingerprints() != frozen.weights:
+            raise RuntimeError(
+                "the weights changed inside `frozen()`: leave the context before changing them, or "
+                "enter it anew"
+            )
+        context = frozen.context
+        if isinstance(context, Matched):
+            x = _matched.coordinates(x, context)
+        return context._replace(x=x + context.x)
+
+
+def _fingerprint(weight: Tensor) -> tuple:
+    """What changes when a tensor is replaced or written to; the sum also where `.data` hides it."""
+    raw = weight.detach().reshape(-1).view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    total = raw[:whole].view(torch.int64).sum() + raw[whole:].sum()
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device, int(total)
+
+
+def _check_prior(prior: Prior | None, dim: int, symmetric: bool) -> None:
+    known = GaussianPrior | IsingPrior | PottsPrior | SphericalPrior
+    if prior is None:
+        return
+    if not isinstance(prior, known):
+        raise TypeError(
+            "prior must be a GaussianPrior, IsingPrior, PottsPrior or SphericalPrior, got "
+            f"{type(prior).__name__}"
+        )
+    name = type(prior).__name__
+    if prior.event_shape and prior.event_shape != (dim,):
+        raise ValueError(
+            f"prior must have {dim} components like the spins, {name} has {prior.event_shape[0]}"
+        )
+    if not isinstance(prior, GaussianPrior) and not symmetric:
+        raise ValueError(
+            f"{name} needs weight_sym_internal and weight_sym_sites: without them there is no spin "
+            "system whose response could be matched"
+        )

@@ -55,13 +55,13 @@ class SiteCouplings(DEQModule):
         `weight_sym_internal` makes each J_ij a symmetric matrix, `weight_sym_sites` makes
         J_ij = J_ji; together J_ij = J_jiᵀ, as a spin system needs.
         """
-        weight = full_precision(self._weight)
+        weight, scale = full_precision(self._weight), 1.0
         if self.weight_sym_internal:
-            weight = 0.5 * (weight + weight.transpose(2, 3))
+            weight, scale = weight + weight.transpose(2, 3), 0.5 * scale
         if self.weight_sym_sites:
-            weight = 0.5 * (weight + weight.transpose(0, 1))
-        same = torch.eye(self.num_spins, dtype=torch.bool, device=weight.device)
-        return weight.masked_fill(same[:, :, None, None], 0.0)
+            weight, scale = weight + weight.transpose(0, 1), 0.5 * scale
+        apart = 1 - torch.eye(self.num_spins, dtype=weight.dtype, device=weight.device)
+        return weight * (scale * apart)[:, :, None, None]
 
     def count_params(self) -> int:
         """Number of free parameters in the couplings, which symmetries and J_ii = 0 reduce."""

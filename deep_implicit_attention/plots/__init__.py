@@ -1,12 +1,15 @@
 """Floor 5: figures, as pure functions from arrays."""
 
+from ._curves import Panel, curves
 from ._figures import confusion_matrix, convergence, coupling_graph, learning_curves
 from ._inference import approximation_errors
 
 __all__ = [
+    "Panel",
     "approximation_errors",
     "confusion_matrix",
     "convergence",
     "coupling_graph",
+    "curves",
     "learning_curves",
 ]

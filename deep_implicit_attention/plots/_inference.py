@@ -14,7 +14,7 @@ from ._figures import COLOURS
 
 # Okabe, Ito 2008 again, black left for what is exact. Markers tell methods apart without colour,
 # and nest, so that equal answers are all seen.
-_STYLES = tuple(
+STYLES = tuple(
     zip((*COLOURS[1:], "#CC79A7", "#56B4E9"), "os^Dv*", (7.5, 6.5, 5.5, 4.5, 4, 4), strict=True)
 )
 
@@ -31,13 +31,16 @@ def approximation_errors(
     error_by_method: Mapping[str, Sequence[float]],
     *,
     beta: float,
+    reference: str = "exact",
+    reference_error: Sequence[float] = (),
     error_label: str = "mean |error| of magnetizations",
     beta_label: str = "inverse temperature β",
     title: str = "",
 ) -> Figure:
     """Magnetizations `(N,)` and covariances `(pairs,)` of each method against the exact ones, at
     inverse temperature `beta`; and `error_by_method` against inverse temperatures `betas`, both
-    axes logarithmic. All quantities are dimensionless.
+    axes logarithmic. All quantities are dimensionless. Where the exact answer is out of reach,
+    `reference` says what stands in its place, and `reference_error` how wrong it is at `betas`.
 
     `error_by_method` names all methods. Its NaN are gaps, where a method did not converge; one
     without an answer at `beta` is left out of the other two mappings, and the panels say so.
@@ -45,13 +48,13 @@ def approximation_errors(
     Raises:
         ValueError: for more methods than there are styles, six.
     """
-    if len(error_by_method) > len(_STYLES):
+    if len(error_by_method) > len(STYLES):
         raise ValueError(
-            f"at most {len(_STYLES)} methods can be told apart, got {len(error_by_method)}"
+            f"at most {len(STYLES)} methods can be told apart, got {len(error_by_method)}"
         )
     styles: dict[str, dict[str, Any]] = {
         name: {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": "none"}
-        for name, (colour, marker, size) in zip(error_by_method, _STYLES, strict=False)
+        for name, (colour, marker, size) in zip(error_by_method, STYLES, strict=False)
     }
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -60,7 +63,7 @@ def approximation_errors(
         (middle, "covariance of $S_i$ and $S_j$", exact_C, C_by_method),
     ):
         _against_exact(axes, np.asarray(exact), answers, styles)
-        axes.set(xlabel=f"exact {symbol} (dimensionless)", ylabel=f"{symbol} by the method")
+        axes.set(xlabel=f"{symbol}, {reference} (dimensionless)", ylabel=f"{symbol} by the method")
         axes.set_title(f"β = {beta:g}", fontsize=10)
         missing = [name for name in error_by_method if name not in answers]
         if missing:
@@ -71,6 +74,10 @@ def approximation_errors(
 
     for name, errors in error_by_method.items():
         right.plot(betas, np.maximum(errors, _FLOOR), label=name, **styles[name])
+    if len(reference_error):
+        right.plot(
+            betas, reference_error, "--", color=COLOURS[0], label=f"standard error of {reference}"
+        )
     right.axvline(beta, color=COLOURS[0], linestyle=":", linewidth=1, zorder=0)
     right.set(xlabel=beta_label, xscale="log", ylabel=f"{error_label} (dimensionless)")
     if any(np.isfinite(errors).any() for errors in error_by_method.values()):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..deq import ConvergenceWarning
 from ..solvers import Status
-from ..spins import Exact, IsingPrior, SpinSystem
+from ..spins import Exact, GibbsSampler, IsingPrior, Sampling, SpinSystem
 from ..training import Run, require
 from ._ising import Ising, Method
 
 ANSWERS, FIGURE = "answers.npz", "ising.png"
-EXACT = "exact"
+EXACT, SAMPLED = "exact", "gibbs reference"
 Answers = dict[str, "Answer"]
 
 
@@ -35,6 +35,7 @@ class Answer:
     magnetization: Tensor
     covariance: Tensor
     log_partition: float
+    sampling: Sampling | None = None
 
     @property
     def sound(self) -> bool:
@@ -45,20 +46,20 @@ class Answer:
         """Mean |m_i|, mean |C_ij| for i ≠ j, and log Z."""
         return _sizes(self.magnetization, self.covariance, self.log_partition)
 
-    def errors(self, exact: Answer) -> tuple[float, float, float]:
+    def errors(self, reference: Answer) -> tuple[float, float, float]:
         """Mean |error| of m_i, of C_ij for i ≠ j, and |error| of log Z."""
         return _sizes(
-            self.magnetization - exact.magnetization,
-            self.covariance - exact.covariance,
-            abs(self.log_partition - exact.log_partition),
+            self.magnetization - reference.magnetization,
+            self.covariance - reference.covariance,
+            abs(self.log_partition - reference.log_partition),
         )
 
 
 def run_ising(recipe: Ising) -> list[dict[str, Any]]:
     """Ask the methods, print the table, draw the figure; returns the lines of `metrics.jsonl`.
 
-    Beyond the 2^24 states that can be enumerated there is nothing to compare with: the methods'
-    answers are printed and saved, and no figure is drawn.
+    Beyond the 2^24 states that can be enumerated errors are those against a Gibbs sampler. Where
+    its chains do not agree there is nothing to compare with: the table shows the methods' answers.
     """
     recipe.check()
     methods = recipe.build()
@@ -71,30 +72,28 @@ def run_ising(recipe: Ising) -> list[dict[str, Any]]:
 
     console = require("rich.console", "train").Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 100)  # a pipe has no width, and a table must not be cut
-    reference = _reference(len(x))
-    betas = [recipe.beta] if reference is None else sorted({*recipe.betas, recipe.beta})
-    systems = {beta: _at(recipe, beta, couplings, x) for beta in betas}
+    methods = {**_reference(len(x), recipe), **methods}
+    betas = sorted({*recipe.betas, recipe.beta})
     answers: dict[float, Answers] = {}
     with console.status("") as status:
-        for beta, system in systems.items():
+        for beta in betas:
+            system, fields = _at(recipe, beta, couplings, x)
             answers[beta] = {}
-            if reference is not None:
-                status.update(f"beta {beta:g}: {EXACT}")
-                answers[beta][EXACT] = _ask(reference, *system)
-                if not answers[beta][EXACT].sound:
-                    raise ValueError(f"at beta {beta:g} the exact answer is not a finite number")
             for name, method in methods.items():
                 status.update(f"beta {beta:g}: {name}")
-                answers[beta][name] = _ask(method, *system)
+                answers[beta][name] = answer = _ask(method, system, fields)
+                if name == EXACT and not answer.sound:
+                    raise ValueError(f"at beta {beta:g} the exact answer is not a finite number")
 
     records = [_record(beta, name, answers[beta]) for beta in betas for name in answers[beta]]
     for record in records:
         run.log(**record)
-    _save(run.folder / ANSWERS, *systems[recipe.beta], answers[recipe.beta])
+    _save(run.folder / ANSWERS, *_at(recipe, recipe.beta, couplings, x), answers[recipe.beta])
     _print(console, recipe, answers[recipe.beta])
-    if reference is not None:
-        _draw(run.folder / FIGURE, recipe, answers)
-    contents = "metrics and answers" if reference is None else "metrics, answers and figure"
+    contents = "metrics and answers"
+    if _true(answers[recipe.beta]):
+        _draw(run.folder / FIGURE, recipe, answers, magnetized=bool(x.any()))
+        contents = "metrics, answers and figure"
     console.print(f"{contents} are in {run.folder}/", soft_wrap=True)
     return records
 
@@ -104,10 +103,21 @@ def _at(recipe: Ising, beta: float, couplings: Tensor, x: Tensor) -> tuple[SpinS
     return SpinSystem(beta * couplings, IsingPrior()), x if recipe.couplings is None else beta * x
 
 
-def _reference(num_spins: int) -> Method | None:
-    """What errors are measured against: enumeration, as far as it goes."""
+def _reference(num_spins: int, recipe: Ising) -> dict[str, Method]:
+    """What errors are measured against: enumeration, as far as it goes, then sampling.
+
+    The sampler's seed is not that of the method "gibbs", whose errors are then honest ones.
+    """
     exact = Exact()
-    return exact if 2**num_spins <= exact.max_states else None
+    if 2**num_spins <= exact.max_states:
+        return {EXACT: exact}
+    return {SAMPLED: GibbsSampler(num_samples=recipe.samples, seed=recipe.seed + 1)}
+
+
+def _true(answers: Answers) -> Answer | None:
+    """The reference, which comes first, or None if it has no numbers."""
+    reference = next(iter(answers.values()))
+    return reference if reference.sound else None
 
 
 def _ask(method: Method, system: SpinSystem, x: Tensor) -> Answer:
@@ -147,6 +157,7 @@ def _ask(method: Method, system: SpinSystem, x: Tensor) -> Answer:
         magnetization=m,
         covariance=covariance,
         log_partition=log,
+        sampling=response.sampling,
     )
 
 
@@ -160,11 +171,17 @@ def _sizes(m: Tensor, covariance: Tensor, log: float) -> tuple[float, float, flo
     return m.abs().mean().item(), _pairs(covariance).abs().mean().item(), log
 
 
+def _noise(sampled: Answer) -> float:
+    """Mean standard error of the magnetizations, NaN for an answer that was not sampled."""
+    sampling = sampled.sampling
+    return math.nan if sampling is None else sampling.standard_error.mean().item()
+
+
 def _record(beta: float, name: str, answers: Answers) -> dict[str, Any]:
     """A line of `metrics.jsonl`."""
-    answer, exact = answers[name], answers.get(EXACT)
-    m, covariance, log = (math.nan,) * 3 if exact is None else answer.errors(exact)
-    return {
+    answer, true, sampling = answers[name], _true(answers), answers[name].sampling
+    m, covariance, log = (math.nan,) * 3 if true is None else answer.errors(true)
+    record = {
         "beta": beta,
         "method": name,
         "status": answer.status,
@@ -176,6 +193,11 @@ def _record(beta: float, name: str, answers: Answers) -> dict[str, Any]:
         "residual": answer.residual,
         "seconds": round(answer.seconds, 4),
     }
+    if sampling is not None:
+        record["r_hat"] = sampling.worst_r_hat.item()
+        record["magnetization_standard_error"] = _noise(answer)
+        record["log_partition_standard_error"] = sampling.log_partition_standard_error.item()
+    return record
 
 
 def _save(path: Path, system: SpinSystem, x: Tensor, answers: Answers) -> None:
@@ -188,77 +210,91 @@ def _save(path: Path, system: SpinSystem, x: Tensor, answers: Answers) -> None:
 
 
 def _print(console: Any, recipe: Ising, answers: Answers) -> None:
-    exact = answers.get(EXACT)
+    true = _true(answers)
     size = len(next(iter(answers.values())).magnetization)
-    lines = [recipe.describe(size)]
-    if exact is None:
-        lines.append(f"2^{size} states are too many to enumerate: no exact answer, and no errors")
-        heads = ("mean |m|", "mean |C|", "log Z")
-    else:
-        m, covariance, log = (_show(number, ".4g") for number in exact.sizes())
-        lines.append(
-            f"exact answer from 2^{size} states in {exact.seconds:.2f} s: mean |m| {m}, "
-            f"mean |C| {covariance}, log Z {log}"
-        )
-        heads = ("error of m", "error of C", "error of log Z")
-    table = require("rich.table", "train").Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = require("rich.table", "train").Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for head in (*heads, "steps", "residual"):
+    for head in ("m", "C", "log Z", "steps", "residual"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     for name, answer in answers.items():
-        if name == EXACT:
+        if name in (EXACT, SAMPLED):
             continue
-        numbers = answer.sizes() if exact is None else answer.errors(exact)
+        numbers = answer.sizes() if true is None else answer.errors(true)
         table.add_row(
             name,
-            *(_show(number, ".4g" if exact is None else ".1e") for number in numbers),
+            *(_show(number, ".4g" if true is None else ".1e") for number in numbers),
             _show(answer.steps, "d"),
             _show(answer.residual, ".1e"),
             answer.status,
             f"{answer.seconds:.2f}",
             style=None if answer.sound else "red",
         )
-    for line in lines:
+    for line in (recipe.describe(size), *_about(size, next(iter(answers.values())))):
         console.print(line, soft_wrap=True)
     console.print(table)
-    if not all(answer.sound for answer in answers.values()):
+    if not all(answer.sound for name, answer in answers.items() if name != SAMPLED):
         console.print(
             "a method that did not converge has no numbers: for max_iter raise --max-iter or "
-            "loosen --tol, for anything else lower --beta",
+            "loosen --tol, for gibbs raise --samples, for anything else lower --beta",
             soft_wrap=True,
         )
+
+
+def _about(size: int, reference: Answer) -> list[str]:
+    """What the errors of the table are measured against, and how far it can be trusted."""
+    lines, sampling = [], reference.sampling
+    if sampling is None:
+        source = f"exact answer from 2^{size} states in {reference.seconds:.2f} s"
+    else:
+        lines.append(
+            f"2^{size} states are too many to enumerate; Gibbs sampling instead: worst R-hat "
+            f"{sampling.worst_r_hat.item():.3f}, standard errors of m {_noise(reference):.1e}, "
+            f"of log Z {sampling.log_partition_standard_error.item():.1e}"
+        )
+        source = f"answer of the sampler in {reference.seconds:.1f} s"
+    if not reference.sound:
+        lines.append("its chains do not agree: raise --samples")
+        return [*lines, "no errors; what the methods say, mean |m|, mean |C| and log Z:"]
+    m, covariance, log = (_show(number, ".4g") for number in reference.sizes())
+    lines.append(f"{source}: mean |m| {m}, mean |C| {covariance}, log Z {log}")
+    return [*lines, "mean |error| of m and of C, and |error| of log Z:"]
 
 
 def _show(number: float | None, pattern: str) -> str:
     return "-" if number is None or math.isnan(number) else format(number, pattern)
 
 
-def _draw(path: Path, recipe: Ising, answers: dict[float, Answers]) -> None:
+def _draw(path: Path, recipe: Ising, answers: dict[float, Answers], magnetized: bool) -> None:
+    """Without fields all magnetizations vanish by symmetry, and their errors would be rounding or
+    noise: the figure shows errors of covariances instead."""
     from .. import plots  # matplotlib takes a second to import
 
     here = answers[recipe.beta]
-    exact = here[EXACT]
-    names = [name for name in here if name != EXACT]
+    reference, *names = here
+    true = here[reference]
     sound = {name: here[name] for name in names if here[name].sound}
-    # Without fields all magnetizations vanish by symmetry: their errors would be rounding.
-    magnetized = bool(exact.magnetization.abs().max() > 1e-9)
+    index = 0 if magnetized else 1
     figure = plots.approximation_errors(
-        exact.magnetization.numpy(),
+        true.magnetization.numpy(),
         {name: answer.magnetization.numpy() for name, answer in sound.items()},
-        _pairs(exact.covariance).numpy(),
+        _pairs(true.covariance).numpy(),
         {name: _pairs(answer.covariance).numpy() for name, answer in sound.items()},
         list(answers),
         {
-            name: [at[name].errors(at[EXACT])[0 if magnetized else 1] for at in answers.values()]
+            name: [at[name].errors(at[reference])[index] for at in answers.values()]
             for name in names
         },
         beta=recipe.beta,
+        reference="exact" if reference == EXACT else "Gibbs sampling",
+        reference_error=[_noise(at[reference]) for at in answers.values()]
+        if magnetized and reference != EXACT
+        else (),
         error_label=f"mean |error| of {'magnetizations' if magnetized else 'covariances'}",
         beta_label="inverse temperature β (dimensionless, fields fixed)"
         if recipe.couplings is None
         else "inverse temperature β (dimensionless, 1 as loaded)",
-        title=recipe.describe(len(exact.magnetization)),
+        title=recipe.describe(len(true.magnetization)),
     )
     figure.savefig(path, dpi=130)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..deq._failure import report
 from ..solvers import Solution
 from ._blocks import block_diagonal
-from ._method import IteratedMethod
+from ._method import IteratedMethod, check_start
 from ._prior import Prior
 from ._response import Response, total_derivative
 from ._system import SpinSystem
@@ -30,14 +30,21 @@ class Closure(IteratedMethod):
         """The variance of the cavity fields, from single-spin covariances."""
         raise NotImplementedError
 
-    def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
-        """Solve for fields `(*batch, N, *event)`."""
+    def __call__(
+        self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
+    ) -> Response:
+        """Solve for fields `(*batch, N, *event)`.
+
+        `start` are magnetizations to begin with, of the shape of `fields`; by default those of
+        spins without couplings.
+        """
         self.check(system.prior)
         system.check_fields(fields)
+        check_start(start, fields)
         event = (system.num_spins, *system.event_shape)
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(-1, *event)
-        solution = self._solve(system, x)
+        solution = self._solve(system, x, None if start is None else start.reshape(x.shape))
         report(solution, self.on_failure, type(self).__name__, self.options["tol"])
         m, covariance = solution.value
         V = self.V(system, covariance)
@@ -50,7 +57,7 @@ class Closure(IteratedMethod):
             energy = energy - 0.5 * echo
 
         def susceptibility() -> Tensor:
-            return self._susceptibility(system, x).reshape(*batch, *event, *event)
+            return self._susceptibility(system, x, m).reshape(*batch, *event, *event)
 
         def linear_response() -> Tensor:
             return self.linear_response(system, x, m, covariance).reshape(*batch, *event, *event)
@@ -70,17 +77,19 @@ class Closure(IteratedMethod):
         self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
     ) -> Tensor:
         """χ, `(B, n, n)`: by default the total derivative ∂m/∂x."""
-        return self._susceptibility(system, x)
+        return self._susceptibility(system, x, m)
 
-    def _susceptibility(self, system: SpinSystem, x: Tensor) -> Tensor:
-        """∂m/∂x, `(B, n, n)`."""
+    def _susceptibility(self, system: SpinSystem, x: Tensor, m: Tensor) -> Tensor:
+        """∂m/∂x, `(B, n, n)`, of the solution m."""
         return total_derivative(
-            lambda flat: self._solve(system, flat.view_as(x)).value[0].flatten(1), x.flatten(1)
+            lambda flat: self._solve(system, flat.view_as(x), m).value[0].flatten(1), x.flatten(1)
         )
 
-    def _solve(self, system: SpinSystem, x: Tensor) -> Solution:
-        start = system.prior.mean(x), system.prior.covariance(x)
-        return self.fixed_point(_Step(self, system.prior), start, x, system.couplings)
+    def _solve(self, system: SpinSystem, x: Tensor, start: Tensor | None) -> Solution:
+        m = system.prior.mean(x) if start is None else start.detach()
+        field = x if start is None else x + system.pull(m)
+        state = m, system.prior.covariance(field)
+        return self.fixed_point(_Step(self, system.prior), state, x, system.couplings)
 
 
 class _Step(nn.Module):

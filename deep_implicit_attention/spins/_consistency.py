@@ -6,18 +6,16 @@ the coordinates of a frame, and read the same answers off them. They differ in h
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..deq._failure import report
 from ..solvers import Solution, Status
-from ._blocks import block_diagonal, diagonal_blocks
+from ._blocks import diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod
+from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
 from ._system import SpinSystem
 
@@ -78,22 +76,6 @@ class ConsistentMethod(IteratedMethod):
         return solution
 
 
-def check_start(start: Tensor | None, fields: Tensor) -> None:
-    """Raise `ValueError` unless `start` is None or finite magnetizations for these fields."""
-    if start is None:
-        return
-    if not isinstance(start, Tensor) or start.shape != fields.shape or start.dtype != fields.dtype:
-        got: Any = type(start).__name__
-        if isinstance(start, Tensor):
-            got = f"{start.dtype} {tuple(start.shape)}"
-        raise ValueError(
-            f"start must be magnetizations like fields, {fields.dtype} {tuple(fields.shape)}, "
-            f"got {got}"
-        )
-    if not bool(torch.isfinite(start).all()):
-        raise ValueError("start must be finite")
-
-
 def pull(couplings: Tensor, m: Tensor) -> Tensor:
     """Σ_j J_ij m_j for couplings `(n, n)`."""
     return (m.flatten(1) @ couplings.mT).view_as(m)
@@ -106,17 +88,30 @@ def apply(blocks: Tensor, m: Tensor) -> Tensor:
 
 def inverse(blocks: Tensor) -> Tensor:
     """The inverse of each block; not finite, instead of an error, for a singular one."""
-    return torch.linalg.inv_ex(blocks).inverse
+    return 1 / blocks if blocks.shape[-1] == 1 else torch.linalg.inv_ex(blocks).inverse
+
+
+def cholesky(total: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor of blockdiag Λ − J `(B, n, n)`, and where that is positive definite.
+
+    Elsewhere the factor is 1. It is the bulk of a step's work, so it makes one temporary only.
+    """
+    batch, sites, k = total.shape[:3]
+    operator = -couplings.expand(batch, -1, -1)
+    blocks = operator.view(batch, sites, k, sites, k).diagonal(dim1=1, dim2=3)
+    blocks += total.movedim(1, -1)
+    factor, failed = torch.linalg.cholesky_ex(operator)
+    sound = failed == 0
+    if not bool(sound.all()):
+        identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
+        factor = torch.where(sound[:, None, None], factor, identity)
+    return factor, sound
 
 
 def response(total: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
     """χ = (blockdiag Λ − J)⁻¹ `(B, n, n)`, and where the matrix is positive definite."""
-    operator = block_diagonal(total) - couplings
-    factor, failed = torch.linalg.cholesky_ex(operator)
-    sound = failed == 0
-    identity = torch.eye(operator.shape[-1], dtype=operator.dtype, device=operator.device)
-    safe = torch.where(sound[:, None, None], factor, identity)
-    return torch.cholesky_inverse(safe), sound
+    factor, sound = cholesky(total, couplings)
+    return torch.cholesky_inverse(factor), sound
 
 
 def matched(local: Local, chi: Tensor, sites: int) -> Tensor:
@@ -133,24 +128,24 @@ def reaction(local: Local, couplings: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _read(frame: Frame, x: Tensor, m: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z, energy and χ at a fixed point; χ is NaN where Λ − J is not positive definite."""
+    """log Z, energy and χ at a fixed point, NaN where Λ − J is not positive definite."""
     couplings = frame.couplings
     pulled = pull(couplings, m)
     field = x + pulled - apply(V, m)
     covariance = frame.local.covariance(field, V)
     inverse_covariance = inverse(covariance)
     total = V + inverse_covariance
-    chi, sound = response(total, couplings)
-    chi = torch.where(sound[:, None, None], chi, torch.nan)
+    factor, sound = cholesky(total, couplings)
+    chi = torch.where(sound[:, None, None], torch.cholesky_inverse(factor), torch.nan)
     g = apply(total, m) - pulled
-    operator = block_diagonal(total) - couplings
     log = (
         frame.local.log_partition(field, V).sum(dim=1)
-        - 0.5 * torch.linalg.slogdet(operator).logabsdet
+        - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)  # ½ log det(Λ − J)
         + 0.5 * (g * m).flatten(1).sum(dim=1)
         - 0.5 * torch.linalg.slogdet(covariance).logabsdet.sum(dim=1)
         - 0.5 * (m * apply(inverse_covariance, m)).flatten(1).sum(dim=1)
     )
+    log = torch.where(sound, log, torch.nan)
     pair = (couplings * chi).sum(dim=(1, 2))
     energy = -0.5 * ((m * pulled).flatten(1).sum(dim=1) + pair) - (x * m).flatten(1).sum(dim=1)
     return log, energy, chi

@@ -8,10 +8,14 @@ from torch import Tensor
 from ._blocks import block_diagonal, diagonal_blocks
 from ._consistency import apply, inverse, matched
 from ._frames import Local
+from ._site_terms import parallel
 
 # Newton's method on a convex function; more than these were never seen.
 _NEWTON_STEPS = 50
 _HALVINGS = 40
+# Newton's step is at most this inverse times longer than that of the bound, in any direction.
+_LEAST_CURVATURE = 1e-6
+_SINGLE_STEPS = 10
 
 
 class DoubleLoop:
@@ -23,8 +27,9 @@ class DoubleLoop:
     the Gaussian of all sites with the couplings, in s independent Gaussians. log Z_q and log Z_r
     are convex, so the minimum is that of a convex function (Newton's method, inner loop), and it
     is concave in θ_s: replacing it by its tangent bounds F from above, and the minimum of the
-    bound, s with the moments of r, cannot increase F (outer loop). Where Newton's step on F
-    itself goes further down it is taken instead; it makes the end of the descent quadratic.
+    bound, s with the moments of r, cannot increase F (outer loop). That is slow where F is flat. So
+    Newton's step on F, and then a few steps of the single loop, are tried before it, and taken if
+    they go down.
 
     An instance is the `propose` of one solve for states (g, Λ) of site terms; `objective` grows by
     F after each outer step, which at a fixed point is −log Z.
@@ -40,26 +45,26 @@ class DoubleLoop:
         """The site terms after one outer step."""
         theta_r = self._pack(g, -total)
         mean, chi = self._gaussian(theta_r)
-        bound = self._natural(mean, chi)
+        bound = self._natural(mean, chi), theta_r
         if self.theta is None:
-            return self._moved(bound, *self._inner(bound, theta_r))
-        moments, covariance_r = _statistics(mean, chi, self.basis)
-        theta = self._newton(self.theta, theta_r, moments, covariance_r, bound)
-        new_r, value = self._inner(theta, theta_r)
+            return self._moved(bound[0], *self._inner(*bound)[:2])
         old = self.objective[-1]
-        for other, other_r in ((bound, None), (self.theta, theta_r)):
-            # Newton's step, then the bound, and where rounding spoils even that, no step.
-            slack = 100 * torch.finfo(old.dtype).eps * (1 + value.abs())
-            worse = ~(self._free_energy(theta, value) <= old + slack)
-            if not bool(worse.any()):
+        step = self._newton(self.theta, theta_r, *_statistics(mean, chi, self.basis))
+        single = self._valid_or(bound, self._single_loop(g, total))
+        newton = self._valid_or(single, (self.theta + step, theta_r))
+        # Where rounding spoils even the bound: no step.
+        theta, new_r, value = self.theta, theta_r, _independent(*self._unpack(self.theta)) - old
+        waiting = torch.ones_like(old, dtype=torch.bool)
+        for candidate, start in (newton, single, bound):
+            candidate_r, inner, solved = self._inner(candidate, start)
+            slack = 100 * torch.finfo(old.dtype).eps * (1 + inner.abs())
+            taken = waiting & solved & (self._free_energy(candidate, inner) <= old + slack)
+            theta = torch.where(taken[:, None, None], candidate, theta)
+            new_r = torch.where(taken[:, None, None], candidate_r, new_r)
+            value = torch.where(taken, inner, value)
+            waiting &= ~taken
+            if not bool(waiting.any()):
                 break
-            if other_r is None:
-                other_r, other_value = self._inner(other, theta_r)
-            else:
-                other_value = _independent(*self._unpack(other)) - old
-            new_r = torch.where(worse[:, None, None], other_r, new_r)
-            value = torch.where(worse, other_value, value)
-            theta = torch.where(worse[:, None, None], other, theta)
         return self._moved(theta, new_r, value)
 
     def _moved(self, theta: Tensor, theta_r: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,31 +77,53 @@ class DoubleLoop:
         return _independent(*self._unpack(theta)) - inner
 
     def _newton(
-        self, theta: Tensor, theta_r: Tensor, moments: Tensor, covariance_r: Tensor, bound: Tensor
+        self, theta: Tensor, theta_r: Tensor, moments: Tensor, covariance_r: Tensor
     ) -> Tensor:
-        """θ_s after Newton's step on F, or `bound` where F is not convex or the step leaves s."""
-        shape = theta.shape
-        size = shape[1] * shape[2]
+        """Newton's step on F, with the absolute values of the curvatures, so that it goes down.
+
+        F has the Hessian C_s − W with W = C_q (C_q + C_r)⁻¹ C_r, C the covariances of the
+        statistics; curvatures are measured in units of C_s, in which that of the bound is 1.
+        """
+        size = theta[0].numel()
         _, _, covariance_q = self._spins(theta - theta_r)
         q = block_diagonal(covariance_q)
-        inner = q @ torch.linalg.solve_ex(q + covariance_r, covariance_r).result
+        W = q @ torch.linalg.solve_ex(q + covariance_r, covariance_r).result
         own_moments, own = self._own(theta)
-        hessian = block_diagonal(own) - 0.5 * (inner + inner.mT)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        slope = (own_moments - moments).reshape(-1, size, 1)
-        new = theta - torch.cholesky_solve(slope, factor).view(shape)
-        precision = -self._unpack(new)[1]
-        valid = (torch.linalg.cholesky_ex(precision).info == 0).all(dim=1) & (failed == 0)
-        valid &= torch.isfinite(new).flatten(1).all(dim=1)
-        return torch.where(valid[:, None, None], new, bound)
+        unit = block_diagonal(torch.linalg.inv_ex(torch.linalg.cholesky_ex(own).L).inverse)
+        whitened = unit @ (0.5 * (W + W.mT)) @ unit.mT
+        sound = torch.isfinite(whitened).flatten(1).all(dim=1)
+        whitened = torch.where(sound[:, None, None], whitened, torch.zeros_like(whitened))
+        values, vectors = torch.linalg.eigh(whitened)
+        curvature = (1 - values).abs().clamp_min(_LEAST_CURVATURE)
+        slope = vectors.mT @ unit @ (own_moments - moments).reshape(-1, size, 1)
+        step = -unit.mT @ vectors @ (slope / curvature.unsqueeze(-1))
+        return step.view_as(theta)
 
-    def _inner(self, theta: Tensor, theta_r: Tensor) -> tuple[Tensor, Tensor]:
-        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), and the minimum."""
+    def _single_loop(self, g: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """θ_s and θ_r after some steps of the single loop, which is fast where it is stable."""
+        for _ in range(_SINGLE_STEPS):
+            g, total = parallel(self.local, self.x, self.couplings, g, total, damping=0.5)
+        theta_r = self._pack(g, -total)
+        return self._natural(*self._gaussian(theta_r)), theta_r
+
+    def _valid_or(
+        self, other: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(θ_s, θ_r) where they are distributions, else `other`."""
+        precision = -self._unpack(given[0])[1]
+        valid = (torch.linalg.cholesky_ex(precision).info == 0).all(dim=1)
+        valid &= torch.isfinite(self._value(*given))
+        rows = valid[:, None, None]
+        return torch.where(rows, given[0], other[0]), torch.where(rows, given[1], other[1])
+
+    def _inner(self, theta: Tensor, theta_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """θ_r that minimises log Z_q(θ_s − θ_r) + log Z_r(θ_r), the minimum; if it was found."""
         shape = theta.shape
         eps = torch.finfo(theta.dtype).eps
         value = self._value(theta, theta_r)
         going = torch.isfinite(value)
         before = torch.full_like(value, torch.inf)
+        close = torch.zeros_like(going)
         for _ in range(_NEWTON_STEPS):
             moments_r, covariance_r = _statistics(*self._gaussian(theta_r), self.basis)
             _, moments_q, covariance_q = self._spins(theta - theta_r)
@@ -122,7 +149,7 @@ class DoubleLoop:
             going &= enough
             theta_r = torch.where(going[:, None, None], trial, theta_r)
             value = torch.where(going, new, value)
-        return theta_r, value
+        return theta_r, value, close
 
     def _value(self, theta: Tensor, theta_r: Tensor) -> Tensor:
         q = self.local.log_partition(*self._unpack(theta - theta_r)).sum(dim=1)

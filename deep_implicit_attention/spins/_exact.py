@@ -76,7 +76,7 @@ class Exact:
         if count > self.max_states:
             raise ValueError(
                 f"{count:.3g} states are more than max_states = {self.max_states}: use "
-                "NaiveMeanField or TAP, or fewer spins"
+                "GibbsSampler, a mean-field method such as AdaptiveTAP, or fewer spins"
             )
         prior = -n * math.log(len(levels))
 

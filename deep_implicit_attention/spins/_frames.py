@@ -7,6 +7,8 @@ are, but their second moments are matched on the trace only.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -81,11 +83,16 @@ class _Potts(Local):
 
 
 class Frame:
-    """A system in such coordinates: couplings `(N·k, N·k)`, and the way there and back."""
+    """A system in such coordinates: its couplings, and the way there and back."""
 
     def __init__(self, system: SpinSystem, local: Local, components: int) -> None:
         self.system, self.local, self.components = system, local, components
-        self.couplings = system.matrix()
+        self.basis: Tensor | None = None
+
+    @cached_property
+    def couplings(self) -> Tensor:
+        """`(N·k, N·k)`. Scalar couplings are J_ij · 1 in any frame and need not be so large."""
+        return self.system.matrix()
 
     def fields(self, x: Tensor) -> Tensor:
         """`(*batch, N, *event)` -> `(B, N, k)`."""
@@ -121,15 +128,20 @@ class _PottsFrame(Frame):
         ones = torch.ones(q, 1, dtype=like.dtype, device=like.device)
         identity = torch.eye(q, q - 1, dtype=like.dtype, device=like.device)
         basis = torch.linalg.qr(torch.cat([ones, identity], dim=1)).Q[:, 1:]
-        super().__init__(system, _Potts(system.prior, basis), q - 1)
-        self.basis = basis
-        sites = system.num_spins
-        spread = torch.kron(torch.eye(sites).to(basis), basis.contiguous())  # (N·q, N·(q−1))
-        full = system.matrix()
-        self.couplings = spread.mT @ full @ spread
-        centre = full.new_full((full.shape[0],), 1 / q)
-        self.push = (full @ centre).view(sites, q)  # Σ_j J_ij 1/q
-        self.centre_energy = 0.5 * centre @ full @ centre
+        super().__init__(system, local_of(system.prior, basis), q - 1)
+        self.basis: Tensor = basis
+        centre = like.new_full((system.num_spins, q), 1 / q)
+        self.push = system.pull(centre)  # Σ_j J_ij 1/q
+        self.centre_energy = 0.5 * (centre * self.push).sum()
+
+    @cached_property
+    def couplings(self) -> Tensor:
+        given, k = self.system.couplings, self.components
+        if given.dim() == 4:
+            blocks = self.basis.mT @ given @ self.basis
+        else:
+            blocks = given[:, :, None, None] * torch.eye(k).to(given)
+        return blocks.permute(0, 2, 1, 3).reshape(len(given) * k, len(given) * k)
 
     def fields(self, x: Tensor) -> Tensor:
         return (x.reshape(-1, *self.push.shape) + self.push) @ self.basis
@@ -157,10 +169,18 @@ class _PottsFrame(Frame):
 def frame_of(system: SpinSystem, method: str) -> Frame:
     """The frame for the prior of `system`; raises `TypeError` for one without equations."""
     prior = system.prior
-    if isinstance(prior, IsingPrior):
-        return Frame(system, _Ising(prior), 1)
-    if isinstance(prior, SphericalPrior):
-        return Frame(system, _Sphere(prior), system.event_shape[0])
     if isinstance(prior, PottsPrior):
         return _PottsFrame(system)
+    if isinstance(prior, IsingPrior | SphericalPrior):
+        return Frame(system, local_of(prior), system.event_shape.numel())
     raise TypeError(f"{method} has no equations for {type(prior).__name__}")
+
+
+def local_of(prior: Prior, basis: Tensor | None = None) -> Local:
+    """A prior as its frame sees it; Potts spins need the `basis` of the frame."""
+    if isinstance(prior, IsingPrior):
+        return _Ising(prior)
+    if isinstance(prior, SphericalPrior):
+        return _Sphere(prior)
+    assert basis is not None
+    return _Potts(prior, basis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..deq import Implicit
@@ -65,3 +66,19 @@ class IteratedMethod:
         return solve_and_attach(
             step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **options
         )
+
+
+def check_start(start: Tensor | None, fields: Tensor) -> None:
+    """Raise `ValueError` unless `start` is None or finite magnetizations for these fields."""
+    if start is None:
+        return
+    if not isinstance(start, Tensor) or start.shape != fields.shape or start.dtype != fields.dtype:
+        got: Any = type(start).__name__
+        if isinstance(start, Tensor):
+            got = f"{start.dtype} {tuple(start.shape)}"
+        raise ValueError(
+            f"start must be magnetizations like fields, {fields.dtype} {tuple(fields.shape)}, "
+            f"got {got}"
+        )
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("start must be finite")

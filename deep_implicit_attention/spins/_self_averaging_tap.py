@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ..deq._failure import report
 from ..solvers import Solution
-from ._ising import IsingPrior
-from ._method import IteratedMethod
+from ._frames import Local, frame_of
+from ._gaussian import GaussianPrior
+from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
 from ._system import SpinSystem
 
@@ -19,103 +20,194 @@ _NEWTON_STEPS = 40
 
 
 class SelfAveragingTAP(IteratedMethod):
-    """Adaptive TAP with one number V for all sites, for Ising spins (Opper, Winther 2001, Phys.
-    Rev. E 64, 056131). With {e_k} the spectrum of J and χ̄ = (1/N) Σ_i C_i,
+    """Adaptive TAP with one number V for all sites (Opper, Winther 2001, Phys. Rev. E 64, 056131),
+    for couplings `(N, N)`: J_ij between scalar spins or J_ij · 1 between vectors. With {e_k} the
+    spectrum of J and χ̄ = (1/N) Σ_i tr C_i / d,
 
         find λ > max e_k with (1/N) Σ_k 1/(λ − e_k) = χ̄,   V = λ − 1/χ̄
-        m_i = tanh(x_i + Σ_j J_ij m_j − V m_i)
-        log Z = Σ_i log Z0(h_i, V) − ½ Σ_k log(λ − e_k) + ½ mᵀ(λ − J)m − ½ N log χ̄ − ½ mᵀm/χ̄
+        m_i = mean(h_i, V),   h_i = x_i + Σ_j J_ij m_j − V m_i,   C_i = covariance(h_i, V)
+        log Z = Σ_i log Z0(h_i, V) − (d/2) Σ_k log(λ − e_k) + ½ mᵀ(λ − J)m − (d/2) N log χ̄
+                − ½ mᵀm/χ̄
 
-    and χ = (λ − J)⁻¹. For the SK model V tends to β²(1 − q). ∂ log Z/∂x is the magnetization.
+    and χ = (λ − J)⁻¹ · 1. Potts spins are treated in the q − 1 dimensions across (1, …, 1), so
+    there d = q − 1. For the SK model of Ising spins V tends to β²(1 − q). Derivatives of
+    `log_partition` are the magnetization (fields) and m_i·m_j + tr χ_ij (couplings).
 
-    Cost: one eigendecomposition for each J, then O(B N²) a step.
+    Cost: one eigendecomposition for each system, O(N³), which `SpinSystem.spectrum` keeps for
+    further fields, then O(B N² d) a step. Memory without gradients: one array `(N, N)` beside J.
+    Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
     """
 
-    def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
-        """Solve for fields `(*batch, N)`."""
-        if not isinstance(system.prior, IsingPrior):
+    def __call__(
+        self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
+    ) -> Response:
+        """Solve for fields `(*batch, N, *event)`.
+
+        `start` are magnetizations to begin with, of the shape of `fields`; by default those of
+        spins without couplings. Raises `TypeError` for a Gaussian prior and for couplings
+        `(N, N, d, d)`, which `AdaptiveTAP` has equations for.
+        """
+        if isinstance(system.prior, GaussianPrior):
             raise TypeError(
-                "SelfAveragingTAP has equations for IsingPrior, not "
-                f"{type(system.prior).__name__}; AdaptiveTAP has"
+                "SelfAveragingTAP has no equations for GaussianPrior: use AdaptiveTAP, which is "
+                "exact there"
             )
+        if system.couplings.dim() != 2:
+            raise TypeError(
+                "SelfAveragingTAP needs couplings (N, N), the same for all components, got "
+                f"{tuple(system.couplings.shape)}: use AdaptiveTAP"
+            )
+        frame = frame_of(system, "SelfAveragingTAP")
         system.check_fields(fields)
-        n, batch = system.num_spins, fields.shape[:-1]
-        x = fields.reshape(-1, n)
-        couplings = system.couplings
-        spectrum = torch.linalg.eigvalsh(couplings)
-        step = _Step()
+        check_start(start, fields)
+        batch = fields.shape[: fields.dim() - 1 - len(system.event_shape)]
+        local, couplings, spectrum = frame.local, system.couplings, system.spectrum()
+        x = frame.fields(fields)
+        zero = torch.zeros_like(x[:, :1, 0])
 
-        def solve(x: Tensor) -> Solution:
-            start = torch.tanh(x), torch.zeros_like(x[:, :1])
-            return self.fixed_point(step, start, x, couplings, spectrum)
+        def solve(x: Tensor, m: Tensor) -> Solution:
+            return self.fixed_point(_Step(local), (m, zero), x, couplings, spectrum)
 
-        solution = solve(x)
+        def respond(flat: Tensor) -> Tensor:
+            return solve(flat.view_as(x), m.detach()).value[0].flatten(1)
+
+        alone = local.mean(x, _everywhere(zero, x))
+        solution = solve(x, alone if start is None else frame.coordinates(start.detach()))
         report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"])
         m, V = solution.value
-        pulled = m @ couplings.mT
-        field = x + pulled - V * m
-        mean_chi = system.prior.covariance(field).mean(dim=1)
-        level = V[:, 0] + 1 / mean_chi  # λ
-        gaps = level[:, None] - spectrum
-        overlap, size = (m * pulled).sum(dim=1), m.square().sum(dim=1)
-        log = (
-            system.prior.log_partition(field, V).sum(dim=1)
-            - 0.5 * gaps.log().sum(dim=1)
-            + 0.5 * (level * size - overlap)
-            - 0.5 * n * mean_chi.log()
-            - 0.5 * size / mean_chi
-        )
-        # Σ_ij J_ij χ_ij = Σ_k e_k / (λ − e_k)
-        energy = -0.5 * (overlap + (spectrum / gaps).sum(dim=1)) - (x * m).sum(dim=1)
-
-        def covariance() -> Tensor:
-            identity = torch.eye(n, dtype=x.dtype, device=x.device)
-            chi = torch.linalg.inv(level[:, None, None] * identity - couplings)
-            return chi.reshape(*batch, n, n)
-
+        log, energy, mean_chi = _read(local, x, couplings, spectrum, m, V)
+        constant = frame.constant(fields)
         return Response(
-            magnetization=m.reshape(fields.shape),
-            log_partition=log.reshape(batch),
-            energy=energy.reshape(batch),
-            cavity_variance=V.expand_as(m).reshape(fields.shape),
+            magnetization=frame.magnetization(m, batch),
+            log_partition=(log + constant).reshape(batch),
+            energy=(energy - constant).reshape(batch),
+            cavity_variance=frame.variance(_everywhere(V, x), batch),
             solution=solution,
             method="SelfAveragingTAP",
-            _covariance=covariance,
-            _susceptibility=lambda: total_derivative(lambda x: solve(x).value[0], x).reshape(
-                *batch, n, n
-            ),
+            _covariance=lambda: frame.pairs(_response(couplings, V, mean_chi, x), batch),
+            _susceptibility=lambda: frame.pairs(total_derivative(respond, x.flatten(1)), batch),
         )
 
 
 class _Step(nn.Module):
-    """One step for the state (m, V); V is `(B, 1)`."""
+    """One step for the state (m, V), m `(B, N, k)` and V `(B, 1)`."""
+
+    local: Local
+
+    def __init__(self, local: Local) -> None:
+        super().__init__()
+        self.local = local
 
     def forward(self, state: State, x: Tensor, couplings: Tensor, spectrum: Tensor) -> State:
         m, V = state
-        m = torch.tanh(x + m @ couplings.mT - V * m)
-        mean_chi = (1 - m.square()).mean(dim=1, keepdim=True)
-        return m, _level(mean_chi, spectrum) - 1 / mean_chi
+        field = x + _pull(couplings, m) - V.unsqueeze(-1) * m
+        everywhere = _everywhere(V, x)
+        mean_chi = _mean_chi(self.local.covariance(field, everywhere))
+        return self.local.mean(field, everywhere), _variance(mean_chi, couplings, spectrum)
 
 
-def _level(mean_chi: Tensor, spectrum: Tensor) -> Tensor:
-    """λ `(B, 1)` above the spectrum with (1/N) Σ_k 1/(λ − e_k) = χ̄ `(B, 1)`.
+def _pull(couplings: Tensor, m: Tensor) -> Tensor:
+    """Σ_j J_ij m_j for couplings `(N, N)`, m `(B, N, k)`."""
+    return torch.einsum("ij,bja->bia", couplings, m)
 
-    Newton's method on G(λ) = 1/χ̄ with G the harmonic mean of the gaps λ − e_k. G increases and is
-    concave, so from the left of the root the steps approach it monotonically; at
-    λ = max e + 1/(N χ̄) the largest eigenvalue alone reaches χ̄, so that is on the left. The last two
-    steps carry the graph: each doubles the order to which derivatives are right, so they are to
-    third order.
+
+def _everywhere(V: Tensor, like: Tensor) -> Tensor:
+    """V · 1 at every site, `(B, N, k, k)`, of V `(B, 1)`."""
+    k = like.shape[-1]
+    identity = torch.eye(k, dtype=like.dtype, device=like.device)
+    return (V[..., None, None] * identity).expand(*like.shape, k)
+
+
+def _mean_chi(covariance: Tensor) -> Tensor:
+    """χ̄ `(B, 1)`, the mean over sites and components."""
+    return covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(dim=1, keepdim=True)
+
+
+def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
+    """V `(B, 1)` such that λ = V + 1/χ̄ is above the spectrum and (1/N) Σ_k 1/(λ − e_k) = χ̄.
+
+    Newton's method on G = 1/χ̄ with G the harmonic mean of the gaps λ − e_k. G increases and is
+    concave, so from the left of the root the steps approach it monotonically. There are
+    λ = max e + 1/(N χ̄), where the largest eigenvalue alone reaches χ̄, and the λ whose mean gap is
+    1/χ̄. All is written in R = χ/χ̄, whose trace at the root is N, since λ and 1/χ̄ are large beside
+    V in strong fields. The last two steps carry the graph: each doubles the order to which
+    derivatives are right, so they are to third order.
     """
-    target = 1 / mean_chi
 
-    def newton(level: Tensor) -> Tensor:
-        inverse = 1 / (level - spectrum)
-        mean = inverse.mean(dim=-1, keepdim=True)
-        slope = inverse.square().mean(dim=-1, keepdim=True) / mean.square()
-        return level + (target - 1 / mean) / slope
+    def newton(V: Tensor) -> Tensor:
+        mean, square, pulled = _traces(mean_chi, V, couplings, spectrum)
+        excess = V * mean - pulled  # (1 − mean) / χ̄
+        return V - excess * mean / square
 
     with torch.no_grad():
-        level = spectrum[-1] + target / len(spectrum)
+        V = spectrum[-1] - (1 - 1 / len(spectrum)) / mean_chi
+        V = torch.maximum(V, spectrum.mean())
         for _ in range(_NEWTON_STEPS):
-            level = newton(level)
-    return newton(newton(level))
+            before = V
+            V = torch.maximum(newton(V), V)  # a sample that stands still does not move again
+            if torch.equal(V, before):
+                break
+    return newton(newton(V))
+
+
+def _traces(
+    mean_chi: Tensor, V: Tensor, couplings: Tensor, spectrum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tr R, tr R² and tr JR over N, `(B, 1)`, of R = χ/χ̄ = (1 + χ̄(V − J))⁻¹.
+
+    Sums over eigenvalues, but for couplings with a graph: eigenvalues that are equal have no second
+    derivatives, although the traces have.
+    """
+    if _attached(couplings):
+        ratio = torch.cholesky_inverse(_factor(mean_chi, V, couplings))
+        terms = ratio.diagonal(dim1=1, dim2=2), ratio.square(), ratio * couplings
+    else:
+        w = 1 / (1 + mean_chi * (V - spectrum))
+        terms = w, w.square(), w * spectrum
+    mean, square, pulled = (t.flatten(1).sum(dim=1, keepdim=True) / len(spectrum) for t in terms)
+    return mean, square, pulled
+
+
+def _attached(couplings: Tensor) -> bool:
+    return torch.is_grad_enabled() and couplings.requires_grad
+
+
+def _factor(mean_chi: Tensor, V: Tensor, couplings: Tensor) -> Tensor:
+    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`, NaN where that is not positive definite."""
+    identity = torch.eye(len(couplings), dtype=couplings.dtype, device=couplings.device)
+    scaled = (1 + mean_chi * V)[..., None] * identity - mean_chi[..., None] * couplings
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    return torch.where(failed[:, None, None] == 0, factor, torch.nan)
+
+
+def _read(
+    local: Local, x: Tensor, couplings: Tensor, spectrum: Tensor, m: Tensor, V: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Z and energy `(B,)`, and χ̄ `(B, 1)`, at a fixed point."""
+    pulled = _pull(couplings, m)
+    field = x + pulled - V.unsqueeze(-1) * m
+    everywhere = _everywhere(V, x)
+    mean_chi = _mean_chi(local.covariance(field, everywhere))
+    if _attached(couplings):
+        log_det = 2 * _factor(mean_chi, V, couplings).diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    else:
+        log_det = torch.log1p(mean_chi * (V - spectrum)).sum(dim=1)
+    k = x.shape[-1]
+    overlap = (m * pulled).flatten(1).sum(dim=1)
+    log = (
+        local.log_partition(field, everywhere).sum(dim=1)
+        - 0.5 * k * log_det
+        + 0.5 * (V * m.flatten(1).square()).sum(dim=1)
+        - 0.5 * overlap
+    )
+    _, _, pair = _traces(mean_chi, V, couplings, spectrum)
+    pair = (k * len(spectrum) * mean_chi * pair)[:, 0]  # Σ_ij J_ij tr χ_ij
+    return log, -0.5 * (overlap + pair) - (x * m).flatten(1).sum(dim=1), mean_chi
+
+
+def _response(couplings: Tensor, V: Tensor, mean_chi: Tensor, like: Tensor) -> Tensor:
+    """χ = (λ − J)⁻¹ · 1, `(B, N·k, N·k)`."""
+    n, k = like.shape[1:]
+    chi = mean_chi[..., None] * torch.cholesky_inverse(_factor(mean_chi, V, couplings))
+    component = torch.eye(k, dtype=like.dtype, device=like.device)
+    return torch.einsum("bij,ac->biajc", chi, component).reshape(-1, n * k, n * k)

@@ -12,16 +12,16 @@ Terms = tuple[Tensor, Tensor]  # g (B, N, k), Λ (B, N, k, k)
 
 
 def begin(local: Local, x: Tensor, couplings: Tensor, start: Tensor | None) -> Terms:
-    """Terms around the magnetizations `start`, with the V of weak couplings and Λ − J positive."""
+    """Terms of spins with the V of weak couplings, in their own fields or, given magnetizations
+    `start`, in the fields of those; Λ − J is made positive definite."""
     zero = x.new_zeros(*x.shape, x.shape[-1])
-    m = local.mean(x, zero) if start is None else start
     V = reaction(local, couplings, local.covariance(x, zero))
-    field = x + pull(couplings, m) - apply(V, m)
-    narrow = inverse(local.covariance(field, V))
+    h = x if start is None else x + pull(couplings, start) - apply(V, start)
+    narrow = inverse(local.covariance(h, V))
     total = V + narrow
     _, sound = response(total, couplings)
     total = torch.where(_wide(sound), total, total + _dominance(couplings, total))
-    return apply(narrow, local.mean(field, V)) - field, total
+    return apply(narrow, local.mean(h, V)) - h, total
 
 
 def cavity(

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ._prior import Prior
 
+# Rows checked at a time, so that what is checked is never copied whole.
+_ROWS = 256
+
 
 class SpinSystem:
     """The Boltzmann distribution of N spins in fields x,
@@ -35,11 +38,14 @@ class SpinSystem:
         if not scalar and not (rank == 1 and shape == full):
             expected = "(N, N)" if rank == 0 else f"(N, N) or (N, N, {full[-1]}, {full[-1]})"
             raise ValueError(f"couplings must have shape {expected}, got {shape}")
+        if not couplings.numel():
+            raise ValueError(f"couplings must be those of at least one spin, got shape {shape}")
         if not couplings.is_floating_point():
             raise TypeError(f"couplings must have a real floating dtype, got {couplings.dtype}")
         _check(couplings.detach())
         self.couplings = couplings
         self.prior = prior
+        self._spectrum: tuple[Tensor, int, Tensor] | None = None
 
     @property
     def num_spins(self) -> int:
@@ -73,7 +79,7 @@ class SpinSystem:
     def unchecked(cls, couplings: Tensor, prior: Prior) -> SpinSystem:
         """A system of couplings that were checked before, for use inside a solve."""
         system = object.__new__(cls)
-        system.couplings, system.prior = couplings, prior
+        system.couplings, system.prior, system._spectrum = couplings, prior, None
         return system
 
     def pull(self, m: Tensor) -> Tensor:
@@ -94,33 +100,59 @@ class SpinSystem:
             return torch.einsum("ij,...jab->...iab", self.couplings.square(), covariance)
         return covariance @ self.couplings.square().mT
 
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of couplings `(N, N)`, ascending, `(N,)`, without a graph. Cost: O(N³), once.
+
+        They are kept until the couplings change, as autograd counts changes (it misses those
+        through `.data` or an array that shares the memory).
+        """
+        couplings = self.couplings
+        if couplings.is_inference():  # changes of inference tensors are not counted
+            return torch.linalg.eigvalsh(couplings)
+        kept = self._spectrum
+        if kept is None or kept[0] is not couplings or kept[1] != couplings._version:
+            # An ordinary tensor even in inference mode: a later call may need a graph.
+            with torch.inference_mode(False), torch.no_grad():
+                values = torch.linalg.eigvalsh(couplings.detach())
+            kept = self._spectrum = couplings, couplings._version, values
+        return kept[2]
+
     def matrix(self) -> Tensor:
         """The couplings as a matrix `(N·k, N·k)` on flattened spins of k components."""
         n, k = self.num_spins, self.event_shape.numel()
+        if not self.event_shape:
+            return self.couplings
         if self.couplings.dim() == 4:
             return self.couplings.permute(0, 2, 1, 3).reshape(n * k, n * k)
         return torch.kron(self.couplings, torch.eye(k).to(self.couplings))
 
 
 def _check(couplings: Tensor) -> None:
-    if not bool(torch.isfinite(couplings).all()):
+    low, high = couplings.aminmax()
+    largest = torch.maximum(-low, high)
+    if not bool(torch.isfinite(largest)):
         raise ValueError(f"couplings must be finite, {_first(~torch.isfinite(couplings))} is not")
     transposed = couplings.transpose(0, 1)
     if couplings.dim() == 4:
         transposed = transposed.transpose(2, 3)
-    gap = (couplings - transposed).abs()
-    allowed = 1e-5 if couplings.dtype == torch.float32 else 1e-10
-    if bool((gap > allowed * couplings.abs().max()).any()):
-        raise ValueError(
-            f"couplings must be symmetric, J_ij = J_jiᵀ: {_first(gap == gap.max())} differs from "
-            f"its partner by {gap.max().item():.3g}"
-        )
+    allowed = (1e-5 if couplings.dtype == torch.float32 else 1e-10) * largest
+    for first in range(0, len(couplings), _ROWS):
+        rows = slice(first, first + _ROWS)
+        gap = (couplings[rows] - transposed[rows]).abs()
+        if bool((gap > allowed).any()):
+            raise ValueError(
+                "couplings must be symmetric, J_ij = J_jiᵀ: "
+                f"{_first(gap == gap.max(), first)} differs from its partner by "
+                f"{gap.max().item():.3g}"
+            )
     own = couplings.diagonal(dim1=0, dim2=1)
     if bool(own.any()):
         index = int(own.abs().reshape(-1, own.shape[-1]).sum(dim=0).argmax())
         raise ValueError(f"couplings must have no self-coupling: J_ii is not zero at i = {index}")
 
 
-def _first(where: Tensor) -> str:
-    index = ", ".join(str(int(i)) for i in where.nonzero()[0])
+def _first(where: Tensor, row: int = 0) -> str:
+    """The first index in `where`, the rows of which are counted from `row`."""
+    i, *rest = where.nonzero()[0].tolist()
+    index = ", ".join(map(str, (row + i, *rest)))
     return f"J[{index}]"

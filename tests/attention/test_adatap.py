@@ -62,8 +62,10 @@ class TestAdaTAP:
             torch.testing.assert_close(covariance, block)
 
     def test_v_is_computed_only_if_wanted(self, module, fields, monkeypatch):
-        monkeypatch.setattr(torch.linalg, "inv_ex", None)
+        monkeypatch.setattr("deep_implicit_attention.attention._adatap.inverse", None)
         DEQFixedPoint(module)(fields).sum().backward()
+        with pytest.raises(TypeError, match="NoneType"):
+            DEQFixedPoint(module, output_elements=(0, 1))(fields)
 
     def test_without_lin_response_v_is_zero_and_z_the_same(self, module, fields):
         z = DEQFixedPoint(module)(fields)

@@ -84,6 +84,17 @@ def test_errors_against_temperature() -> None:
     assert list(here.get_xdata()) == [1.0, 1.0]  # the temperature of the other panels
 
 
+def test_another_reference_than_the_exact_answer() -> None:
+    figure = draw(reference="sampling", reference_error=[0.1, 0.2, 0.1, 0.3])
+    for axes in figure.axes[:2]:
+        assert "sampling" in axes.get_xlabel()
+        assert "exact" not in axes.get_xlabel()
+    (noise,) = (line for line in figure.axes[2].lines if "sampling" in str(line.get_label()))
+    np.testing.assert_array_equal(noise.get_xdata(), BETAS)
+    np.testing.assert_array_equal(noise.get_ydata(), [0.1, 0.2, 0.1, 0.3])
+    assert figure.legends[0].get_texts()[-1].get_text() == "standard error of sampling"
+
+
 def test_a_method_looks_the_same_in_all_panels() -> None:
     figure = draw()
     left, middle, right = figure.axes

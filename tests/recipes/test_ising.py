@@ -27,12 +27,13 @@ CLASSES = {
     "tap": spins.TAP,
     "adaptive-tap": spins.AdaptiveTAP,
     "self-averaging-tap": spins.SelfAveragingTAP,
+    "expectation-propagation": spins.ExpectationPropagation,
 }
 
 
 @pytest.fixture
 def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compare, "_draw", lambda *_: None)
+    monkeypatch.setattr(_compare, "_draw", lambda *_, **__: None)
 
 
 def reference_system(n: int, beta: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -244,19 +245,26 @@ def test_no_numbers_without_convergence(ising: Command) -> None:
 def test_nothing_converged(ising: Command) -> None:
     run = ising("--num-spins", "4", "--max-iter", "1", "--betas")
     assert run.status == 0
-    assert all(row[:4] == ["-", "-", "-", "1"] for row in rows(run.out).values())
+    table = rows(run.out)
+    assert set(table) == set(CLASSES)
+    for name, row in table.items():  # expectation propagation has two ways, one step of each
+        steps = "2" if name == "expectation-propagation" else "1"
+        assert row[:4] == ["-", "-", "-", steps]
     assert "ising.png" in run.files()
 
 
 @pytest.mark.usefixtures("no_figure")
-def test_responses_that_do_not_exist(ising: Command, saved: Callable) -> None:
-    """Two spins at the critical point: 1 − C J is singular, Λ − J not positive definite."""
+def test_a_response_that_does_not_exist(ising: Command, saved: Callable) -> None:
+    """Two spins at the critical point of naive mean field: 1 − C J is singular there only."""
     run = ising(*saved(np.array([[0, 1], [1, 0]]), np.zeros(2)), "--betas")
     assert run.status == 0
     table = rows(run.out)
-    assert table["naive"][:3] == table["adaptive-tap"][:3] == ["-", "-", "-"]
+    assert table["naive"][:3] == ["-", "-", "-"]
     assert table["naive"][5] == "singular"
-    assert table["adaptive-tap"][5] == "indefinite"
+    golden = (1 + 5**0.5) / 2  # Λ of adaptive TAP: Λ/(Λ² − 1) = 1
+    (adaptive,) = (r for r in records(run.folder) if r["method"] == "adaptive-tap")
+    expected = np.tanh(1) - 1 / (golden**2 - 1)
+    assert adaptive["covariance_error"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.usefixtures("no_figure")
@@ -309,29 +317,86 @@ def test_numbers_that_are_not_finite(ising: Command, monkeypatch: pytest.MonkeyP
 # --- too many spins -------------------------------------------------------------------------
 
 
-def test_more_spins_than_can_be_enumerated(ising: Command) -> None:
-    assert ising("--num-spins", "4", "--betas", "0.5", "--methods", "naive").status == 0
-    run = ising("--num-spins", "25", "--beta", "0.4", "--methods", "naive", "adaptive-tap")
+@pytest.fixture
+def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enumeration, where it is the reference, ends at 2^5 states."""
+    monkeypatch.setattr(_compare, "Exact", lambda: spins.Exact(max_states=2**5))
+
+
+@pytest.mark.usefixtures("few_states")
+def test_errors_against_the_sampler(ising: Command) -> None:
+    """With more spins than can be enumerated; here they can, by the test."""
+    run = ising(
+        *("--num-spins", "6", "--beta", "0.7", "--betas", "0.3", "--samples", "400"),
+        *("--methods", "naive", "adaptive-tap", "gibbs"),
+    )
     assert run.status == 0
-    assert "2^25 states" in run.out
+    assert run.err == ""
+    assert "2^6 states are too many" in run.out
+    assert run.files() == {"config.json", "metrics.jsonl", "answers.npz", "ising.png"}
+    J, x = reference_system(6, 0.7, 0)
+    exact = enumerated(J, x)
+    at = {r["method"]: r for r in records(run.folder) if r["beta"] == 0.7}
+    told, table = at["gibbs reference"], rows(run.out)
+    assert set(table) == {"naive", "adaptive-tap", "gibbs"}
+    noise = told["magnetization_standard_error"]
+    assert 1e-3 < noise < 3e-2
+    assert f"R-hat {told['r_hat']:.3f}, standard errors of m {noise:.1e}" in run.out
+    answers = np.load(run.folder / "answers.npz")
+    sampled = answers["gibbs reference magnetization"]
+    assert 0 < abs(sampled - exact[0]).max() < 5 * noise
+    gap = told["log_partition"] - exact[2]
+    assert 0 < abs(gap) < 4 * told["log_partition_standard_error"]
+    assert 0 < at["gibbs"]["magnetization_error"] < 5 * noise  # another seed: not the same draws
+    reference = sampled, answers["gibbs reference covariance"], told["log_partition"]
+    for name in ("naive", "adaptive-tap"):
+        expected = errors(library(name, J, x), reference)
+        assert three(at[name]) == pytest.approx(expected, rel=1e-6)
+        assert table[name][:3] == [f"{number:.1e}" for number in expected]
+
+
+@pytest.mark.usefixtures("few_states")
+def test_chains_that_do_not_agree(ising: Command) -> None:
+    assert ising("--num-spins", "4", "--betas", "0.5", "--methods", "naive").status == 0
+    run = ising("--num-spins", "8", "--samples", "4", "--methods", "naive", "tap", "--betas")
+    assert run.status == 0
+    assert "do not agree" in run.out
     assert run.files() == {"config.json", "metrics.jsonl", "answers.npz"}  # no figure of before
     assert "figure" not in run.out.splitlines()[-1]
-    J, x = reference_system(25, 0.4, 0)
+    J, x = reference_system(8, 1.0, 0)
     for name, row in rows(run.out).items():
         m, covariance, log = library(name, J, x)
-        apart = covariance[~np.eye(25, dtype=bool)]
+        apart = covariance[~np.eye(8, dtype=bool)]
         expected = [abs(m).mean(), abs(apart).mean(), log]
         assert [float(number) for number in row[:3]] == pytest.approx(expected, rel=1e-3)
     for record in records(run.folder):
         assert three(record) == (None, None, None)
-        assert record["log_partition"] == pytest.approx(
-            library(record["method"], J, x)[2], rel=1e-6
-        )
+        if record["method"] != "gibbs reference":
+            assert record["log_partition"] == pytest.approx(
+                library(record["method"], J, x)[2], rel=1e-6
+            )
 
 
 def test_what_can_be_enumerated() -> None:
-    assert isinstance(_compare._reference(24), spins.Exact)
-    assert _compare._reference(25) is None
+    (exact,) = _compare._reference(24, Ising()).values()
+    assert isinstance(exact, spins.Exact)
+    (sampler,) = _compare._reference(25, Ising(samples=77, seed=3)).values()
+    assert isinstance(sampler, spins.GibbsSampler)
+    assert sampler.num_samples == 77
+    (method,) = Ising(methods=("gibbs",), seed=3).build().values()
+    assert sampler.seed != method.seed == 3  # type: ignore
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_the_sampler_as_a_method(ising: Command) -> None:
+    run = ising("--num-spins", "5", "--methods", "gibbs", "--samples", "300", "--betas")
+    assert run.status == 0
+    (record,) = (r for r in records(run.folder) if r["method"] == "gibbs")
+    m, _, log = three(record)
+    assert 0 < m < 5 * record["magnetization_standard_error"]
+    assert 0 < log < 4 * record["log_partition_standard_error"]
+    assert rows(run.out)["gibbs"][3:6] == ["-", "-", "done"]
+    assert "gibbs" not in Ising().methods  # it takes longer than all others together
 
 
 # --- files, figure, output ------------------------------------------------------------------
@@ -373,7 +438,9 @@ def test_the_figure_shows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(C["tap"], tap[1][pairs], atol=1e-8)
     assert betas == [0.01, 0.6, 0.9]
     assert drawn["beta"] == 0.6
-    assert set(error) == set(_ising.METHODS)
+    assert list(error) == list(Ising().methods)
+    assert drawn["reference"] == "exact"
+    assert drawn["reference_error"] == ()
     for name, values in error.items():
         told = {r["beta"]: r["magnetization_error"] for r in found if r["method"] == name}
         np.testing.assert_array_equal(values, [told[beta] for beta in betas])
@@ -388,10 +455,18 @@ def test_the_figure_shows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         errors(tap, enumerated(J, 0 * x))[1], rel=1e-6
     )
 
+    monkeypatch.setattr(_compare, "Exact", lambda: spins.Exact(max_states=2**4))
+    found = run_ising(Ising(num_spins=(5,), beta=0.6, betas=(0.3,), samples=50, run_dir=tmp_path))
+    assert drawn["reference"] == "Gibbs sampling"
+    noise = [r["magnetization_standard_error"] for r in found if r["method"] == "gibbs reference"]
+    assert drawn["reference_error"] == noise
+    assert "gibbs reference" not in drawn["arguments"][5]
+
 
 def test_piped_output_is_plain(ising: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     run = ising("--num-spins", "6", "--beta", "2", "--betas", "0.5", "--max-iter", "20")
+    assert max(len(line) for line in run.out.splitlines() if line.split()[0] in CLASSES) <= 80
     assert set(run.out) - {"\n"} <= set(map(chr, range(32, 127)))
     assert {len(row) for row in rows(run.out).values()} == {7}  # no cell is cut or wrapped
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
+from benchmarks.inference import BAR, adaptive_tap
 from deep_implicit_attention.deq import ConvergenceWarning
 from deep_implicit_attention.solvers import anderson, broyden
 from deep_implicit_attention.spins import (
@@ -201,6 +202,51 @@ def test_halving_the_couplings_divides_the_error_of_m_by_eight():
         gap = TIGHT(system, x).magnetization - Exact()(system, x).magnetization
         errors.append(gap.norm().item())
     assert math.log2(errors[0] / errors[1]) > 2.7
+
+
+def test_a_step_is_one_factorisation_and_one_inverse(monkeypatch):
+    """And so is reading off everything else, the determinant included."""
+    calls: list[str] = []
+
+    def count(module, name):
+        original = getattr(module, name)
+
+        def counted(matrix, *args, **options):
+            if matrix.shape[-1] > 1:
+                calls.append(name)
+            return original(matrix, *args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    couplings, x = sherrington_kirkpatrick(12, 0.5, 0.3)
+    names = ("cholesky_ex", "inv_ex", "solve_ex", "lu_factor", "slogdet", "eigvalsh")
+    for name in names:
+        count(torch.linalg, name)
+    count(torch, "cholesky_inverse")
+    solution = AdaptiveTAP()(SpinSystem(couplings, IsingPrior()), x).solution
+    each = ["cholesky_ex", "cholesky_inverse"]
+    assert calls == each * (int(solution.steps) + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_thousand_spins_take_little_more_than_that(dtype):
+    steps, ratio = adaptive_tap(1000, dtype)
+    assert steps > 20
+    assert ratio <= BAR
+
+
+def test_without_a_distribution_there_are_no_numbers():
+    """Two spins at the critical point: where the solve begins, Λ − J is singular."""
+    system = SpinSystem(sherrington_kirkpatrick(2)[0], IsingPrior())
+    system.couplings[0, 1] = system.couplings[1, 0] = 1.0
+    x = torch.zeros(2, dtype=torch.float64)
+    response = AdaptiveTAP(max_iter=1, on_failure="ignore")(system, x)
+    assert torch.equal(response.magnetization, x)
+    for value in (response.log_partition, response.energy, response.covariance):
+        assert bool(value.isnan().all())
+    solved = AdaptiveTAP()(system, x)  # it finds its way to V = 1/(1 + V) from there
+    torch.testing.assert_close(solved.cavity_variance, x + (math.sqrt(5) - 1) / 2)
 
 
 def test_failure_is_heard():

@@ -1,0 +1,112 @@
+"""Linear systems that share a factorisation, differentiable to any order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factor(NamedTuple):
+    """A factorisation of a matrix: Cholesky, or with `pivots` LU; and its inverse, if made."""
+
+    matrix: Tensor
+    pivots: Tensor | None
+    inverse: Tensor | None = None
+
+    def solve(self, b: Tensor, transposed: bool) -> Tensor:
+        """A⁻¹ b for `b` `(n, r)`, or A⁻ᵀ b."""
+        if self.inverse is not None:
+            # Few right-hand sides: rows times a matrix as it lies in memory are the fast product.
+            plain = transposed or self.pivots is None
+            return (b.mT @ (self.inverse if plain else self.inverse.mT)).mT
+        if self.pivots is None:
+            return torch.cholesky_solve(b, self.matrix)
+        return torch.linalg.lu_solve(self.matrix, self.pivots, b, adjoint=transposed)
+
+    def inverted(self) -> Factor:
+        """With the inverse, for many solves: it is read once a solve, the factors twice."""
+        identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
+        return self._replace(inverse=self.solve(identity, False))
+
+    def log_determinant(self) -> Tensor:
+        """log |det A|."""
+        scale = 2.0 if self.pivots is None else 1.0
+        return scale * self.matrix.diagonal().abs().log().sum()
+
+
+def factorise(operator: Tensor, symmetric: bool) -> Factor:
+    """Cholesky for a symmetric positive definite `operator` `(n, n)`, else LU; without a graph."""
+    with torch.no_grad():
+        if symmetric:
+            size = len(operator)
+            factor, failed = torch.linalg.cholesky_ex(_padded(operator).mT)
+            if int(failed) == 0:
+                return Factor(factor[:size, :size], None)
+        return Factor(*torch.linalg.lu_factor_ex(operator)[:2])
+
+
+def _padded(operator: Tensor) -> Tensor:
+    """`operator`, with a few rows of the identity if its size is a multiple of a large power of 2.
+
+    At such sizes the entries of a row compete for the same lines of the cache: measured at
+    n = 1024, Cholesky takes five times as long as at 1032.
+    """
+    size = len(operator)
+    if size % 256:
+        return operator
+    padded = torch.nn.functional.pad(operator, (0, 8, 0, 8))
+    padded.diagonal()[size:] = 1.0
+    return padded
+
+
+def log_determinant(operator: Tensor, factor: Factor) -> Tensor:
+    """log |det A|, from the factorisation where no gradient is asked for."""
+    if operator.requires_grad and torch.is_grad_enabled():
+        return torch.linalg.slogdet(operator).logabsdet
+    return factor.log_determinant()
+
+
+def solve(operator: Tensor, b: Tensor, factor: Factor) -> Tensor:
+    """A⁻¹ b `(n, r)`, where `factor` is that of `operator`.
+
+    Cost: O(n² r) forward and backward; the factorisation is never differentiated.
+    """
+    return _Solve.apply(operator, b, *factor, False)
+
+
+def inverse(operator: Tensor, factor: Factor) -> Tensor:
+    """A⁻¹ `(n, n)`."""
+    if factor.inverse is not None:
+        return factor.inverse
+    identity = torch.eye(len(operator), dtype=operator.dtype, device=operator.device)
+    return solve(operator, identity, factor)
+
+
+class _Solve(torch.autograd.Function):
+    """x = A⁻¹ b: with u = A⁻ᵀ ∂L/∂x, ∂L/∂b = u and ∂L/∂A = −u xᵀ."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        operator: Tensor,
+        b: Tensor,
+        matrix: Tensor,
+        pivots: Tensor | None,
+        inverse: Tensor | None,
+        transposed: bool,
+    ) -> Tensor:
+        x = Factor(matrix, pivots, inverse).solve(b, transposed)
+        ctx.save_for_backward(operator, x, matrix, pivots, inverse)
+        ctx.transposed = transposed
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        operator, x, *factor = ctx.saved_tensors
+        u = _Solve.apply(operator, g, *factor, not ctx.transposed)
+        by_operator = None
+        if ctx.needs_input_grad[0]:
+            by_operator = -(x @ u.mT if ctx.transposed else u @ x.mT)
+        return by_operator, u, None, None, None, None

@@ -1,0 +1,158 @@
+"""What systems and methods refuse at the door, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deep_implicit_attention.spins import (
+    TAP,
+    AdaptiveTAP,
+    Exact,
+    ExpectationPropagation,
+    GaussianPrior,
+    GibbsSampler,
+    IsingPrior,
+    NaiveMeanField,
+    PottsPrior,
+    SelfAveragingTAP,
+    SphericalPrior,
+    SpinSystem,
+    ferromagnet,
+    sherrington_kirkpatrick,
+)
+from deep_implicit_attention.spins._prior import Prior
+
+METHODS = [
+    NaiveMeanField(),
+    TAP(),
+    AdaptiveTAP(),
+    SelfAveragingTAP(),
+    ExpectationPropagation(),
+    Exact(),
+    GibbsSampler(),
+]
+
+
+def full(sites: int = 4) -> torch.Tensor:
+    """Couplings `(N, N, 2, 2)` that are as they should be."""
+    block = torch.tensor([[0.1, 0.2], [-0.1, 0.0]], dtype=torch.float64)
+    upper = torch.ones(sites, sites, dtype=torch.float64).triu(1)[:, :, None, None] * block
+    return upper + upper.permute(1, 0, 3, 2)
+
+
+def changed(couplings: torch.Tensor, *index: int) -> torch.Tensor:
+    couplings = couplings.clone()
+    couplings[index] += 0.5
+    return couplings
+
+
+class TestSystems:
+    def test_asymmetric_couplings(self):
+        message = r"symmetric, J_ij = J_jiᵀ: J\[{}\] differs from its partner by 0.5"
+        with pytest.raises(ValueError, match=message.format(r"(1, 3|3, 1)")):
+            SpinSystem(changed(sherrington_kirkpatrick(5)[0], 3, 1), IsingPrior())
+        with pytest.raises(ValueError, match=message.format(r"(0, 2, 1, 0|2, 0, 0, 1)")):
+            SpinSystem(changed(full(), 2, 0, 0, 1), PottsPrior(2))
+        # Blocks that are symmetric but not each other's transposes.
+        block = torch.tensor([[0.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
+        pair = (1 - torch.eye(2, dtype=torch.float64))[:, :, None, None] * block
+        with pytest.raises(ValueError, match=message.format(r"0, 1, 0, 1")):
+            SpinSystem(pair, PottsPrior(2))
+
+    def test_asymmetry_far_down(self):
+        """Rows are looked at in portions."""
+        couplings = ferromagnet(600)
+        SpinSystem(couplings, IsingPrior())
+        with pytest.raises(ValueError, match=r"J\[(599, 598|598, 599)\] differs.* by 0.5"):
+            SpinSystem(changed(couplings, 599, 598), IsingPrior())
+
+    def test_self_coupling(self):
+        with pytest.raises(ValueError, match=r"no self-coupling.*i = 3"):
+            SpinSystem(changed(sherrington_kirkpatrick(5)[0], 3, 3), IsingPrior())
+        with pytest.raises(ValueError, match=r"no self-coupling.*i = 2"):
+            SpinSystem(changed(full(), 2, 2, 1, 1), PottsPrior(2))
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_couplings_that_are_not_finite(self, value):
+        couplings = sherrington_kirkpatrick(5)[0]
+        couplings[2, 4] = couplings[4, 2] = value
+        with pytest.raises(ValueError, match=r"finite, J\[2, 4\] is not"):
+            SpinSystem(couplings, IsingPrior())
+
+    def test_shapes_and_dtypes(self):
+        with pytest.raises(ValueError, match=r"at least one spin, got shape \(0, 0\)"):
+            SpinSystem(torch.zeros(0, 0), IsingPrior())
+        with pytest.raises(ValueError, match=r"shape \(N, N\), got \(4, 4, 2, 2\)"):
+            SpinSystem(full(), IsingPrior())
+        with pytest.raises(ValueError, match=r"\(N, N\) or \(N, N, 3, 3\), got \(4, 4, 2, 2\)"):
+            SpinSystem(full(), SphericalPrior(3))
+        with pytest.raises(TypeError, match=r"real floating dtype, got torch.int64"):
+            SpinSystem(torch.zeros(3, 3, dtype=torch.long), IsingPrior())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+class TestFields:
+    system = SpinSystem(ferromagnet(5), PottsPrior(3))
+
+    def test_shape(self, method):
+        for shape in ((5,), (3, 5), (2, 4, 3)):
+            with pytest.raises(ValueError, match=r"fields must have shape \(\*batch, 5, 3\), got"):
+                method(self.system, torch.zeros(shape, dtype=torch.float64))
+
+    def test_dtype(self, method):
+        with pytest.raises(TypeError, match=r"fields are torch\.float32.*couplings torch\.float64"):
+            method(self.system, torch.zeros(5, 3))
+
+    def test_not_finite(self, method):
+        x = torch.zeros(5, 3, dtype=torch.float64)
+        x[1, 2] = torch.nan
+        with pytest.raises(ValueError, match="fields must be finite"):
+            method(self.system, x)
+
+
+@pytest.mark.parametrize("method", [AdaptiveTAP(), ExpectationPropagation(), Exact()])
+def test_gaussian_spins_without_a_distribution(method):
+    """P = 1 and J = 0.5 between all of four spins: eigenvalues of P − J are 1.5 and −0.5."""
+    prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1, dtype=torch.float64))
+    system = SpinSystem(ferromagnet(4, 2.0), prior)
+    with pytest.raises(ValueError, match=r"P − J must be.*smallest eigenvalue is -0\.5$"):
+        method(system, torch.zeros(4, 1, dtype=torch.float64))
+
+
+def test_more_states_than_can_be_enumerated():
+    x = torch.zeros(13, 3, dtype=torch.float64)
+    system = SpinSystem(ferromagnet(13), PottsPrior(3))
+    with pytest.raises(ValueError, match=r"1.59e\+06 states are more than max_states = 1000"):
+        Exact(max_states=1000)(system, x)
+
+
+class Unknown(Prior):
+    event_shape = torch.Size((2,))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (AdaptiveTAP(), "AdaptiveTAP has no equations for Unknown"),
+        (SelfAveragingTAP(), "SelfAveragingTAP has no equations for Unknown"),
+        (ExpectationPropagation(), "ExpectationPropagation has no equations for Unknown"),
+        (Exact(), "Exact has no answer for Unknown"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_priors_without_equations(method, message):
+    system = SpinSystem(ferromagnet(3), Unknown())
+    with pytest.raises(TypeError, match=message):
+        method(system, torch.zeros(3, 2, dtype=torch.float64))
+
+
+def test_tap_on_the_sphere():
+    system = SpinSystem(ferromagnet(3), SphericalPrior(3))
+    with pytest.raises(TypeError, match="TAP has no closed form on the sphere"):
+        TAP()(system, torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_options():
+    with pytest.raises(TypeError, match="unknown option 'window'"):
+        NaiveMeanField(window=3)

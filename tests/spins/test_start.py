@@ -1,0 +1,87 @@
+"""Where a solve begins: with several solutions the start decides."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deep_implicit_attention.spins import (
+    TAP,
+    IsingPrior,
+    NaiveMeanField,
+    PottsPrior,
+    SelfAveragingTAP,
+    SphericalPrior,
+    SpinSystem,
+    ferromagnet,
+    sherrington_kirkpatrick,
+)
+
+METHODS = [NaiveMeanField, TAP, SelfAveragingTAP]
+
+
+@pytest.fixture(params=METHODS, ids=lambda kind: kind.__name__)
+def kind(request):
+    return request.param
+
+
+def test_a_ferromagnet_keeps_its_sign(kind):
+    system = SpinSystem(ferromagnet(30, 1.6), IsingPrior())
+    none = torch.zeros(30, dtype=torch.float64)
+    method = kind(tol=1e-12)
+    starts = torch.stack([none + 0.9, none - 0.9, none])
+    up, down, zero = method(system, none.expand(3, 30), start=starts).magnetization
+    assert up.min() > 0.5
+    torch.testing.assert_close(up, -down)
+    assert not bool(zero.any())
+    assert not bool(method(system, none).magnetization.any())
+
+
+def test_it_settles_in_the_root_of_one_spin():
+    """Naive: m = tanh(Jm) with J = β(N − 1)/N; TAP: less V m, V = β²(N − 1)/N² (1 − m²)."""
+    n, beta = 30, 1.6
+    system = SpinSystem(ferromagnet(n, beta), IsingPrior())
+    none = torch.zeros(n, dtype=torch.float64)
+    for method, echo in ((NaiveMeanField(), 0.0), (TAP(), beta**2 * (n - 1) / n**2)):
+        root = 0.9
+        for _ in range(500):
+            root = math.tanh(beta * (n - 1) / n * root - echo * (1 - root**2) * root)
+        m = method(system, none, start=none + 0.9).magnetization
+        torch.testing.assert_close(m, torch.full_like(m, root))
+
+
+def test_the_response_is_that_of_the_solution_found(kind):
+    system = SpinSystem(ferromagnet(6, 2.5), IsingPrior())
+    none = torch.zeros(6, dtype=torch.float64)
+    method = kind(tol=1e-13)
+    response = method(system, none, start=none + 0.9)
+    step = 1e-5 * torch.eye(6, dtype=torch.float64)[2]
+    ends = [method(system, s * step, start=none + 0.9).magnetization for s in (1, -1)]
+    column = (ends[0] - ends[1]) / 2e-5
+    torch.testing.assert_close(response.susceptibility[:, 2], column, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3), SphericalPrior(3, 1.0)])
+def test_without_a_step_the_start_is_the_answer(kind, prior):
+    if kind is TAP and isinstance(prior, SphericalPrior):
+        pytest.skip("TAP has no equations on the sphere")
+    system = SpinSystem(sherrington_kirkpatrick(5)[0], prior)
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, *prior.event_shape, dtype=torch.float64)
+    start = prior.mean(torch.randn_like(x)).requires_grad_()
+    found = kind(max_iter=1, on_failure="ignore")(system, x, start=start).magnetization
+    torch.testing.assert_close(found, start.detach())
+    assert not found.requires_grad
+
+
+def test_bad_starts(kind):
+    system = SpinSystem(sherrington_kirkpatrick(5)[0], IsingPrior())
+    x = torch.zeros(5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"start must be magnetizations.*\(5,\).*\(3,\)"):
+        kind()(system, x, start=x[:3])
+    with pytest.raises(ValueError, match=r"float64 \(5,\), got torch.float32 \(5,\)"):
+        kind()(system, x, start=x.float())
+    with pytest.raises(ValueError, match="start must be finite"):
+        kind()(system, x, start=x / 0)
