@@ -12,6 +12,7 @@ from ._data import ImageData, Split, digits, mnist
 from ._extras import require
 from ._progress import Progress
 from ._run import Run, seed_everything
+from ._text import TextData, Vocabulary, random_batch, shakespeare, text_data, windows
 
 __all__ = [
     "ImageData",
@@ -20,12 +21,18 @@ __all__ = [
     "Run",
     "Schedule",
     "Split",
+    "TextData",
+    "Vocabulary",
     "augment",
     "batch_spectral_radius",
     "digits",
     "measure",
     "mnist",
+    "random_batch",
     "require",
     "seed_everything",
+    "shakespeare",
+    "text_data",
     "train_classifier",
+    "windows",
 ]
