@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,9 @@ from ._parts import (
     split_heads,
 )
 from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+
+# Of the weights behind a normalised state at the start, relative to a Linear's own.
+_START = 0.25
 
 
 class _Context(NamedTuple):
@@ -102,6 +106,13 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         self.to_out = nn.Linear(dim, dim)
         self.lin_response = lin_response
         self.correction = FeedForward(dim, correction_width) if lin_response else None
+        if normalize:
+            # ẑ has unit variance however small z is, so the map contracts from the start only if
+            # what it adds is small beside x.
+            outer = [self.to_out] + ([] if self.correction is None else [self.correction.contract])
+            with torch.no_grad():
+                for layer in outer:
+                    layer.weight.mul_(_START)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, scale={self.scale:g}, causal={self.causal}"
