@@ -4,6 +4,7 @@
     python -m benchmarks.language train explicit FOLDER --data DATA --seed 0
     python -m benchmarks.language horizons FOLDER --data DATA
     python -m benchmarks.language memory
+    python -m benchmarks.language generation
 
 Both are trained by the loop of `examples/shakespeare.py`. Losses are over the whole validation
 split, in windows of 64 characters that do not overlap.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,30 @@ def _saved(model: Any, ids: Tensor, **overrides: Any) -> int:
     return sum(sizes.values())
 
 
+@torch.no_grad()
+def run_generation(flags: argparse.Namespace) -> None:
+    """CPU milliseconds of one more token after t of them, cached and solved anew."""
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(num_tokens=65, max_seq_len=2049, dim=256).eval()
+    print("| t | cached | anew |\n|---|---|---|")
+    for t in (64, 128, 256, 512, 1024, 2048):
+        ids = torch.randint(65, (1, t + 1))
+        caches = model._extend([], ids[:, :t], None, {})
+        cached = _milliseconds(lambda c=caches, i=ids: model._extend(c, i, None, {}), 20)
+        anew = _milliseconds(lambda i=ids: model(i), 2)
+        print(f"| {t} | {cached:.1f} | {anew:.0f} |", flush=True)
+
+
+def _milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    """The least CPU time of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.process_time()
+        call()
+        times.append(time.process_time() - started)
+    return 1e3 * min(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -129,6 +155,7 @@ def main() -> None:
         command.add_argument("folder", type=Path)
         command.add_argument("--data", type=Path)
     commands.add_parser("memory").set_defaults(run=run_memory)
+    commands.add_parser("generation").set_defaults(run=run_generation)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     flags.run(flags)

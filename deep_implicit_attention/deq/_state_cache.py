@@ -13,6 +13,7 @@ from ._failure import report
 from ._layer import DEQFixedPoint
 from ._map import without_autocast
 from ._settings import override, parse
+from ._state import full_precision
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class StateCache:
     the cache with one more site and leaves this one as it is. Without gradients.
 
     Attributes:
-        solution: of the sites that were solved for last: all at the start, then the new one.
+        solution: of the sites that were solved for last: all at the start, then the new one. In
+            float32 where x is narrower.
     """
 
     layer: DEQFixedPoint
@@ -54,9 +56,10 @@ class StateCache:
     @torch.no_grad()
     def append(self, x_new: Tensor, **overrides: Any) -> StateCache:
         """One more site, with source `x_new` `(B, 1, d)`."""
-        with without_autocast(x_new):
-            context = self.layer.fun.append(self.context, self.solution.value, x_new)
-        return _solved(self.layer, x_new, context, overrides)
+        field = full_precision(x_new)
+        with without_autocast(field):
+            context = self.layer.fun.append(self.context, self.solution.value, field)
+        return _solved(self.layer, field, context, overrides)
 
 
 def _solved(layer: DEQFixedPoint, fields: Tensor, context: Any, overrides: Any) -> StateCache:

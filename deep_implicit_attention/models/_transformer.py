@@ -218,7 +218,8 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
                 else:
                     slid = ids.shape[1] > self.max_seq_len
                     caches = self._extend([] if slid else caches, window, seen, overrides)
-                    logits = self._logits(caches[-1].solution.value[:, -1])
+                    last = caches[-1].solution.value[:, -1]
+                    logits = self._logits(last.to(self.tokens.weight.dtype))
                 ids = torch.cat([ids, sample(logits, temperature, top_k, generator).to(ids)], dim=1)
                 if mask is not None:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -243,7 +244,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
                 cache = caches[number].append(x, **overrides)
             else:
                 cache = StateCache.start(block, x, *_given(mask), **overrides)  # type: ignore
-            x = cache.solution.value
+            x = cache.solution.value.to(x.dtype)
             extended.append(cache)
         return extended
 

@@ -439,3 +439,27 @@ def test_wrong_prompts() -> None:
     for prompts, message in (([], "at least one"), ([[1], []], "prompt 1"), ([[0.5]], "prompt 0")):
         with pytest.raises(ValueError, match=message):
             left_pad(prompts)
+
+
+def test_narrow_models_generate() -> None:
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(
+        num_tokens=11, max_seq_len=10, dim=16, depth=2, heads=2
+    )
+    ids, mask = left_pad([[1, 2, 3], [4, 5, 6, 7, 8]])
+    exact = model.eval()(ids, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(ids, 3, mask=mask).shape == (2, 8)
+        torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.02)
+    model.bfloat16()
+    assert model.generate(ids, 3, mask=mask).shape == (2, 8)
+    torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.05)
+
+
+def test_exports_at_a_horizon() -> None:
+    model = build(steps=3).eval()
+    ids = tokens()
+    program = torch.export.export(model, (ids,))
+    other = tokens(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other))
