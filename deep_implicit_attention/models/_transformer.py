@@ -131,6 +131,10 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
     def fields(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """The fields x `(B, T, dim)` that `ids` apply; positions count the tokens in `mask`."""
         self._check(ids, mask)
+        if ids.shape[1] > self.max_seq_len:
+            raise ValueError(
+                f"ids must have at most max_seq_len = {self.max_seq_len} tokens, got {ids.shape[1]}"
+            )
         return self._fields(ids, _positions(ids, mask))
 
     def forward(
@@ -160,13 +164,13 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         starts = [None] * len(self.blocks) if state is None else [_value(part) for part in state]
         if len(starts) != len(self.blocks):
             raise ValueError(f"state must have {len(self.blocks)} parts, got {len(starts)}")
-        solutions = []
+        answers = []
         for block, start in zip(self.blocks, starts, strict=True):
-            solution = block(x, *_given(mask), state=start, return_solution=True, **overrides)
-            x = solution.value
-            solutions.append(solution)
+            options = {**overrides, "state": start, "return_solution": return_solution}
+            answers.append(block(x, *_given(mask), **options))
+            x = _value(answers[-1])
         logits = self._logits(x)
-        return (logits, tuple(solutions)) if return_solution else logits
+        return (logits, tuple(answers)) if return_solution else logits
 
     @torch.no_grad()
     def generate(
@@ -200,7 +204,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             **overrides: options of the blocks.
         """
         check_sampling(max_new_tokens, temperature, top_k)
-        self._check(ids, mask, longest=None)
+        self._check(ids, mask)
         if ids.shape[1] == 0:
             raise ValueError("ids must hold at least one token of every prompt")
         if mask is not None:
@@ -256,12 +260,21 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         `solutions` are those that ``forward(ids, mask, return_solution=True)`` returned. Costs
         no solve. Dropout is drawn anew.
         """
-        x = self.fields(ids, mask)
-        found = []
-        for block, solution in zip(self.blocks, solutions, strict=True):
-            found.append((block.map(x, *_given(mask)), _value(solution)))  # type: ignore
-            x = _value(solution)
-        return found
+        states = [_value(part) for part in solutions]
+        sources = [self.fields(ids, mask), *states[:-1]]
+        maps = [
+            block.map(x, *_given(mask))  # type: ignore
+            for block, x in zip(self.blocks, sources, strict=True)
+        ]
+        return list(zip(maps, states, strict=True))
+
+    def couplings(
+        self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
+    ) -> Tensor:
+        """J_ij of every block and head, `(depth, B, heads, T, T)`, for looking."""
+        sources = [self.fields(ids, mask), *(_value(part) for part in solutions[:-1])]
+        pairs = zip(self.blocks, sources, strict=True)
+        return torch.stack([block.fun.couplings(x, mask) for block, x in pairs])  # type: ignore
 
     def spectral_radius(
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
@@ -287,7 +300,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         return torch.stack(sums).mean()
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token."""
+        """Mean cross-entropy in nats per token; targets of −100 do not count."""
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long())
 
     def count_params(self) -> int:
@@ -303,17 +316,13 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
     def _logits(self, z: Tensor) -> Tensor:
         return F.linear(self.norm(z), self.tokens.weight)
 
-    def _check(self, ids: Tensor, mask: Tensor | None, longest: int | None = -1) -> None:
+    def _check(self, ids: Tensor, mask: Tensor | None) -> None:
         """Raise unless ids and mask are what this model takes."""
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"ids must be a tensor of integers (int64 or int32), got {kind}")
         if ids.dim() != 2:
             raise ValueError(f"ids must have shape (batch, tokens), got {tuple(ids.shape)}")
-        if longest is not None and ids.shape[1] > self.max_seq_len:
-            raise ValueError(
-                f"ids must have at most max_seq_len = {self.max_seq_len} tokens, got {ids.shape[1]}"
-            )
         # A compiler cannot branch on data.
         if not torch.compiler.is_compiling() and ids.numel():
             low, high = (int(end) for end in ids.aminmax())

@@ -353,6 +353,34 @@ def test_the_penalty_makes_the_map_contract_more() -> None:
     assert radii[-1] < 0.9 * radii[0]
 
 
+def test_couplings_are_those_that_the_blocks_use() -> None:
+    model = build().eval()
+    ids, mask = left_pad([[1, 2, 3], [4, 5, 6, 7]])
+    with torch.no_grad():
+        _, solutions = model(ids, mask, return_solution=True)
+        shown = model.couplings(ids, solutions, mask)
+        assert shown.shape == (2, 2, 2, 4, 4)
+        assert not bool(shown.triu(1).any())
+        for depth, x in enumerate((model.fields(ids, mask), solutions[0].value)):
+            fun = model.blocks[depth].fun
+            used = fun.prepare(fun.sources(x, mask), mask).couplings
+            torch.testing.assert_close(shown[depth], used)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_loss(ignored: int) -> None:
+    logits = torch.randn(2, 4, 11, dtype=torch.float64)
+    targets = tokens(2, 4)
+    targets[0, :ignored] = -100
+    nats = [
+        -logits[b, t].softmax(0)[targets[b, t]].log()
+        for b in range(2)
+        for t in range(4)
+        if targets[b, t] >= 0
+    ]
+    torch.testing.assert_close(build().loss(logits, targets), torch.stack(nats).mean())
+
+
 def test_copies_and_state_dicts() -> None:
     model = build().eval()
     ids = tokens()
