@@ -13,6 +13,11 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 _WEIGHTS = "model.safetensors"
+# What `from_pretrained` hands on for downloads; the last two by older versions of the mixin.
+_DOWNLOAD = (
+    "revision", "cache_dir", "force_download", "local_files_only", "token",
+    "proxies", "resume_download",
+)  # fmt: skip
 
 
 class Pretrained(
@@ -39,8 +44,8 @@ class Pretrained(
             FileNotFoundError: if config or weights are missing.
             ValueError: if the weights are no whole safetensors file, or those of another model.
         """
-        download = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        where = {name: rest.pop(name) for name in download if name in rest}
+        where = {name: rest.pop(name) for name in _DOWNLOAD if name in rest}
+        where = {name: value for name, value in where.items() if value is not None}
         rest.pop("strict", None)  # always
         if os.path.isdir(model_id):
             path = os.path.join(model_id, _WEIGHTS)
