@@ -21,12 +21,13 @@ class Weights(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """x ↦ W₂ GELU(W₁ x + b₁) + b₂ on the last axis, hidden width `mult` times the outer one."""
+    """x ↦ W₂ GELU(W₁ x + b₁) + b₂ on the last axis, hidden width 4d by default."""
 
-    def __init__(self, dim: int, mult: int = 4) -> None:
+    def __init__(self, dim: int, width: int | None = None) -> None:
         super().__init__()
-        self.expand = nn.Linear(dim, mult * dim)
-        self.contract = nn.Linear(mult * dim, dim)
+        width = 4 * dim if width is None else width
+        self.expand = nn.Linear(dim, width)
+        self.contract = nn.Linear(width, dim)
 
     def weights(self) -> Weights:
         """The parameters, each touched once and with gradients."""
@@ -50,16 +51,26 @@ def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def project(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`, in full precision; for layers that act on the sources only."""
-    if full_precision(layer.weight) is layer.weight:
-        return layer(x)
-    return F.linear(x, full_precision(layer.weight))
+    """`layer(x)`, in full precision; for layers without bias that act on the sources only."""
+    weight = full_precision(layer.weight)  # read once: a parametrisation may stand behind it
+    hooked = layer._forward_pre_hooks or layer._forward_hooks
+    if isinstance(layer, nn.Linear) and not hooked:
+        return F.linear(x, weight)
+    return layer(x)
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     """The network of `FeedForward` with the given weights."""
     hidden = F.gelu(F.linear(x, weights.w_in, weights.b_in))
     return F.linear(hidden, weights.w_out, weights.b_out)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """`x` with mean 0 and variance 1 over its last axis; zero stays zero.
+
+    Gains and offsets of a LayerNorm would be absorbed by the linear layers that follow.
+    """
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def check_positive(**sizes: int) -> None:

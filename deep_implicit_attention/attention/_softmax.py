@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,18 +16,24 @@ from ._parts import (
     hide,
     linear_weights,
     merge_heads,
+    normalized,
     split_heads,
 )
-from ._softmax_couplings import SoftmaxCouplings
+from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+
+# Of the weights behind a normalised state at the start, relative to a Linear's own.
+_START = 0.25
 
 
 class _Context(NamedTuple):
-    x: Tensor  # (B, N, d)
+    x: Tensor  # (B, N, d), with the field of sites whose states are known
     couplings: Tensor  # (B, h, N, N)
     w_out: Tensor
     b_out: Tensor
     correction: Weights | None
     mask: Tensor | None  # (B, N), True = keep
+    kept: Tensor | None  # (2, B, N, d), dropout of the pooled states and of f
+    memory: Memory | None
 
 
 class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
@@ -52,6 +59,18 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         lin_response: False drops f.
         causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
             solve returns does within its tolerance: it stops by the residual of the whole sample).
+            Then `append` adds sites one by one.
+        normalize: queries and keys of the normalised x, and z normalised where the couplings and
+            f act on it (mean 0, variance 1 over the components):
+
+                z_i = W_O [ Σ_j J_ij(x̂) ẑ_j ]_heads − f(ẑ_i) + x_i
+
+            One step from z = x is then the pre-normalised block, and what the sum and f add is
+            bounded whatever the size of z. Sources should have components of order one.
+        correction_width: hidden width of f, default 4d.
+        rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        dropout: of the components of the pooled states and of f(z_i), while training. Drawn once
+            for a solve, in which the update stays a function.
 
     Cost: O(B N² d) for the couplings and for each update; memory O(B heads N²).
     """
@@ -66,33 +85,82 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         lin_response: bool = True,
         *,
         causal: bool = False,
+        normalize: bool = False,
+        correction_width: int | None = None,
+        rotary: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         check_positive(num_spins=num_spins, dim=dim, heads=heads)
         if dim % heads:
             raise ValueError(f"dim must be divisible by heads, got dim={dim}, heads={heads}")
         dim_head = dim // heads if dim_head is None else dim_head
         check_positive(dim_head=dim_head)
-        super().__init__(dim, heads, dim_head, scale, causal)
+        if correction_width is not None:
+            check_positive(correction_width=correction_width)
+            if not lin_response:
+                raise ValueError(
+                    "correction_width is the width of f, which lin_response=False drops"
+                )
+        super().__init__(dim, heads, dim_head, scale, causal, normalize, rotary, dropout)
         self.num_spins = num_spins
         self.to_out = nn.Linear(dim, dim)
         self.lin_response = lin_response
-        self.correction = FeedForward(dim) if lin_response else None
+        self.correction = FeedForward(dim, correction_width) if lin_response else None
+        if normalize:
+            # ẑ has unit variance however small z is, so the map contracts from the start only if
+            # what it adds is small beside x.
+            outer = [self.to_out] + ([] if self.correction is None else [self.correction.contract])
+            with torch.no_grad():
+                for layer in outer:
+                    layer.weight.mul_(_START)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, scale={self.scale:g}, causal={self.causal}"
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
+        q, k = self.queries_and_keys(x)
         return _Context(
             x,
-            self.couplings(x, mask),
+            softmax_couplings(q, k, self.scale, mask, self.causal),
             *linear_weights(self.to_out),
             None if self.correction is None else self.correction.weights(),
             mask,
+            self.draw_dropout(x.expand(2, *x.shape)),
+            Memory(k, None, mask) if self.causal else None,
         )
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        pooled = merge_heads(context.couplings @ split_heads(z, self.heads))
-        field = F.linear(pooled, context.w_out, context.b_out) + context.x
+        acting = self._acting(z)
+        pooled = merge_heads(context.couplings @ split_heads(acting, self.heads))
+        response = F.linear(pooled, context.w_out, context.b_out)
+        if context.kept is not None:
+            response = context.kept[0] * response
+        field = response + context.x
         if context.correction is not None:
-            field = field - feed_forward(z, context.correction)
+            correction = feed_forward(acting, context.correction)
+            field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
+
+    def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
+        """The context of one more site, given the equilibrium of those before it.
+
+        They do not depend on it, so the new equation has one unknown site: the field of the
+        others is a constant of it.
+
+        Args:
+            context: of the sites so far, from `prepare` or `append`.
+            state: the equilibrium `(B, n, d)` of the sites that `context` solves for.
+            x_new: the source of the new site, `(B, 1, d)`.
+
+        Cost: O(B t d) for t sites so far, and O(B d²) for an update.
+        """
+        pooled, own, memory = self.one_more(context.memory, self._acting(state), x_new)
+        kept = self.draw_dropout(x_new.expand(2, *x_new.shape))
+        field = F.linear(merge_heads(pooled), context.w_out)
+        if kept is not None:
+            field = kept[0] * field
+        return context._replace(x=x_new + field, couplings=own, mask=None, kept=kept, memory=memory)
+
+    def _acting(self, z: Tensor) -> Tensor:
+        """What the couplings and f act on."""
+        return normalized(z) if self.normalize else z

@@ -6,15 +6,17 @@ import math
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from ._parts import FeedForward, check_positive, hide, merge_heads, split_heads
-from ._softmax_couplings import SoftmaxCouplings
+from ._parts import FeedForward, check_positive, hide, merge_heads, normalized, split_heads
+from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
 
 
 class _Context(NamedTuple):
     fields: Tensor  # (B, h, N, k): x + f(x), by heads
     couplings: Tensor  # (B, h, N, N)
     mask: Tensor | None  # (B, N), True = keep
+    memory: Memory | None
 
 
 class DEQVectorSpinAttention(SoftmaxCouplings):
@@ -41,6 +43,10 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         scale: factor of the logits, default 1/√(dim / heads).
         causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
             solve returns does within its tolerance: it stops by the residual of the whole sample).
+            Then `append` adds sites one by one.
+        normalize: queries, keys and f of the normalised x (mean 0, variance 1 over components).
+        rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        dropout: of the components of f(x_i), while training.
 
     Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
     """
@@ -53,6 +59,9 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         *,
         scale: float | None = None,
         causal: bool = False,
+        normalize: bool = False,
+        rotary: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         check_positive(dim=dim, heads=heads)
         if dim % heads or dim // heads < 3:
@@ -62,7 +71,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             )
         if not 0 < beta < math.inf:
             raise ValueError(f"beta must be positive and finite, got {beta}")
-        super().__init__(dim, heads, dim // heads, scale, causal)
+        super().__init__(dim, heads, dim // heads, scale, causal, normalize, rotary, dropout)
         self.beta = float(beta)
         self.radius = (dim // heads / 2 - 1) ** 0.5
         self.source = FeedForward(dim)
@@ -76,11 +85,27 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         return self.beta / 2
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
-        fields = split_heads(x + self.source(x), self.heads)
-        return _Context(fields, self.couplings(x, mask), mask)
+        q, k = self.queries_and_keys(x)
+        couplings = softmax_couplings(q, k, self.scale, mask, self.causal)
+        memory = Memory(k, None, mask) if self.causal else None
+        return _Context(self._fields(x), couplings, mask, memory)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
         field = context.fields + context.couplings @ split_heads(z, self.heads)
         field = self.beta * field
         stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
         return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
+
+    def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
+        """The context of one more site, given the equilibrium `state` of those before it.
+
+        Arguments and cost as in `DEQVanillaSoftmaxAttention.append`.
+        """
+        pooled, own, memory = self.one_more(context.memory, state, x_new)
+        return _Context(self._fields(x_new) + pooled, own, None, memory)
+
+    def _fields(self, x: Tensor) -> Tensor:
+        """x + f(x) by heads, `(B, h, N, k)`."""
+        response = self.source(normalized(x) if self.normalize else x)
+        response = F.dropout(response, self.dropout, self.training)
+        return split_heads(x + response, self.heads)

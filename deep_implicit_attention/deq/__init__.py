@@ -11,6 +11,7 @@ from ._failure import ConvergenceError, ConvergenceWarning
 from ._fixed_point import fixed_point
 from ._layer import DEQFixedPoint
 from ._module import DEQModule
+from ._state_cache import StateCache
 
 __all__ = [
     "ConvergenceError",
@@ -20,6 +21,7 @@ __all__ = [
     "Implicit",
     "OneStep",
     "Phantom",
+    "StateCache",
     "error_bound",
     "fixed_point",
     "jacobian_norm",

@@ -155,20 +155,28 @@ class DEQFixedPoint(nn.Module):
         output = parts[0] if len(parts) == 1 else tuple(parts)
         return solution.with_value(output) if return_solution else output
 
+    def map(self, x: Tensor, *inputs: Any) -> Callable[[State], State]:
+        """The update z ↦ fun.update(z, context) that `x` drives, for the diagnostics."""
+        with without_autocast(x):
+            context = self._prepare(self._fields(x, inputs), inputs)
+        return lambda z: self.fun.update(z, context)
+
     def _respond(
         self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
     ) -> Solution:
         """The solution for `x`; `value` is the list of output elements."""
         with without_autocast(x):
             fields = self._fields(x, inputs)
-            solution = self._solve(fields, inputs, state, settings, evidence)
+            solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             broken = solution.codes == Status.NONFINITE.code
             poisoned = bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.
                 clean = fields.masked_fill(_like(broken, fields), 0.0)
-                solution = self._solve(clean, inputs, state, settings, evidence)
+                solution = self._solve(
+                    clean, self._prepare(clean, inputs), state, settings, evidence
+                )
                 solution = solution.with_status(broken, Status.NONFINITE)
                 solution = solution.with_value(
                     [_Poison.apply(part, _like(broken, part)) for part in solution.value]
@@ -192,7 +200,8 @@ class DEQFixedPoint(nn.Module):
             fields = self._fields(x, inputs)
             broken = ~torch.isfinite(fields).flatten(1).all(dim=1)
             fields = fields.masked_fill(_like(broken, fields), 0.0)
-            solution = self._solve(fields, inputs, state, settings, evidence, traceable=True)
+            context = self._prepare(fields, inputs)
+            solution = self._solve(fields, context, state, settings, evidence, traceable=True)
             solution = solution.with_status(broken, Status.NONFINITE)
             parts = [part.masked_fill(_like(broken, part), torch.nan) for part in solution.value]
         return self._narrowed(solution.with_value(parts), x)
@@ -200,6 +209,9 @@ class DEQFixedPoint(nn.Module):
     def _fields(self, x: Tensor, inputs: tuple) -> Tensor:
         fields = full_precision(x)
         return self.fun.sources(fields, *inputs) if hasattr(self.fun, "sources") else fields
+
+    def _prepare(self, fields: Tensor, inputs: tuple) -> Any:
+        return self.fun.prepare(fields, *inputs) if hasattr(self.fun, "prepare") else fields
 
     def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
         """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
@@ -210,7 +222,7 @@ class DEQFixedPoint(nn.Module):
     def _solve(
         self,
         fields: Tensor,
-        inputs: tuple,
+        context: Any,
         state: State | None,
         settings: Settings,
         evidence: bool,
@@ -218,7 +230,6 @@ class DEQFixedPoint(nn.Module):
     ) -> Solution:
         """The solution for the sources `fields`; `value` is the list of output elements."""
         fun = self.fun
-        context = fun.prepare(fields, *inputs) if hasattr(fun, "prepare") else fields
         start = self._start(fields, state, settings)
         layout = Layout.of(start)
         if self.output_elements[-1] >= len(layout.shapes):

@@ -24,6 +24,10 @@ class DEQModule(nn.Module):
     and ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
     no distribution stands behind (empty if nothing is).
 
+    A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
+    `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
+    `StateCache` calls it.
+
     Nothing may be stored on the module while it is called: all that is constant during a solve
     goes into the context, which `prepare` returns, and neither `update` nor `prepare` may change
     its arguments. `prepare` runs twice for a batch with samples that are not finite.

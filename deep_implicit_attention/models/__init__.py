@@ -1,6 +1,8 @@
 """Floor 4: models. Each file reads top to bottom as one model."""
 
 from ._count import count_params
+from ._decode import left_pad
 from ._site_classifier import SiteClassifier
+from ._transformer import DeepImplicitAttentionTransformer
 
-__all__ = ["SiteClassifier", "count_params"]
+__all__ = ["DeepImplicitAttentionTransformer", "SiteClassifier", "count_params", "left_pad"]

@@ -19,6 +19,7 @@ from ._progress import Progress
 from ._random import derived_seed, seed_everything
 from ._run import Run
 from ._task import Outcome, Task
+from ._text import TextData, Vocabulary, random_batch, shakespeare, text_data, windows
 from ._trainer import Trainer
 from ._watch import DivergenceWarning, Watch
 
@@ -41,7 +42,9 @@ __all__ = [
     "Schedule",
     "Split",
     "Task",
+    "TextData",
     "Trainer",
+    "Vocabulary",
     "Watch",
     "augment",
     "batch_spectral_radius",
@@ -49,7 +52,11 @@ __all__ = [
     "digits",
     "measure",
     "mnist",
+    "random_batch",
     "require",
     "seed_everything",
+    "shakespeare",
+    "text_data",
     "train_classifier",
+    "windows",
 ]

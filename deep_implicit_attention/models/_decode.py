@@ -1,0 +1,65 @@
+"""Prompts of different lengths, and the next token from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..deq._state import full_precision
+from ..solvers._validate import check_count, check_number
+
+
+def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch that ends together: ids `(B, T)` and a mask, True = token.
+
+    Raises:
+        ValueError: without prompts, or for one that is empty or not a sequence of integers.
+    """
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt")
+    for number, row in enumerate(rows):
+        if row.dim() != 1 or not len(row) or row.is_floating_point():
+            raise ValueError(f"prompt {number} must be a sequence of at least one id, got {row}")
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long, device=rows[0].device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, longest - len(row) :] = row
+        mask[number, longest - len(row) :] = True
+    return ids, mask
+
+
+def check_left_padding(mask: Tensor) -> None:
+    """Raise unless every row of a boolean mask is padding, then at least one token."""
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError(
+            "mask must be left padding, False then True in every row with the last True: prompts "
+            "of different lengths end together (see left_pad)"
+        )
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    """Raise for settings of `sample` that are out of range."""
+    check_count("max_new_tokens", max_new_tokens)
+    check_number("temperature", temperature, minimum=0.0)
+    if top_k is not None:
+        check_count("top_k", top_k)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Ids `(B, 1)` from softmax(`logits` / temperature) over the `top_k` likeliest.
+
+    The likeliest itself at temperature 0.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = full_precision(logits) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

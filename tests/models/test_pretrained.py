@@ -1,0 +1,138 @@
+"""Saving and loading: the same model comes back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deep_implicit_attention.models import DeepImplicitAttentionTransformer
+from deep_implicit_attention.models._pretrained import Pretrained
+
+
+class Lookup(Pretrained, torch.nn.Module):
+    """Another model."""
+
+    def __init__(self, *, rows: int = 3) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(rows, 2)
+
+
+def build(**changes: Any) -> DeepImplicitAttentionTransformer:
+    torch.manual_seed(0)
+    options = {"num_tokens": 7, "max_seq_len": 6, "dim": 8, "heads": 2}
+    return DeepImplicitAttentionTransformer(**{**options, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth": 2, "attention": "vector-spin", "positions": "rotary", "heads": 2},
+        {"weight_norm": True, "positions": "sinusoidal", "dropout": 0.2},
+        {"steps": 3, "solver": "picard", "solver_fwd_damping": 0.1, "solver_bwd_tol": 1e-6},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_round_trip(tmp_path: Path, changes: dict, dtype: torch.dtype) -> None:
+    model = build(**changes).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    again = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    ids = torch.randint(7, (2, 6))
+    with torch.no_grad():
+        logits = model(ids)
+        assert torch.equal(again(ids), logits)
+    assert logits.dtype == dtype
+    assert not again.training
+    assert repr(again) == repr(model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in changes.items():
+        assert config[name] == value
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    Lookup().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights of Lookup, not of DeepImplicit"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights of DeepImplicit.*, not of Lookup"):
+        Lookup.from_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors")  # from who knows where
+    with pytest.raises(ValueError, match="weights of another model"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    for changes, named in (
+        ({"dim": 16}, r"expand.weight \(64, 16\) \(32, 8\)"),
+        ({"depth": 2}, "blocks.1.* not in the file"),
+        ({"positions": "rotary"}, "positions unknown to the model"),
+    ):
+        written = json.loads(config.read_text())
+        config.write_text(json.dumps({**written, **changes}))
+        with pytest.raises(ValueError, match=named):
+            DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+        config.write_text(json.dumps(written))
+
+
+def test_missing_files_and_pickles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    build().save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "config.txt")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    (tmp_path / "config.txt").rename(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"table": 1}))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps({"table": 1}))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hub_mixin
+
+    uploaded: dict[str, set[str]] = {}
+
+    class Api:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, repo_id: str, folder_path: Any, **options: Any) -> str:
+            uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+            return "done"
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
+    build().push_to_hub("someone/model")
+    assert uploaded["someone/model"] >= {"config.json", "model.safetensors"}
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in uploaded["someone/model"])

@@ -1,0 +1,493 @@
+"""`DeepImplicitAttentionTransformer` against blocks written out and against long unrolls."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deep_implicit_attention.models import (
+    DeepImplicitAttentionTransformer,
+    _transformer,
+    left_pad,
+)
+
+TIGHT = {
+    "solver_fwd_tol": 1e-11,
+    "solver_fwd_max_iter": 300,
+    "solver_bwd_tol": 1e-11,
+    "solver_bwd_max_iter": 300,
+    "on_failure": "raise",
+}
+ATTENTION = ("softmax", "softmax-plain", "vector-spin")
+POSITIONS = ("learned", "sinusoidal", "rotary")
+
+
+def build(seed: int = 0, **changes: Any) -> DeepImplicitAttentionTransformer:
+    torch.manual_seed(seed)
+    options = {"num_tokens": 11, "max_seq_len": 10, "dim": 16, "depth": 2, "heads": 2, **TIGHT}
+    return DeepImplicitAttentionTransformer(**{**options, **changes}).double()
+
+
+def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> Tensor:
+    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_step_is_a_transformer_block() -> None:
+    model = build(depth=1, steps=1)
+    model.norm.weight.data.normal_()
+    ids = tokens()
+    with torch.no_grad():
+        x = 16 * (model.tokens.weight[ids] + model.positions[:7])
+        fun = model.blocks[0].fun
+        normal = F.layer_norm(x, (16,))
+        q, k, v = (
+            t.view(3, 7, 2, 8).transpose(1, 2)
+            for t in (normal @ fun.to_q.weight.T, normal @ fun.to_k.weight.T, normal)
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = fun.to_out(pooled.transpose(1, 2).reshape(3, 7, 16))
+        z = x + attended - fun.correction.contract(F.gelu(fun.correction.expand(normal)))
+        expected = (
+            F.layer_norm(z, (16,), model.norm.weight, model.norm.bias) @ model.tokens.weight.T
+        )
+        torch.testing.assert_close(model(ids), expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_equilibrium_is_the_limit_of_the_explicit_networks(attention: str) -> None:
+    model = build(attention=attention, depth=2).eval()
+    ids = tokens()
+    with torch.no_grad():
+        equilibrium = model(ids)
+        gaps = [(model(ids, steps=k) - equilibrium).norm().item() for k in (1, 4, 16, 400)]
+    assert gaps[0] > gaps[1] > gaps[2] > gaps[3]
+    assert gaps[3] < 1e-7 < gaps[0] / 100
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_no_token_moves_logits_before_it(attention: str, positions: str) -> None:
+    model = build(attention=attention, positions=positions).eval()
+    ids = tokens()
+    changed = ids.clone()
+    changed[:, 4:] = (changed[:, 4:] + 3) % 11
+    with torch.no_grad():
+        logits, moved = model(ids), model(changed)
+        shorter = model(ids[:, :4])
+    torch.testing.assert_close(moved[:, :4], logits[:, :4], rtol=0, atol=1e-10)
+    torch.testing.assert_close(shorter, logits[:, :4], rtol=0, atol=1e-10)
+    assert (moved - logits)[:, 4:].abs().amax(dim=2).min() > 1e-4
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_order_of_tokens_matters(positions: str) -> None:
+    model = build(positions=positions, depth=1).eval()
+    ids = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]])
+    with torch.no_grad():
+        last = model(ids)[:, -1]
+    assert (last[0] - last[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_padding_changes_nothing(attention: str, positions: str) -> None:
+    model = build(attention=attention, positions=positions).eval()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    ids, mask = left_pad(prompts, pad=10)
+    with torch.no_grad():
+        logits = model(ids, mask)
+        right = model(ids.flip(1), mask.flip(1))
+        for row, prompt in enumerate(prompts):
+            alone = model(torch.tensor([prompt]))[0]
+            torch.testing.assert_close(logits[row, -len(prompt) :], alone, rtol=0, atol=1e-8)
+            alone = model(torch.tensor([prompt[::-1]]))[0]
+            torch.testing.assert_close(right[row, : len(prompt)], alone, rtol=0, atol=1e-8)
+
+
+@pytest.fixture
+def seen_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What `generate` samples from, token by token."""
+    seen: list[Tensor] = []
+    real = _transformer.sample
+
+    def spy(logits: Tensor, *rest: Any) -> Tensor:
+        seen.append(logits)
+        return real(logits, *rest)
+
+    monkeypatch.setattr(_transformer, "sample", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("attention", "positions"),
+    [
+        ("softmax", "learned"),
+        ("softmax", "rotary"),
+        ("softmax-plain", "sinusoidal"),
+        ("vector-spin", "rotary"),
+    ],
+)
+def test_cached_generation_is_generation_anew(
+    attention: str, positions: str, seen_logits: list[Tensor]
+) -> None:
+    model = build(attention=attention, positions=positions)
+    ids, mask = left_pad([[1, 2, 3], [4, 5, 6, 7, 8], [9]])
+    draw = {"max_new_tokens": 9, "temperature": 0.7, "mask": mask}  # past max_seq_len = 10
+    cached = model.generate(ids, generator=torch.Generator().manual_seed(0), **draw)
+    first = list(seen_logits)
+    seen_logits.clear()
+    anew = model.generate(ids, generator=torch.Generator().manual_seed(0), cache=False, **draw)
+    assert torch.equal(cached, anew)
+    assert cached.shape == (3, 14)
+    assert len(first) == len(seen_logits) == 9
+    for a, b in zip(first, seen_logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+    # And both are what the model itself says of what was generated, cropped to its window.
+    with torch.no_grad():
+        for row, length in enumerate((3, 5, 1)):
+            said = cached[row, -length - 9 :]
+            for step, logits in list(enumerate(first))[::4]:
+                alone = model(said[: length + step][-10:][None])[0, -1]
+                torch.testing.assert_close(logits[row], alone, rtol=0, atol=1e-8)
+
+
+def test_cached_generation_solves_one_site_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(max_seq_len=20)
+    sizes: list[int] = []
+    fun = model.blocks[1].fun
+    real = type(fun).update
+
+    def spy(self: Any, z: Tensor, context: Any) -> Tensor:
+        sizes.append(z.shape[1])
+        return real(self, z, context)
+
+    monkeypatch.setattr(type(fun), "update", spy)
+    model.generate(tokens(2, 6), 10)
+    assert set(sizes) == {6, 1}
+    start = sizes.index(1)
+    assert set(sizes[start:]) == {1}
+
+
+def test_generation_at_a_horizon_is_that_of_the_explicit_network(
+    seen_logits: list[Tensor],
+) -> None:
+    model = build(steps=3)
+    ids = model.generate(tokens(2, 4), 4, temperature=0)
+    with torch.no_grad():
+        torch.testing.assert_close(seen_logits[-1], model(ids[:, :-1])[:, -1])
+
+
+def test_sampling() -> None:
+    model = build(depth=1)
+    model.tokens.weight.data.mul_(20)  # logits far enough apart
+    ids = tokens(2, 4)
+    draw = lambda seed, **options: model.generate(  # noqa: E731
+        ids, 6, generator=torch.Generator().manual_seed(seed), **options
+    )
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0, temperature=3.0), draw(1, temperature=3.0))
+    greedy = draw(0, temperature=0)
+    assert torch.equal(greedy, draw(1, temperature=0))
+    assert torch.equal(greedy, draw(2, top_k=1))
+    assert torch.equal(greedy[:, :4], ids)
+    with torch.no_grad():
+        torch.testing.assert_close(greedy[:, -1], model(greedy[:, :-1])[:, -1].argmax(dim=1))
+    # Draws from the two likeliest, in the proportion that softmax at the temperature gives them.
+    many = ids[:1].expand(4000, 4)
+    drawn = model.generate(
+        many, 1, temperature=2.0, top_k=2, generator=torch.Generator().manual_seed(0),
+        solver_fwd_tol=1e-4,
+    )[:, -1]  # fmt: skip
+    with torch.no_grad():
+        best = (model(ids[:1])[0, -1] / 2).topk(2)
+    odds = best.values.softmax(0)
+    assert set(drawn.tolist()) <= set(best.indices.tolist())
+    assert (
+        abs((drawn == best.indices[0]).double().mean() - odds[0]) < 4 * (odds.prod() / 4000) ** 0.5
+    )
+
+
+def test_generation_leaves_the_mode_and_uses_no_dropout() -> None:
+    model = build(dropout=0.5).train()
+    ids = tokens(1, 3)
+    first = model.generate(ids, 3, temperature=0)
+    assert model.training
+    assert model.blocks[0].fun.training
+    assert torch.equal(first, model.eval().generate(ids, 3, temperature=0))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_gradient_is_that_of_a_long_unroll(attention: str) -> None:
+    model = build(attention=attention, dim=12, depth=2)
+    ids, targets = tokens(2, 5), tokens(2, 5, seed=2)
+    names = [name for name, _ in model.named_parameters()]
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(model.loss(model(ids), targets), parameters)
+    unrolled = torch.autograd.grad(model.loss(model(ids, steps=150), targets), parameters)
+    for name, one, other in zip(names, exact, unrolled, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm() + 1e-12, name
+        assert one.abs().max() > 0, name
+
+
+def test_gradcheck_of_the_loss() -> None:
+    model = build(num_tokens=5, dim=8, depth=2, heads=2, weight_norm=True)
+    ids, targets = tokens(2, 4) % 5, tokens(2, 4, seed=2) % 5
+    own = dict(model.named_parameters())
+    directions = {name: torch.randn_like(p) for name, p in own.items()}
+
+    def loss(along: Tensor) -> Tensor:
+        moved = {
+            name: p.detach() + step * directions[name]
+            for step, (name, p) in zip(along, own.items(), strict=True)
+        }
+        return model.loss(torch.func.functional_call(model, moved, (ids,)), targets)
+
+    start = torch.zeros(len(own), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, start, atol=1e-6)
+
+
+def test_relaxing_first_and_learning_through_the_last_steps() -> None:
+    model = build(depth=1)
+    ids = tokens()
+    with torch.no_grad():
+        expected = model(ids, steps=9)
+        _, states = model(ids, steps=6, return_solution=True)
+    torch.testing.assert_close(model(ids, state=states, steps=3), expected)
+    values = [part.value for part in states]
+    torch.testing.assert_close(model(ids, state=values, steps=3), expected)
+    with pytest.raises(ValueError, match="1 parts, got 2"):
+        model(ids, state=[*states, *states])
+
+
+def test_dropout_is_one_network_for_a_solve() -> None:
+    model = build(dropout=0.3).train()
+    ids = tokens()
+    torch.manual_seed(5)
+    logits, solutions = model(ids, return_solution=True)
+    assert all(bool(solution.converged.all()) for solution in solutions)
+    torch.manual_seed(5)
+    torch.testing.assert_close(model(ids, steps=400), logits, rtol=0, atol=1e-7)
+    assert not torch.allclose(model(ids), logits)
+    model.eval()
+    torch.testing.assert_close(model(ids), model(ids))
+
+
+def test_embedding_is_tied_and_parameters_count_once() -> None:
+    model = build(num_tokens=65, max_seq_len=64, dim=256, depth=1, heads=4)
+    couplings = 2 * 256 * 256
+    out = 256 * 256 + 256
+    correction = 2 * 4 * 256 * 256 + 5 * 256
+    assert model.count_params() == (65 + 64) * 256 + couplings + out + correction + 2 * 256
+    assert model.count_params() <= 800_000
+    model = build()
+    ids = tokens() % 10  # token 10 does not occur
+    with torch.no_grad():
+        before = model(ids)
+        model.tokens.weight[10] += 1
+        moved = model(ids) - before
+    assert moved[..., :10].abs().max() == 0
+    assert moved[..., 10].abs().min() > 0
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(("dim", "heads", "depth", "length"), [(8, 2, 3, 9), (64, 4, 1, 64)])
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_converges_as_initialised(
+    attention: str, positions: str, dim: int, heads: int, depth: int, length: int, weight_norm: bool
+) -> None:
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(
+        num_tokens=65, max_seq_len=length, dim=dim, heads=heads, depth=depth, attention=attention,
+        positions=positions, weight_norm=weight_norm, on_failure="raise",
+    )  # fmt: skip
+    logits, solutions = model(torch.randint(65, (4, length)), return_solution=True)
+    assert all(bool(solution.converged.all()) for solution in solutions)
+    # No more certain of anything than a fair guess.
+    assert F.cross_entropy(logits.flatten(0, 1), torch.randint(65, (4 * length,))) < 5.0
+
+
+def test_diagnostics_against_the_jacobian() -> None:
+    model = build(dim=8, depth=2)
+    ids = tokens(2, 3)
+    _, solutions = model(ids, return_solution=True)
+    radii = model.spectral_radius(ids, solutions)
+    assert radii.shape == (2, 2)
+    sums = []
+    for depth, (f, z) in enumerate(model.maps(ids, solutions)):
+        torch.testing.assert_close(f(z), z, rtol=0, atol=1e-8)
+        for row in range(2):
+            one = lambda s, f=f, z=z, row=row: f(torch.cat([z[:row], s, z[row + 1 :]]))[row]  # noqa: E731
+            jacobian = torch.autograd.functional.jacobian(one, z[row : row + 1].detach())
+            matrix = jacobian.reshape(24, 24)
+            torch.testing.assert_close(
+                radii[depth, row], torch.linalg.eigvals(matrix).abs().max(), rtol=1e-4, atol=0
+            )
+            sums.append(matrix.square().sum() / 24)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        estimates = [
+            model.jacobian_penalty(ids, solutions, generator=generator) for _ in range(400)
+        ]
+    estimate, exact = torch.stack(estimates), torch.stack(sums).mean()
+    assert abs(estimate.mean() - exact) < 4 * estimate.std() / 400**0.5
+
+
+def test_the_penalty_makes_the_map_contract_more() -> None:
+    model = build(depth=1, dim=8)
+    ids = tokens()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    radii = []
+    for _ in range(8):
+        _, solutions = model(ids, return_solution=True)
+        radii.append(model.spectral_radius(ids, solutions).mean().item())
+        penalty = model.jacobian_penalty(ids, solutions, generator=torch.Generator().manual_seed(0))
+        optimizer.zero_grad()
+        penalty.backward()
+        optimizer.step()
+    assert radii[-1] < 0.9 * radii[0]
+
+
+def test_couplings_are_those_that_the_blocks_use() -> None:
+    model = build().eval()
+    ids, mask = left_pad([[1, 2, 3], [4, 5, 6, 7]])
+    with torch.no_grad():
+        _, solutions = model(ids, mask, return_solution=True)
+        shown = model.couplings(ids, solutions, mask)
+        assert shown.shape == (2, 2, 2, 4, 4)
+        assert not bool(shown.triu(1).any())
+        for depth, x in enumerate((model.fields(ids, mask), solutions[0].value)):
+            fun = model.blocks[depth].fun
+            used = fun.prepare(fun.sources(x, mask), mask).couplings
+            torch.testing.assert_close(shown[depth], used)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_loss(ignored: int) -> None:
+    logits = torch.randn(2, 4, 11, dtype=torch.float64)
+    targets = tokens(2, 4)
+    targets[0, :ignored] = -100
+    nats = [
+        -logits[b, t].softmax(0)[targets[b, t]].log()
+        for b in range(2)
+        for t in range(4)
+        if targets[b, t] >= 0
+    ]
+    torch.testing.assert_close(build().loss(logits, targets), torch.stack(nats).mean())
+
+
+def test_copies_and_state_dicts() -> None:
+    model = build().eval()
+    ids = tokens()
+    other = build(seed=5).eval()
+    with torch.no_grad():
+        assert not torch.allclose(other(ids), model(ids))
+        assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"dim": 15}, ValueError, "dim must be divisible by heads, got dim=15, heads=2"),
+        ({"dim": 15, "attention": "vector-spin"}, ValueError, "divisible by heads"),
+        ({"attention": "softmaxx"}, ValueError, "attention must be one of softmax, .*'softmaxx'"),
+        ({"positions": "absolute"}, ValueError, "positions must be one of learned, .*'absolute'"),
+        ({"solver": "newton"}, ValueError, "solver must be one of anderson"),
+        ({"attention": None}, ValueError, "attention"),
+        ({"depth": 0}, ValueError, "depth"),
+        ({"num_tokens": 0}, ValueError, "num_tokens"),
+        ({"max_seq_len": 2.0}, TypeError, "max_seq_len"),
+        ({"dropout": 1.0}, ValueError, "dropout"),
+        ({"dim": 6, "positions": "rotary"}, ValueError, "rotary"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"solver_fwd_tolerance": 1.0}, TypeError, "solver_fwd_tolerance"),
+        ({"adjoint": object()}, TypeError, "adjoint"),
+        ({"initial_state": "zeros"}, TypeError, "initial_state"),
+        ({"solver_fwd_m": [1]}, TypeError, "solver_fwd_m"),
+    ],
+)
+def test_wrong_settings(changes: dict, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        build(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "named"),
+    [
+        (torch.zeros(2, 11, dtype=torch.long), ValueError, "max_seq_len = 10 tokens, got 11"),
+        (torch.tensor([[0, 11]]), ValueError, "from 0 to 10, got 11"),
+        (torch.tensor([[0, -1]]), ValueError, "from 0 to 10, got -1"),
+        (torch.zeros(2, 3), TypeError, "integers.*float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), TypeError, "integers.*bool"),
+        ([[1, 2]], TypeError, "integers.*list"),
+        (torch.zeros(3, dtype=torch.long), ValueError, r"\(batch, tokens\), got \(3,\)"),
+    ],
+)
+def test_wrong_ids(ids: Any, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        build()(ids)
+
+
+def test_int32_ids_and_empty_batches() -> None:
+    model = build().eval()
+    ids = tokens()
+    assert torch.equal(model(ids.int()), model(ids))
+    assert model(ids[:0]).shape == (0, 7, 11)
+
+
+def test_wrong_prompts() -> None:
+    model = build()
+    ids = tokens(2, 3)
+    right = torch.tensor([[True, True, False], [True, True, True]])
+    hole = torch.tensor([[True, False, True], [True, True, True]])
+    for mask in (right, hole, torch.zeros(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="left padding"):
+            model.generate(ids, 2, mask=mask)
+    with pytest.raises(ValueError, match="mask must have shape"):
+        model.generate(ids, 2, mask=right[:1])
+    with pytest.raises(TypeError, match="boolean"):
+        model(ids, right.long())
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(ids[:, :0], 2)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(ids, 2, temperature=-1.0)
+    with pytest.raises(ValueError, match="top_k"):
+        model.generate(ids, 2, top_k=0)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(ids, 0)
+    with pytest.raises(ValueError, match="from 0 to 10, got 11"):
+        model.generate(torch.tensor([[11]]), 2)
+    for prompts, message in (([], "at least one"), ([[1], []], "prompt 1"), ([[0.5]], "prompt 0")):
+        with pytest.raises(ValueError, match=message):
+            left_pad(prompts)
+
+
+def test_narrow_models_generate() -> None:
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(
+        num_tokens=11, max_seq_len=10, dim=16, depth=2, heads=2
+    )
+    ids, mask = left_pad([[1, 2, 3], [4, 5, 6, 7, 8]])
+    exact = model.eval()(ids, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(ids, 3, mask=mask).shape == (2, 8)
+        torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.02)
+    model.bfloat16()
+    assert model.generate(ids, 3, mask=mask).shape == (2, 8)
+    torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.05)
+
+
+def test_exports_at_a_horizon() -> None:
+    model = build(steps=3).eval()
+    ids = tokens()
+    program = torch.export.export(model, (ids,))
+    other = tokens(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other))
