@@ -12,6 +12,7 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
   dia train digits      a minute on a laptop, nothing to download
   dia train mnist       the 2021 project's task, at its size and schedule
+  dia train shakespeare a language model of characters, of Tiny Shakespeare or a text of your own
   dia evaluate RUN      measures a finished run again, from its folder
   dia generate RUN      continues a text with the language model of a run
   dia ising             mean-field methods beside the exact answer, on a system drawn or your own
@@ -31,17 +32,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     digits = Annotated[recipes.Digits, tyro.conf.subcommand("digits")]
     mnist = Annotated[recipes.Mnist, tyro.conf.subcommand("mnist")]
+    shakespeare = Annotated[recipes.Shakespeare, tyro.conf.subcommand("shakespeare")]
+    every = digits | mnist | shakespeare
 
-    def train(recipe: tyro.conf.OmitSubcommandPrefixes[digits | mnist]) -> int:  # type: ignore
+    def train(recipe: tyro.conf.OmitSubcommandPrefixes[every]) -> int:  # type: ignore
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
 
-        The folder of the run holds config.json, metrics.jsonl (one line an epoch, the test last),
-        model.safetensors (the best epoch), checkpoints and pictures. Ctrl-C tests and draws what
+        The folder of the run holds config.json, metrics.jsonl (one line an evaluation, the test
+        last), model.safetensors (the best weights), checkpoints and pictures; of a language model
+        also vocabulary.json and sample.txt. Ctrl-C tests and draws what
         was learned so far. A run that was interrupted or killed goes on with --resume and the same
         settings, to the same weights on a CPU. For several processes or devices:
         accelerate launch -m deep_implicit_attention.cli train RECIPE --device auto
         """
-        return 130 if recipes.run_images(recipe)["interrupted"] else 0
+        if isinstance(recipe, recipes.Shakespeare):
+            result = recipes.run_shakespeare(recipe)
+        else:
+            result = recipes.run_images(recipe)
+        return 130 if result["interrupted"] else 0
 
     def evaluate(run: tyro.conf.Positional[Path]) -> int:  # type: ignore
         """Measure the test metrics of a finished run again, from the files in its folder.
@@ -53,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         """
         measured, logged = recipes.evaluate_run(run)
         for name, value in measured.items():
-            print(f"{name:18} {value:<12.6g} logged {logged[name]:.6g}")
+            print(f"{name:25} {value:<12.6g} logged {logged[name]:.6g}")
         if recipes.agree(measured, logged):
             return 0
         print(f"dia: the weights in {run} do not do what its metrics say", file=sys.stderr)

@@ -5,13 +5,16 @@ from ._flags import TrainingFlags
 from ._image_recipe import Digits, ImageRecipe, Mnist
 from ._images import run_images
 from ._ising import Ising
+from ._language import run_shakespeare
 from ._saved import agree, evaluate_run, generate_run, load_recipe
+from ._shakespeare import Shakespeare
 
 __all__ = [
     "Digits",
     "ImageRecipe",
     "Ising",
     "Mnist",
+    "Shakespeare",
     "TrainingFlags",
     "agree",
     "evaluate_run",
@@ -19,4 +22,5 @@ __all__ = [
     "load_recipe",
     "run_images",
     "run_ising",
+    "run_shakespeare",
 ]

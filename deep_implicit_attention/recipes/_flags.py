@@ -1,8 +1,9 @@
-"""Settings that all recipes that train share: how a run is kept, resumed, and where it runs."""
+"""Settings that all recipes that train share: how a run is learned, kept and resumed, and where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..training import Device, OnDivergence, Precision
@@ -12,6 +13,22 @@ from ..training import Device, OnDivergence, Precision
 class TrainingFlags:
     """Every field is a flag of the command line."""
 
+    run_dir: Path
+    """folder of the run's files; an earlier run there is overwritten, or resumed"""
+    seed: int
+    """random seed; the same seed gives the same run on the same CPU"""
+    batch_size: int
+    """rows in a batch"""
+    learning_rate: float
+    """largest learning rate of AdamW, after warm-up"""
+    weight_decay: float
+    """decoupled weight decay of AdamW"""
+    tol: float
+    """relative residual at which a sample's equilibrium counts as found, forward and backward"""
+    max_iter: int
+    """solver steps at most, forward and backward"""
+    threads: int
+    """CPU threads (0 leaves it to PyTorch); a result depends on it in the last digits"""
     resume: bool = False
     """go on from the newest checkpoint in the folder of the run; where there is none, start"""
     checkpoint_every: int | None = None
@@ -34,6 +51,13 @@ class TrainingFlags:
     """autocast of all but the solves; None leaves it to accelerate launch, else it is off"""
     trackers: tuple[str, ...] = ()
     """where metrics go as well, such as tensorboard and wandb"""
+
+    def check(self) -> None:
+        """Raise `ValueError` for settings out of range that nothing else looks at."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
 
     def plan_options(self) -> dict[str, Any]:
         """The part of the settings that is the same for every `Plan`."""

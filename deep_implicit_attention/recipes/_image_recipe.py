@@ -16,20 +16,12 @@ from ._flags import TrainingFlags
 class ImageRecipe(TrainingFlags):
     """What image recipes share; every field is a flag of the command line."""
 
-    run_dir: Path
-    """folder of the run's files; an earlier run there is overwritten, or resumed"""
-    seed: int
-    """random seed; the same seed gives the same run on the same CPU"""
     epochs: int
     """passes over the training images"""
     batch_size: int
     """images in a batch"""
-    learning_rate: float
-    """largest learning rate of AdamW, after warm-up"""
     coupling_rate: float
     """learning rate of the equilibrium layer, as a multiple of the other one"""
-    weight_decay: float
-    """decoupled weight decay of AdamW"""
     smoothing: float
     """label smoothing"""
     shift: float
@@ -48,19 +40,6 @@ class ImageRecipe(TrainingFlags):
     """their strides"""
     dropout: float
     """dropout before the linear head"""
-    tol: float
-    """relative residual at which a sample's equilibrium counts as found, forward and backward"""
-    max_iter: int
-    """solver steps at most, forward and backward"""
-    threads: int
-    """CPU threads (0 leaves it to PyTorch); a result depends on it in the last digits"""
-
-    def check(self) -> None:
-        """Raise `ValueError` for settings out of range that nothing else looks at."""
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be at least 0, got {self.threads}")
 
     def load(self) -> ImageData:
         """The data of this recipe."""

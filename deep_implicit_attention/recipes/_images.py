@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -11,100 +10,72 @@ import torch
 from .. import training
 from ..models import SiteClassifier
 from ..solvers import Solution
-from ..training import ImageData, Measured, Progress, Run
+from ..training import Devices, ImageData, Measured, Progress, Run
+from ._frame import Work, run_recipe
 from ._image_recipe import ImageRecipe, measured_on_test
-from ._saved import finished, start
-
-_SAID = {
-    "interrupted": "interrupted: testing the best epoch so far",
-    "early": "no better epoch for a while: the training ends early",
-    "diverged": "the training diverges and is ended: testing the best epoch so far",
-}
 
 
 def run_images(recipe: ImageRecipe) -> dict[str, Any]:
-    """Train, test the best epoch once, draw the pictures; returns the last line of metrics.
+    """Train, test the best epoch once, draw the pictures; see `run_recipe`."""
+    return run_recipe(recipe, _work)
 
-    Ctrl-C ends the training early; what was learned so far is tested and drawn all the same, and
-    the run can be resumed. Under `accelerate launch` all processes train, and the first one tests.
-    """
-    recipe.check()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    training.seed_everything(recipe.seed)
-    # Whatever is wrong with the settings comes to light before an earlier run is overwritten.
+
+def _work(recipe: ImageRecipe) -> Work:
     schedule = recipe.schedule()
     data = recipe.load()
     options = {"seed": recipe.seed, **recipe.plan_options()}
     plan = schedule.plan(len(data.train), **options)
     model = recipe.model(data)
-    run = Run(recipe.run_dir)
-    devices = training.Devices(plan, run.folder)
-    devices.rows(recipe.batch_size, recipe.accumulate)
-    resume = start(run, recipe, devices)
-    with training.Progress(quiet=not devices.is_main) as progress:
-        if resume and (result := finished(run)):
-            progress.say(
-                f"the run in {run.folder}/ is finished, with test accuracy "
-                f"{result['test_accuracy']:.2%}; without --resume it starts anew"
-            )
-            return result
-        progress.say(
+
+    def train(run: Run, progress: Progress, devices: Devices, resume: bool) -> str:
+        return training.train_classifier(
+            model, data, schedule, run, progress, resume=resume, devices=devices, **options
+        )
+
+    return Work(
+        plan=plan,
+        title=(
             f"{len(data.train)} training, {len(data.validation)} validation and "
             f"{len(data.test)} test images; {model.count_params()} effective parameters; "
             f"{model.grid**2 + 1} sites of {model.dim} components"
-        )
-        ending = "interrupted"
-        # Ctrl-C leaves the loop and nothing else.
-        with contextlib.suppress(KeyboardInterrupt):
-            ending = training.train_classifier(
-                model, data, schedule, run, progress, resume=resume, devices=devices, **options
-            )
-        if not devices.is_main:
-            return {"interrupted": ending == "interrupted"}
-        return _conclude(recipe, run, data, progress, ending)
+        ),
+        train=train,
+        test=lambda run, history: _test(recipe, run, data, history),
+        score=lambda result: f"test accuracy {result['test_accuracy']:.2%}",
+        report=lambda result: _report(recipe, result, len(data.test)),
+    )
 
 
-def _conclude(
-    recipe: ImageRecipe, run: Run, data: ImageData, progress: Progress, ending: str
+def _test(
+    recipe: ImageRecipe, run: Run, data: ImageData, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Test the best epoch, draw, and log the last line of metrics."""
-    history = run.metrics()
     epoch = run.saved_epoch()
-    if epoch is None:
-        progress.say(f"no epoch was finished; {run.folder} holds the configuration only")
-        raise SystemExit(130 if ending == "interrupted" else 1)
-    if ending in _SAID:
-        progress.say(_SAID[ending])
     model = recipe.model(data)
     run.load_weights(model)
     test = training.measure(model, data.test)
     best = next(record for record in history if record["epoch"] == epoch)
-    result = {
+    _draw(run, model, data, history, test, recipe.tol)
+    return {
         "best_epoch": epoch,
         "validation_accuracy": best["validation_accuracy"],
         **measured_on_test(test),
         "parameters": model.count_params(),
-        "training_seconds": round(sum(record["seconds"] for record in history), 1),
-        "ending": ending,
-        "interrupted": ending == "interrupted",
     }
-    _draw(run, model, data, history, test, recipe.tol)
-    # Last, because a run with this line is finished.
-    run.log(**result)
-    right = round(test.accuracy * len(data.test))
-    progress.say(
-        f"test accuracy {test.accuracy:.2%} ({right} of {len(data.test)}), weights of epoch "
-        f"{epoch}, {result['training_seconds']:.0f} s of training; mean solver steps "
-        f"{test.steps:.1f}, worst residual {test.residual:.1e}"
-    )
-    if test.residual > recipe.tol:
-        progress.say(
+
+
+def _report(recipe: ImageRecipe, result: dict[str, Any], images: int) -> list[str]:
+    right = round(result["test_accuracy"] * images)
+    lines = [
+        f"test accuracy {result['test_accuracy']:.2%} ({right} of {images}), weights of epoch "
+        f"{result['best_epoch']}, {result['training_seconds']:.0f} s of training; mean solver "
+        f"steps {result['test_solver_steps']:.1f}, worst residual {result['test_residual']:.1e}"
+    ]
+    if result["test_residual"] > recipe.tol:
+        lines.append(
             f"not every test image reached equilibrium (tolerance {recipe.tol:g}): raise "
             "--max-iter, or lower --coupling-rate"
         )
-    progress.say(f"metrics, checkpoint and pictures are in {run.folder}/")
-    return result
+    return lines
 
 
 def _draw(

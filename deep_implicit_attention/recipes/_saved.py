@@ -11,8 +11,13 @@ from ..training import Devices, Run
 from ..training._run import plain
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
+from ._shakespeare import Shakespeare
 
-RECIPES: dict[str, type[Any]] = {"digits": Digits, "mnist": Mnist}
+RECIPES: dict[str, type[Any]] = {
+    "digits": Digits,
+    "mnist": Mnist,
+    "shakespeare": Shakespeare,
+}
 
 # What may be another when a run is resumed: it decides where and how often, not what is computed.
 _FREE = {
@@ -50,7 +55,7 @@ def load_recipe(run: Run) -> Any:
     if kind is None:
         raise ValueError(
             f"{run.folder} is a run of {config.get('recipe', 'nothing')}; only "
-            f"{' and '.join(RECIPES)} can be loaded"
+            f"{', '.join(RECIPES)} can be loaded"
         )
     types = typing.get_type_hints(kind)
     return kind(

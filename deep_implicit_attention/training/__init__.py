@@ -14,6 +14,7 @@ from ._data import ImageData, Split, digits, mnist
 from ._devices import Devices
 from ._ema import MovingAverage
 from ._extras import require
+from ._language import Language, LanguagePlan, language_optimizer, measure_language
 from ._plan import Device, OnDivergence, Plan, Precision
 from ._progress import Progress
 from ._random import derived_seed, seed_everything
@@ -31,6 +32,8 @@ __all__ = [
     "Devices",
     "DivergenceWarning",
     "ImageData",
+    "Language",
+    "LanguagePlan",
     "Measured",
     "MovingAverage",
     "OnDivergence",
@@ -50,7 +53,9 @@ __all__ = [
     "batch_spectral_radius",
     "derived_seed",
     "digits",
+    "language_optimizer",
     "measure",
+    "measure_language",
     "mnist",
     "random_batch",
     "require",
