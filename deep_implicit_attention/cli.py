@@ -10,12 +10,12 @@ from .training import require
 
 _DESCRIPTION = """Deep implicit attention: attention as the collective response of a spin system.
 
-  dia train digits      a minute on a laptop, nothing to download
-  dia train mnist       the 2021 project's task, at its size and schedule
-  dia train shakespeare a language model of characters, of Tiny Shakespeare or a text of your own
-  dia evaluate RUN      measures a finished run again, from its folder
-  dia generate RUN      continues a text with the language model of a run
-  dia ising             mean-field methods beside the exact answer, on a system drawn or your own
+  dia train digits       a minute on a laptop, nothing to download
+  dia train mnist        the 2021 project's task, at its size and schedule
+  dia train shakespeare  a language model of characters, of Tiny Shakespeare or a text of your own
+  dia evaluate RUN       measures a finished run again, from its folder
+  dia generate RUN       continues a text with the language model of a run
+  dia ising              mean-field methods beside the exact answer, on a system drawn or your own
 """
 
 

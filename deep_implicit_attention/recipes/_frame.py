@@ -16,9 +16,9 @@ from ._flags import TrainingFlags
 from ._saved import finished, start
 
 _SAID = {
-    "interrupted": "interrupted: testing the best {unit} so far",
+    "interrupted": "interrupted: testing the best weights so far",
     "early": "no better {unit} for a while: the training ends early",
-    "diverged": "the training diverges and is ended: testing the best {unit} so far",
+    "diverged": "the training diverges and is ended: testing the best weights so far",
 }
 
 

@@ -105,11 +105,12 @@ def _draw(run: Run, history: list[dict[str, Any]]) -> None:
         values = [math.nan if record[name] is None else record[name] for record in history]
         return [record["step"] for record in history], values
 
+    learned = "train_cross_entropy" if "train_cross_entropy" in history[0] else "train_loss"
     figure = plots.curves(
         plots.Panel(
             "step",
             "cross-entropy (nats per character)",
-            {"training": column("train_loss"), "validation": column("validation_loss")},
+            {"training": column(learned), "validation": column("validation_loss")},
         ),
         plots.Panel(
             "step",

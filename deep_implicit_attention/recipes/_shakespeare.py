@@ -24,8 +24,8 @@ class Shakespeare(TrainingFlags):
     """Train a language model on the characters of Tiny Shakespeare, or of a text of your own.
 
     The last tenth of the text is for validation. A batch relaxes a few steps without a gradient,
-    then takes a few with one; evaluations are at equilibrium, on the way of some windows of the
-    validation text, at the end of all of them.
+    then takes a few with one. Evaluations are at equilibrium: of some windows of the validation
+    text on the way, of all of them at the end.
     """
 
     text: Path | None = None
@@ -58,8 +58,7 @@ class Shakespeare(TrainingFlags):
     heads: int = 4
     """heads of the couplings"""
     attention: Literal["softmax", "softmax-plain", "vector-spin"] = "softmax"
-    """couplings: softmax of the normalised state, softmax without normalisation, or spins on a
-    sphere, which contract whatever the weights"""
+    """softmax couplings of a normalised state, of a plain one, or spins on a sphere"""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """how sites know where they are; rotary in the couplings only"""
     dropout: float = 0.0

@@ -25,7 +25,7 @@ from .test_resume import assert_same_end, records
 
 TEXT = "".join(
     f"{number} green bottles, hanging on the wall; and if one should accidentally fall,\n"
-    for number in "ten nine eight seven six five four three".split()
+    for number in ["ten", "nine", "eight", "seven", "six", "five", "four", "three"]
 )
 TINY = (
     "--dim 8 --heads 2 --length 12 --batch-size 4 --iterations 6 --warmup 2 --evaluate-every 2 "
@@ -150,7 +150,7 @@ def test_interrupted_and_resumed(
         patch.setattr(Progress, "batch", pressed)
         run = train(*flags)
     assert run.status == 130
-    assert "interrupted: testing the best evaluation so far" in run.out
+    assert "interrupted: testing the best weights so far" in run.out
     assert Run(run.folder).metrics()[-1]["interrupted"] is True
     run = train(*flags, "--resume")
     assert run.status == 0, run.err
