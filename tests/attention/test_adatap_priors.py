@@ -84,6 +84,13 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
 
 
 @pytest.mark.parametrize("name", ITERATED)
+def test_explicit_steps_are_exported(name, fields):
+    layer = DEQFixedPoint(make(name, 0.4), steps=3)
+    exported = torch.export.export(layer, (fields,)).module()
+    torch.testing.assert_close(exported(fields), layer(fields))
+
+
+@pytest.mark.parametrize("name", ITERATED)
 def test_naive_mean_field_without_the_response(name, fields):
     module = make(name, 0.4, lin_response=False)
     z, cavity = DEQFixedPoint(module, picard, output_elements=(0, 1), solver_fwd_tol=1e-12,
