@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..deq._failure import report
 from ..solvers import Solution
 from ._blocks import block_diagonal
+from ._exact import factorise
+from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._prior import Prior
 from ._response import Response, total_derivative
@@ -30,24 +32,33 @@ class Closure(IteratedMethod):
         """The variance of the cavity fields, from single-spin covariances."""
         raise NotImplementedError
 
+    def cavity(self, system: SpinSystem, covariance: Tensor) -> Tensor | None:
+        """`V`, NaN where a spin has no distribution with it: so that sample fails, no other."""
+        V = self.V(system, covariance)
+        return None if V is None else system.prior.admissible(V)
+
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
         """Solve for fields `(*batch, N, *event)`.
 
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
-        spins without couplings.
+        spins without couplings. Raises `ValueError` for a Gaussian system with P − J not positive
+        definite, one Cholesky factorisation, O(N³ d³).
         """
         self.check(system.prior)
         system.check_fields(fields)
         check_start(start, fields)
+        if isinstance(system.prior, GaussianPrior):
+            with torch.no_grad():
+                factorise(system, system.prior.precision().to(fields))
         event = (system.num_spins, *system.event_shape)
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(-1, *event)
         solution = self._solve(system, x, None if start is None else start.reshape(x.shape))
         report(solution, self.on_failure, type(self).__name__, self.options["tol"])
         m, covariance = solution.value
-        V = self.V(system, covariance)
+        V = self.cavity(system, covariance)
         interaction = 0.5 * _sites(m * system.pull(m))
         log = system.prior.log_partition(_field(system, x, m, V), V).sum(dim=1) - interaction
         energy = -interaction - _sites(x * m)
@@ -102,7 +113,7 @@ class _Step(nn.Module):
     def forward(self, state: State, x: Tensor, couplings: Tensor) -> State:
         system = SpinSystem.unchecked(couplings, self.prior)
         m, covariance = state
-        V = self.closure.V(system, covariance)
+        V = self.closure.cavity(system, covariance)
         field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
 

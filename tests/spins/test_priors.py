@@ -235,3 +235,18 @@ def test_isotropic_v_as_number_or_matrix():
     field, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     matrix = v[:, None, None] * torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(prior.log_partition(field, v), prior.log_partition(field, matrix))
+
+
+def test_gaussian_prior_in_bfloat16():
+    """Factors are computed in float32, whatever the parameters are kept in."""
+    prior = GaussianPrior(torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0]))).bfloat16()
+    log_diagonal = torch.tensor([0.0, 4.0**0.5]).log().bfloat16().float()
+    expected = torch.diag(torch.tensor([1.0, (-2 * log_diagonal[1]).exp().item()]))
+    assert prior.scale_tril().dtype == torch.float32
+    torch.testing.assert_close(prior.precision(), expected)
+    field = torch.ones(3, 2, dtype=torch.bfloat16)
+    for value in (prior.mean(field), prior.covariance(field), prior.log_partition(field)):
+        assert value.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        prior.mean(field).float(), torch.tensor([1.0, 4.0]).expand(3, 2), rtol=1e-2, atol=0
+    )
