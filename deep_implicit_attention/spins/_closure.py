@@ -13,7 +13,7 @@ from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._prior import Prior
 from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 State = tuple[Tensor, Tensor]
 
@@ -46,6 +46,7 @@ class Closure(IteratedMethod):
         spins without couplings. Raises `ValueError` for a Gaussian system with P − J not positive
         definite, one Cholesky factorisation, O(N³ d³).
         """
+        check_system(system)
         self.check(system.prior)
         system.check_fields(fields)
         check_start(start, fields)

@@ -14,7 +14,7 @@ from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._potts import PottsPrior
 from ._response import Response
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 
 class Exact:
@@ -44,6 +44,7 @@ class Exact:
 
     def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
         """The answer for fields `(*batch, N, *event)`."""
+        check_system(system)
         system.check_fields(fields)
         event = (system.num_spins, *system.event_shape)
         batch = fields.shape[: fields.dim() - len(event)]

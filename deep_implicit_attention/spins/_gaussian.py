@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Size, Tensor, nn
 
 from ..deq._state import full_precision
+from ..solvers._validate import check_tensor
 from ._prior import Prior
 
 
@@ -25,17 +26,31 @@ class GaussianPrior(Prior):
         covariance: Σ, `(d, d)`, symmetric and positive definite.
 
     Raises:
-        ValueError: for shapes that do not fit, a Σ that is not positive definite, and P − V that
-            is not; a V that is NaN gives NaN.
+        TypeError: for a mean or covariance that is no tensor in float32 or float64, or if they
+            differ in dtype or device.
+        ValueError: for numbers that are not finite, shapes that do not fit, a Σ that is not
+            positive definite, and P − V that is not; a V that is NaN gives NaN.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            check_tensor(name, value)
+        if mean.dtype != covariance.dtype or mean.device != covariance.device:
+            raise TypeError(
+                f"mean is {mean.dtype} on {mean.device}, covariance {covariance.dtype} on "
+                f"{covariance.device}"
+            )
         if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"mean must be (d,) and covariance (d, d), got {tuple(mean.shape)} and "
                 f"{tuple(covariance.shape)}"
             )
+        if not len(mean):
+            raise ValueError("mean must have at least one component, got shape (0,)")
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
         if not torch.allclose(covariance, covariance.mT):
             raise ValueError("covariance must be symmetric")
         factor, failed = torch.linalg.cholesky_ex(covariance.detach())

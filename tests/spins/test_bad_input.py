@@ -10,6 +10,7 @@ from deep_implicit_attention.solvers import Status
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
+    BlockGibbs,
     Exact,
     ExpectationPropagation,
     GaussianPrior,
@@ -23,6 +24,7 @@ from deep_implicit_attention.spins import (
     ferromagnet,
     sherrington_kirkpatrick,
 )
+from deep_implicit_attention.spins._consistency import ConsistentMethod
 from deep_implicit_attention.spins._prior import Prior
 
 METHODS = [
@@ -89,8 +91,18 @@ class TestSystems:
             SpinSystem(full(), IsingPrior())
         with pytest.raises(ValueError, match=r"\(N, N\) or \(N, N, 3, 3\), got \(4, 4, 2, 2\)"):
             SpinSystem(full(), SphericalPrior(3))
-        with pytest.raises(TypeError, match=r"real floating dtype, got torch.int64"):
-            SpinSystem(torch.zeros(3, 3, dtype=torch.long), IsingPrior())
+        for dtype in (torch.long, torch.half, torch.bfloat16, torch.complex64):
+            with pytest.raises(TypeError, match=f"couplings must be float32 or.* got {dtype}"):
+                SpinSystem(torch.zeros(3, 3, dtype=dtype), IsingPrior())
+
+    def test_couplings_and_priors_that_are_none(self):
+        couplings = ferromagnet(3)
+        with pytest.raises(TypeError, match="couplings must be a tensor, got ndarray"):
+            SpinSystem(couplings.numpy(), IsingPrior())  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"prior.*IsingPrior\(\), got NoneType"):
+            SpinSystem(couplings, None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"prior.*got the class IsingPrior"):
+            SpinSystem(couplings, IsingPrior)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -106,11 +118,27 @@ class TestFields:
         with pytest.raises(TypeError, match=r"fields are torch\.float32.*couplings torch\.float64"):
             method(self.system, torch.zeros(5, 3))
 
+    def test_no_tensor(self, method):
+        with pytest.raises(TypeError, match="fields must be a tensor, got ndarray"):
+            method(self.system, torch.zeros(5, 3).numpy())
+
     def test_not_finite(self, method):
         x = torch.zeros(5, 3, dtype=torch.float64)
         x[1, 2] = torch.nan
         with pytest.raises(ValueError, match="fields must be finite"):
             method(self.system, x)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *(lambda J, x, m=m: m(J, x) for m in METHODS if not isinstance(m, ConsistentMethod)),
+        lambda J, x: BlockGibbs(J),
+    ],
+)
+def test_couplings_in_place_of_a_system(ask):
+    with pytest.raises(TypeError, match="system must be a SpinSystem, got Tensor"):
+        ask(ferromagnet(3), torch.zeros(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

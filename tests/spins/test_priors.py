@@ -221,12 +221,29 @@ def test_gaussian_parameters_learn():
         ),
         (lambda: SphericalPrior(2).large_dim_mean(torch.zeros(2)), "at least 3"),
         (lambda: PottsPrior(0), "num_states"),
+        (lambda: PottsPrior(1), "num_states must be at least 2, got 1"),
+        (lambda: SphericalPrior(3, float("inf")), "radius must be finite, got inf"),
+        (lambda: GaussianPrior(torch.tensor([torch.nan]), torch.eye(1)), "mean must be finite"),
+        (
+            lambda: GaussianPrior(torch.zeros(2), torch.full((2, 2), torch.nan)),
+            "covariance must be finite",
+        ),
+        (lambda: GaussianPrior(torch.zeros(0), torch.zeros(0, 0)), "at least one component"),
         (lambda: PottsPrior(3).mean(torch.zeros(2)), r"\(..., 3\)"),
     ],
 )
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_gaussian_priors_of_wrong_types():
+    with pytest.raises(TypeError, match=r"mean must be float32 or float64, got torch.int64"):
+        GaussianPrior(torch.zeros(2).long(), torch.eye(2))
+    with pytest.raises(TypeError, match="covariance must be a tensor, got list"):
+        GaussianPrior(torch.zeros(1), [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"mean is torch.float32.*covariance torch.float64"):
+        GaussianPrior(torch.zeros(2), torch.eye(2).double())
 
 
 def test_isotropic_v_as_number_or_matrix():
