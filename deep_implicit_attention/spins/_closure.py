@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
-from ..deq._failure import report
+from ..deq._failure import ConvergenceWarning, report
 from ..solvers import Solution
 from ._blocks import block_diagonal
 from ._exact import factorise
@@ -22,7 +24,9 @@ class Closure(IteratedMethod):
     """A closure of the mean-field equations: `method(system, fields) -> Response`.
 
     The equations are solved for the state (m, C) of magnetizations and single-spin covariances,
-    with implicit gradients. A subclass supplies `V`.
+    with implicit gradients. A subclass supplies `V`. `covariance` of a solution that is not stable,
+    so that χ has a negative eigenvalue, comes with a `ConvergenceWarning` unless `on_failure` is
+    "ignore".
     """
 
     def check(self, prior: Prior) -> None:
@@ -72,7 +76,10 @@ class Closure(IteratedMethod):
             return self._susceptibility(system, x, m).reshape(*batch, *event, *event)
 
         def linear_response() -> Tensor:
-            return self.linear_response(system, x, m, covariance).reshape(*batch, *event, *event)
+            chi = self.linear_response(system, x, m, covariance)
+            if self.on_failure != "ignore":
+                _report_unstable(chi.detach()[solution.converged], type(self).__name__)
+            return chi.reshape(*batch, *event, *event)
 
         return Response(
             magnetization=m.reshape(fields.shape),
@@ -117,6 +124,26 @@ class _Step(nn.Module):
         V = self.closure.cavity(system, covariance)
         field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
+
+
+def _report_unstable(chi: Tensor, method: str) -> None:
+    """Warn if a χ `(B, n, n)` has a negative eigenvalue, as no covariance has.
+
+    Zero is no sign: the covariance of Potts spins is singular.
+    """
+    chi = chi[torch.isfinite(chi).flatten(1).all(dim=1)]
+    eigenvalues = torch.linalg.eigvalsh(0.5 * (chi + chi.mT))
+    rounding = 1e-5 if chi.dtype == torch.float32 else 1e-10
+    unstable = eigenvalues[:, 0] < -rounding * eigenvalues.abs().amax(dim=1)
+    if bool(unstable.any()):
+        warnings.warn(
+            f"{method}: the solution found for {int(unstable.sum())} of {len(chi)} converged "
+            "samples is not stable, its covariance has the negative eigenvalue "
+            f"{eigenvalues[unstable, 0].min().item():.3g}. There is another solution: give a "
+            "start nearer to it, or weaker couplings.",
+            ConvergenceWarning,
+            stacklevel=5,  # past `Response.covariance`, a cached property
+        )
 
 
 def _field(system: SpinSystem, x: Tensor, m: Tensor, V: Tensor | None) -> Tensor:
