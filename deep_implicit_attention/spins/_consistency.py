@@ -19,7 +19,7 @@ from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 
 class ConsistentMethod(IteratedMethod):
@@ -39,6 +39,7 @@ class ConsistentMethod(IteratedMethod):
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
         spins without couplings.
         """
+        check_system(system)
         system.check_fields(fields)
         check_start(start, fields)
         if isinstance(system.prior, GaussianPrior):

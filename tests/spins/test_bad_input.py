@@ -24,7 +24,6 @@ from deep_implicit_attention.spins import (
     ferromagnet,
     sherrington_kirkpatrick,
 )
-from deep_implicit_attention.spins._consistency import ConsistentMethod
 from deep_implicit_attention.spins._prior import Prior
 
 METHODS = [
@@ -132,7 +131,7 @@ class TestFields:
 @pytest.mark.parametrize(
     "ask",
     [
-        *(lambda J, x, m=m: m(J, x) for m in METHODS if not isinstance(m, ConsistentMethod)),
+        *(lambda J, x, m=m: m(J, x) for m in METHODS),
         lambda J, x: BlockGibbs(J),
     ],
 )
