@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..deq._map import without_autocast
 from ..deq._state import full_precision
-from ..spins import AdaptiveTAP, GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
+from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
-from ._matched import Matched
+from ._matched import Matched, Method
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
@@ -33,9 +34,10 @@ class _Gaussian(NamedTuple):
 
 
 class _Frozen(NamedTuple):
-    """What `frozen` keeps: the context without fields, and the weights it was made from."""
+    """What `frozen` keeps: the context without fields, and what it was made from."""
 
-    weights: list[tuple]
+    settings: tuple
+    weights: list[Tensor]  # copies
     context: _Gaussian | Matched
 
 
@@ -190,35 +192,45 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             return ""
         operator = context.operator.detach()
         if not bool(torch.isfinite(operator).all()):
-            return "The couplings are not finite."
+            sound = bool(torch.isfinite(context.couplings).all())
+            return "P is not finite." if sound else "The couplings are not finite."
         smallest = torch.linalg.eigvalsh(operator)[0].item()
         return f"The smallest eigenvalue of P − J is {smallest:.4g}."
 
-    def free_energy(self, x: Tensor, method: AdaptiveTAP | None = None) -> Tensor:
+    def free_energy(self, x: Tensor, method: Method | None = None) -> Tensor:
         """−log Z of the spins in fields `x` `(B, N, d)`, `(B,)`, to be a term of a loss.
 
-        Its derivative with respect to x is −z, with respect to the couplings −(z_i z_jᵀ + χ_ij):
-        exact for a Gaussian prior, by adaptive TAP (`method`, by default `AdaptiveTAP(tol=1e-5)`)
-        for the others. The prior is a probability measure, so −log Z is 0 without couplings and
-        fields.
+        Exact for a Gaussian prior, which takes no `method`. For the others by `method`, an
+        inference method of `spins`: by default that of the layer, `AdaptiveTAP(tol=1e-5)`, or
+        `NaiveMeanField(tol=1e-5)` without `lin_response`. Its derivative with respect to x is −z,
+        with respect to the couplings −(z_i z_jᵀ + χ_ij), by naive mean field −z_i z_jᵀ. The prior
+        is a probability measure, so −log Z is 0 without couplings and fields. Autocast has no
+        effect.
 
         Raises:
-            TypeError: if the couplings do not have both symmetries: there is no distribution.
-            ValueError: if P − J is not positive definite, naming the smallest eigenvalue.
+            TypeError: if the couplings do not have both symmetries: there is no distribution; for
+                a `method` that is none.
+            ValueError: if P − J is not positive definite, naming the smallest eigenvalue; if a
+                sample of x is not finite; for a `method` where −log Z is exact.
         """
         if not self.symmetric:
             raise TypeError(
                 "free_energy needs weight_sym_internal and weight_sym_sites: without them there is "
                 "no Boltzmann distribution"
             )
-        x = self.sources(full_precision(x))
-        context = self.prepare(x)
-        if isinstance(context, Matched):
+        _check_method(method, self.prior)
+        with without_autocast(x):
+            x = self.sources(full_precision(x))
+            _check_finite(x)
+            context = self.prepare(x)
+            if isinstance(context, _Gaussian):
+                return -self._gaussian_log_partition(context)
             assert self.prior is not None
             weight = self.weight() if self._frozen is None else self.weight().detach()
-            system = _matched.spin_system(weight, self.prior)
-            fields = x.flatten(1) if isinstance(self.prior, IsingPrior) else x
-            return -(method or AdaptiveTAP(tol=1e-5))(system, fields).log_partition
+            method = method or _matched.inference(self.lin_response)
+            return -_matched.log_partition(weight, self.prior, x, method)
+
+    def _gaussian_log_partition(self, context: _Gaussian) -> Tensor:
         if message := self.judge(context):
             raise ValueError(f"P − J must be positive definite. {message}")
         b = context.x.flatten(1)
@@ -228,7 +240,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if isinstance(self.prior, GaussianPrior):
             pulled = self.prior.precision() @ self.prior.location
             log = log - 0.5 * self.num_spins * self.prior.location @ pulled
-        return -log
+        return log
 
     @contextmanager
     def frozen(self) -> Iterator[DEQAdaTAPMeanFieldAttention]:
@@ -238,28 +250,47 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
                 for x in batches:
                     z = layer(x)
 
-        Gradients reach x and not the weights. Changing a weight inside, by whatever means, makes
-        the next call raise `RuntimeError`.
+        Gradients reach x and not the weights. Changing a weight, the prior or an option inside, by
+        whatever means, makes the next call raise `RuntimeError`: every call compares the weights
+        with a copy. The context stays with this module, copies of it have none.
         """
         before, self._frozen = self._frozen, None
-        with torch.no_grad():
-            nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
-            context = self.prepare(nothing)
-            if isinstance(context, _Gaussian):
-                context = context._replace(factor=context.factor.inverted())
-            weights = self._fingerprints()
-        self._frozen = _Frozen(weights, context)
         try:
+            self._frozen = self._freeze()
             yield self
         finally:
             self._frozen = before
 
-    def _fingerprints(self) -> list[tuple]:
-        return [_fingerprint(weight) for weight in (*self.parameters(), *self.buffers())]
+    def _freeze(self) -> _Frozen:
+        with torch.no_grad(), without_autocast(self._weight):
+            nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
+            context = self.prepare(nothing)
+            if isinstance(context, _Gaussian):
+                context = context._replace(factor=context.factor.inverted())
+            copies = [weight.clone() for weight in self._weights()]
+        return _Frozen(self._settings(), copies, context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": None}
+
+    def _settings(self) -> tuple:
+        """What a context depends on beside the weights."""
+        radius = getattr(self.prior, "radius", None)
+        symmetries = self.weight_sym_internal, self.weight_sym_sites
+        return self.prior, radius, self.lin_response, *symmetries
+
+    def _weights(self) -> list[Tensor]:
+        return [weight.detach() for weight in (*self.parameters(), *self.buffers())]
 
     def _thawed(self, frozen: _Frozen, x: Tensor) -> _Gaussian | Matched:
         """The frozen context with the fields `x`, of which it depends affinely."""
-        if self._fingerprints() != frozen.weights:
+        if self._settings() != frozen.settings:
+            raise RuntimeError(
+                "the prior or an option changed inside `frozen()`: leave the context before "
+                "changing them, or enter it anew"
+            )
+        weights = self._weights()
+        if len(weights) != len(frozen.weights) or not all(map(_same, weights, frozen.weights)):
             raise RuntimeError(
                 "the weights changed inside `frozen()`: leave the context before changing them, or "
                 "enter it anew"
@@ -270,12 +301,40 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         return context._replace(x=x + context.x)
 
 
-def _fingerprint(weight: Tensor) -> tuple:
-    """What changes when a tensor is replaced or written to; the sum also where `.data` hides it."""
-    raw = weight.detach().reshape(-1).view(torch.uint8)
-    whole = len(raw) // 8 * 8
-    total = raw[:whole].view(torch.int64).sum() + raw[whole:].sum()
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device, int(total)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bit for bit, so that NaN equals itself.
+
+    As 64-bit integers where they can be read so: for float32 that takes half the time.
+    """
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    a, b = a.reshape(-1), b.reshape(-1)
+    size = a.element_size()
+    if all((len(t) * size) % 8 == 0 and (t.storage_offset() * size) % 8 == 0 for t in (a, b)):
+        size = 8
+    return torch.equal(a.view(_INTEGERS[size]), b.view(_INTEGERS[size]))
+
+
+def _check_method(method: Any, prior: Prior | None) -> None:
+    if method is None:
+        return
+    if isinstance(method, type) or not callable(method):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method must be an inference method such as AdaptiveTAP(), got {got}")
+    if prior is None or isinstance(prior, GaussianPrior):
+        raise ValueError(
+            "method must be None for a Gaussian prior, whose free energy has an exact closed form; "
+            f"got {type(method).__name__}"
+        )
+
+
+def _check_finite(x: Tensor) -> None:
+    broken = ~torch.isfinite(x.detach()).flatten(1).all(dim=1)
+    if bool(broken.any()):
+        raise ValueError(f"x must be finite, sample {int(broken.nonzero()[0])} is not")
 
 
 def _check_prior(prior: Prior | None, dim: int, symmetric: bool) -> None:

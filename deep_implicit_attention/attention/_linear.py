@@ -18,9 +18,10 @@ class Factor(NamedTuple):
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """A⁻¹ b for `b` `(n, r)`, or A⁻ᵀ b."""
         if self.inverse is not None:
-            # Few right-hand sides: rows times a matrix as it lies in memory are the fast product.
-            plain = transposed or self.pivots is None
-            return (b.mT @ (self.inverse if plain else self.inverse.mT)).mT
+            # Few right-hand sides: rows times a matrix as it lies in memory are the fast product,
+            # and LAPACK leaves columns, so that the transpose lies in rows.
+            plain = transposed and self.pivots is not None
+            return (b.mT.contiguous() @ (self.inverse if plain else self.inverse.mT)).mT
         if self.pivots is None:
             return torch.cholesky_solve(b, self.matrix)
         return torch.linalg.lu_solve(self.matrix, self.pivots, b, adjoint=transposed)

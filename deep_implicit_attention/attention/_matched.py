@@ -7,18 +7,20 @@ spins, and V diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spins import IsingPrior, SpinSystem
+from ..spins import AdaptiveTAP, IsingPrior, NaiveMeanField, Response, SpinSystem
 from ..spins._adaptive_tap import AdaptiveTAPStep
 from ..spins._consistency import pull
 from ..spins._frames import frame_of, local_of
 from ..spins._prior import Prior
 
 State = tuple[Tensor, Tensor]
+Method = Callable[[SpinSystem, Tensor], Response]
 
 
 class Matched(NamedTuple):
@@ -41,6 +43,17 @@ def prepare(weight: Tensor, prior: Prior, x: Tensor) -> Matched:
     """The context of a solve for fields `x` `(B, N, d)`."""
     frame = frame_of(spin_system(weight, prior), "DEQAdaTAPMeanFieldAttention")
     return Matched(frame.fields(x), frame.couplings, frame.basis)
+
+
+def inference(response: bool) -> Method:
+    """The inference method that solves the equations of `update`."""
+    return AdaptiveTAP(tol=1e-5) if response else NaiveMeanField(tol=1e-5)
+
+
+def log_partition(weight: Tensor, prior: Prior, x: Tensor, method: Method) -> Tensor:
+    """log Z `(B,)` for fields `x` `(B, N, d)`, by `method`."""
+    fields = x.flatten(1) if isinstance(prior, IsingPrior) else x
+    return method(spin_system(weight, prior), fields).log_partition
 
 
 def coordinates(x: Tensor, context: Matched) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,13 @@ class Ising:
             raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
         if self.samples < 4:
             raise ValueError(f"samples must be at least 4, got {self.samples}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be at least 0, got {self.threads}")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must differ, got {' '.join(self.methods)}")
+        cores = os.cpu_count() or 1
+        if not 0 <= self.threads <= cores:
+            raise ValueError(
+                f"threads must be from 0 to {cores}, the CPU cores here, got {self.threads}"
+            )
 
     def _refuse(self, what: str, *names: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(Ising)}

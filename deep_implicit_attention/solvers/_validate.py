@@ -21,10 +21,7 @@ def check_arguments(
     """Raise `TypeError` or `ValueError`, naming the argument, for anything a solver cannot use."""
     if not callable(function):
         raise TypeError(f"the map must be callable, got {type(function).__name__}")
-    if not isinstance(start, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(start).__name__}")
-    if start.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {start.dtype}")
+    check_tensor(name, start)
     if start.dim() != 2:
         raise ValueError(f"{name} must have shape (batch, n), got {tuple(start.shape)}")
     check_number("tol", tol, minimum=0.0)
@@ -36,12 +33,22 @@ def check_arguments(
 def check_number(
     name: str, value: float, minimum: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raise unless `minimum <= value < below`."""
+    """Raise unless `value` is finite and `minimum <= value < below`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (minimum <= value < below and math.isfinite(value)):
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if not minimum <= value < below:
         upper = "" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{name} must be at least {minimum:g}{upper}, got {value}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor in float32 or float64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 
 
 def check_count(name: str, value: int) -> None:

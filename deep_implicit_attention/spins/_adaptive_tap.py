@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..solvers import Solution
-from ._consistency import ConsistentMethod, apply, inverse, matched, pull, response
+from ._consistency import ConsistentMethod, Whitened, apply, inverse, mismatch, pull, whiten
 from ._frames import Frame, Local
 
 State = tuple[Tensor, Tensor]
@@ -57,15 +57,26 @@ class AdaptiveTAPStep(nn.Module):
         m, V = state
         field = x + pull(couplings, m) - apply(V, m)
         covariance = self.local.covariance(field, V)
-        narrow = inverse(covariance)  # C_i⁻¹
-        total = V + narrow
-        chi, sound = response(total, couplings)
-        # What matching does not determine (antisymmetric parts; on the sphere all but the trace)
-        # would stay as it is for ever and make the equations singular.
-        new_V = self.local.match(total - inverse(matched(self.local, chi, x.shape[1])))
-        new_V = 0.5 * (new_V + new_V.mT)
-        # Where Λ − J is not positive definite on the way, V grows, slowly: m has time to move, and
-        # no such state is a fixed point.
-        grown = V + 0.1 * narrow
-        new_V = torch.where(sound[:, None, None, None], new_V, grown)
-        return self.local.mean(field, V), new_V
+        return self.local.mean(field, V), next_variance(self.local, covariance, V, couplings)[0]
+
+
+def next_variance(
+    local: Local, covariance: Tensor, V: Tensor, couplings: Tensor
+) -> tuple[Tensor, Tensor, Whitened]:
+    """V_i = Λ_i − (χ_ii)⁻¹ from covariances C_i, and Q_i with χ_ii = C_i Q_i.
+
+    Written as V_i − Q_i⁻¹T_i, Q_i = 1 − T_i C_i, in which nothing is large.
+    """
+    white = whiten(covariance, V, couplings)
+    gap = mismatch(local, white, V)
+    k = V.shape[-1]
+    Q = torch.eye(k, dtype=V.dtype, device=V.device) - gap @ covariance
+    # What matching does not determine (antisymmetric parts; on the sphere all but the trace)
+    # would stay as it is for ever and make the equations singular.
+    new_V = local.match(V - inverse(Q) @ gap)
+    new_V = 0.5 * (new_V + new_V.mT)
+    # Where Λ − J is not positive definite on the way, V grows, slowly: m has time to move, and no
+    # such state is a fixed point.
+    typical = covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(dim=1)[:, None, None, None]
+    grown = V + 0.1 / typical * torch.eye(k, dtype=V.dtype, device=V.device)
+    return torch.where(white.sound[:, None, None, None], new_V, grown), Q, white

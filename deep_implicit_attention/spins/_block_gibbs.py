@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from ..solvers._validate import check_count
 from ._prior import Prior
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 
 class BlockGibbs:
@@ -46,6 +46,7 @@ class BlockGibbs:
     """
 
     def __init__(self, system: SpinSystem) -> None:
+        check_system(system)
         self.prior = system.prior
         if type(self.prior).sample is Prior.sample:
             raise TypeError(f"{type(self.prior).__name__} has no sample(field, generator)")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
-from ..deq._failure import report
+from ..deq._failure import ConvergenceWarning, report
 from ..solvers import Solution
 from ._blocks import block_diagonal
+from ._exact import factorise
+from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._prior import Prior
 from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 State = tuple[Tensor, Tensor]
 
@@ -20,7 +24,9 @@ class Closure(IteratedMethod):
     """A closure of the mean-field equations: `method(system, fields) -> Response`.
 
     The equations are solved for the state (m, C) of magnetizations and single-spin covariances,
-    with implicit gradients. A subclass supplies `V`.
+    with implicit gradients. A subclass supplies `V`. `covariance` of a solution that is not stable,
+    so that χ has a negative eigenvalue, comes with a `ConvergenceWarning` unless `on_failure` is
+    "ignore".
     """
 
     def check(self, prior: Prior) -> None:
@@ -30,24 +36,34 @@ class Closure(IteratedMethod):
         """The variance of the cavity fields, from single-spin covariances."""
         raise NotImplementedError
 
+    def cavity(self, system: SpinSystem, covariance: Tensor) -> Tensor | None:
+        """`V`, NaN where a spin has no distribution with it: so that sample fails, no other."""
+        V = self.V(system, covariance)
+        return None if V is None else system.prior.admissible(V)
+
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
         """Solve for fields `(*batch, N, *event)`.
 
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
-        spins without couplings.
+        spins without couplings. Raises `ValueError` for a Gaussian system with P − J not positive
+        definite, one Cholesky factorisation, O(N³ d³).
         """
+        check_system(system)
         self.check(system.prior)
         system.check_fields(fields)
         check_start(start, fields)
+        if isinstance(system.prior, GaussianPrior):
+            with torch.no_grad():
+                factorise(system, system.prior.precision().to(fields))
         event = (system.num_spins, *system.event_shape)
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(-1, *event)
         solution = self._solve(system, x, None if start is None else start.reshape(x.shape))
         report(solution, self.on_failure, type(self).__name__, self.options["tol"])
         m, covariance = solution.value
-        V = self.V(system, covariance)
+        V = self.cavity(system, covariance)
         interaction = 0.5 * _sites(m * system.pull(m))
         log = system.prior.log_partition(_field(system, x, m, V), V).sum(dim=1) - interaction
         energy = -interaction - _sites(x * m)
@@ -60,7 +76,10 @@ class Closure(IteratedMethod):
             return self._susceptibility(system, x, m).reshape(*batch, *event, *event)
 
         def linear_response() -> Tensor:
-            return self.linear_response(system, x, m, covariance).reshape(*batch, *event, *event)
+            chi = self.linear_response(system, x, m, covariance)
+            if self.on_failure != "ignore":
+                _report_unstable(chi.detach()[solution.converged], type(self).__name__)
+            return chi.reshape(*batch, *event, *event)
 
         return Response(
             magnetization=m.reshape(fields.shape),
@@ -102,9 +121,29 @@ class _Step(nn.Module):
     def forward(self, state: State, x: Tensor, couplings: Tensor) -> State:
         system = SpinSystem.unchecked(couplings, self.prior)
         m, covariance = state
-        V = self.closure.V(system, covariance)
+        V = self.closure.cavity(system, covariance)
         field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
+
+
+def _report_unstable(chi: Tensor, method: str) -> None:
+    """Warn if a χ `(B, n, n)` has a negative eigenvalue, as no covariance has.
+
+    Zero is no sign: the covariance of Potts spins is singular.
+    """
+    chi = chi[torch.isfinite(chi).flatten(1).all(dim=1)]
+    eigenvalues = torch.linalg.eigvalsh(0.5 * (chi + chi.mT))
+    rounding = 1e-5 if chi.dtype == torch.float32 else 1e-10
+    unstable = eigenvalues[:, 0] < -rounding * eigenvalues.abs().amax(dim=1)
+    if bool(unstable.any()):
+        warnings.warn(
+            f"{method}: the solution found for {int(unstable.sum())} of {len(chi)} converged "
+            "samples is not stable, its covariance has the negative eigenvalue "
+            f"{eigenvalues[unstable, 0].min().item():.3g}. There is another solution: give a "
+            "start nearer to it, or weaker couplings.",
+            ConvergenceWarning,
+            stacklevel=5,  # past `Response.covariance`, a cached property
+        )
 
 
 def _field(system: SpinSystem, x: Tensor, m: Tensor, V: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ the coordinates of a frame, and read the same answers off them. They differ in h
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 
 class ConsistentMethod(IteratedMethod):
@@ -37,6 +39,7 @@ class ConsistentMethod(IteratedMethod):
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
         spins without couplings.
         """
+        check_system(system)
         system.check_fields(fields)
         check_start(start, fields)
         if isinstance(system.prior, GaussianPrior):
@@ -91,27 +94,94 @@ def inverse(blocks: Tensor) -> Tensor:
     return 1 / blocks if blocks.shape[-1] == 1 else torch.linalg.inv_ex(blocks).inverse
 
 
-def cholesky(total: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor of blockdiag Λ − J `(B, n, n)`, and where that is positive definite.
+class Whitened(NamedTuple):
+    """1 + cᵀKc with c cᵀ = C and K = blockdiag V − J, in the place of Λ − J = C⁻¹ + K.
 
-    Elsewhere the factor is 1. It is the bulk of a step's work, so it makes one temporary only.
+    Of strongly polarised spins C⁻¹ is a number so large that V is lost beside it; here it never
+    appears. χ = c (1 + cᵀKc)⁻¹ cᵀ.
     """
-    batch, sites, k = total.shape[:3]
-    operator = -couplings.expand(batch, -1, -1)
-    blocks = operator.view(batch, sites, k, sites, k).diagonal(dim1=1, dim2=3)
-    blocks += total.movedim(1, -1)
+
+    factor: Tensor  # Cholesky factor `(B, n, n)`; 1 where the matrix is not positive definite
+    sound: Tensor  # `(B,)`, where it is
+    root: Tensor  # c, `(B, N, k, k)`
+    pulled: Tensor  # cᵀK, `(B, n, n)`
+
+
+def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
+    """The bulk of a step's work, with few temporaries of the size of the couplings."""
+    batch, sites, k = covariance.shape[:3]
+    root = _root(covariance)
+    pulled = _rows(-root, couplings.expand(batch, -1, -1))
+    _diagonal(pulled, k).add_((root.mT @ V).movedim(1, -1))
+    operator = _columns(pulled, root)
+    operator.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(operator)
     sound = failed == 0
-    if not bool(sound.all()):
+    if torch.compiler.is_compiling() or not bool(sound.all()):
         identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
         factor = torch.where(sound[:, None, None], factor, identity)
-    return factor, sound
+    return Whitened(factor, sound, root, pulled)
+
+
+def mismatch(local: Local, white: Whitened, V: Tensor) -> Tensor:
+    """T_i = [K − KχK]_ii, `(B, N, k, k)`: χ_ii = C_i − C_i T_i C_i, so it is 0 at a solution."""
+    batch, sites, k = V.shape[:3]
+    reached = torch.linalg.solve_triangular(white.factor, white.pulled, upper=False)
+    columns = reached.view(batch, sites * k, sites, k)
+    gap = local.match(V - torch.einsum("bnik,bnil->bikl", columns, columns))
+    return 0.5 * (gap + gap.mT)
+
+
+def respond(white: Whitened, b: Tensor) -> Tensor:
+    """χ b for `b` `(B, N, k)`."""
+    inner = apply(white.root.mT, b).flatten(1).unsqueeze(-1)
+    solved = torch.cholesky_solve(inner, white.factor).squeeze(-1).view_as(b)
+    return apply(white.root, solved)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """c with c cᵀ = C. A spin that is frozen up to rounding has a very small one, never zero."""
+    limits = torch.finfo(covariance.dtype)
+    if covariance.shape[-1] == 1:
+        return covariance.clamp_min(limits.tiny).sqrt()
+    k = covariance.shape[-1]
+    identity = torch.eye(k, dtype=covariance.dtype, device=covariance.device)
+    return torch.linalg.cholesky_ex(covariance + limits.eps * identity).L
+
+
+def _rows(left: Tensor, matrix: Tensor) -> Tensor:
+    """lᵀ M for blocks l `(B, N, k, k)` on the diagonal, M `(B, n, n)`."""
+    batch, sites, k = left.shape[:3]
+    if k == 1:
+        return matrix * left.view(batch, sites, 1)
+    blocks = matrix.reshape(batch, sites, k, sites * k)
+    return (left.mT @ blocks).view(batch, sites * k, sites * k)
+
+
+def _columns(matrix: Tensor, right: Tensor) -> Tensor:
+    """M r, likewise."""
+    batch, sites, k = right.shape[:3]
+    if k == 1:
+        return matrix * right.view(batch, 1, sites)
+    blocks = matrix.reshape(batch, sites * k, sites, k)
+    return torch.einsum("bnik,bikl->bnil", blocks, right).reshape(batch, sites * k, sites * k)
+
+
+def _diagonal(matrix: Tensor, k: int) -> Tensor:
+    """The k×k blocks on the diagonal of `(B, n, n)`, a view `(B, k, k, N)`."""
+    batch, size = matrix.shape[:2]
+    return matrix.view(batch, size // k, k, size // k, k).diagonal(dim1=1, dim2=3)
 
 
 def response(total: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
     """χ = (blockdiag Λ − J)⁻¹ `(B, n, n)`, and where the matrix is positive definite."""
-    factor, sound = cholesky(total, couplings)
-    return torch.cholesky_inverse(factor), sound
+    batch, sites, k = total.shape[:3]
+    operator = -couplings.expand(batch, -1, -1)
+    _diagonal(operator, k).add_(total.movedim(1, -1))
+    factor, failed = torch.linalg.cholesky_ex(operator)
+    sound = failed == 0
+    identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
+    return torch.cholesky_inverse(torch.where(sound[:, None, None], factor, identity)), sound
 
 
 def matched(local: Local, chi: Tensor, sites: int) -> Tensor:
@@ -131,19 +201,15 @@ def _read(frame: Frame, x: Tensor, m: Tensor, V: Tensor) -> tuple[Tensor, Tensor
     """log Z, energy and χ at a fixed point, NaN where Λ − J is not positive definite."""
     couplings = frame.couplings
     pulled = pull(couplings, m)
-    field = x + pulled - apply(V, m)
-    covariance = frame.local.covariance(field, V)
-    inverse_covariance = inverse(covariance)
-    total = V + inverse_covariance
-    factor, sound = cholesky(total, couplings)
-    chi = torch.where(sound[:, None, None], torch.cholesky_inverse(factor), torch.nan)
-    g = apply(total, m) - pulled
+    echo = apply(V, m)
+    field = x + pulled - echo
+    factor, sound, root, _ = whiten(frame.local.covariance(field, V), V, couplings)
+    chi = _columns(_rows(root.mT, torch.cholesky_inverse(factor)), root.mT)
+    chi = torch.where(sound[:, None, None], chi, torch.nan)
     log = (
         frame.local.log_partition(field, V).sum(dim=1)
-        - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)  # ½ log det(Λ − J)
-        + 0.5 * (g * m).flatten(1).sum(dim=1)
-        - 0.5 * torch.linalg.slogdet(covariance).logabsdet.sum(dim=1)
-        - 0.5 * (m * apply(inverse_covariance, m)).flatten(1).sum(dim=1)
+        - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)  # ½ log det C(Λ − J)
+        + 0.5 * (m * (echo - pulled)).flatten(1).sum(dim=1)
     )
     log = torch.where(sound, log, torch.nan)
     pair = (couplings * chi).sum(dim=(1, 2))

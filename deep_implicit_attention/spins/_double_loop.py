@@ -8,7 +8,7 @@ from torch import Tensor
 from ._blocks import block_diagonal, diagonal_blocks
 from ._consistency import apply, inverse, matched
 from ._frames import Local
-from ._site_terms import parallel
+from ._site_terms import cavity, parallel, terms_of
 
 # Newton's method on a convex function; more than these were never seen.
 _NEWTON_STEPS = 50
@@ -40,6 +40,7 @@ class DoubleLoop:
         self.basis = _basis(local, x)
         self.objective: list[Tensor] = []
         self.theta: Tensor | None = None  # θ_s of the last step
+        self.stuck = False  # no step was possible for any sample
 
     def __call__(self, g: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """The site terms after one outer step."""
@@ -65,7 +66,15 @@ class DoubleLoop:
             waiting &= ~taken
             if not bool(waiting.any()):
                 break
+        self.stuck = bool(waiting.all())
         return self._moved(theta, new_r, value)
+
+    def conclude(self, g: Tensor, total: Tensor) -> None:
+        """Append F at the moments of these terms; at a solution that is −log Z."""
+        if self.theta is not None:
+            theta_r = self._pack(g, -total)
+            bound = self._natural(*self._gaussian(theta_r))
+            self.objective.append(self._free_energy(bound, self._inner(bound, theta_r)[1]))
 
     def _moved(self, theta: Tensor, theta_r: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.theta = theta
@@ -101,8 +110,10 @@ class DoubleLoop:
 
     def _single_loop(self, g: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """θ_s and θ_r after some steps of the single loop, which is fast where it is stable."""
+        h, V, _ = cavity(self.local, self.x, self.couplings, g, total)
         for _ in range(_SINGLE_STEPS):
-            g, total = parallel(self.local, self.x, self.couplings, g, total, damping=0.5)
+            h, V = parallel(self.local, self.x, self.couplings, h, V, damping=0.5)
+        g, total = terms_of(self.local, h, V)
         theta_r = self._pack(g, -total)
         return self._natural(*self._gaussian(theta_r)), theta_r
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..solvers._validate import check_count
+from ..solvers._validate import check_count, check_number
 
 
 def sherrington_kirkpatrick(
@@ -20,6 +20,8 @@ def sherrington_kirkpatrick(
     `numpy.random.default_rng(seed)`, so the same seed means the same system everywhere.
     """
     check_count("num_spins", num_spins)
+    check_number("beta", beta)
+    check_number("field", field, minimum=0.0)
     rng = np.random.default_rng(seed)
     upper = np.triu(rng.normal(size=(num_spins, num_spins)), 1)
     couplings = beta / np.sqrt(num_spins) * (upper + upper.T)
@@ -27,9 +29,21 @@ def sherrington_kirkpatrick(
 
 
 def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
-    """Hebbian couplings `(N, N)` of patterns `(P, N)`: J = (β/N) Σ_p ξ_p ξ_pᵀ, J_ii = 0."""
-    if patterns.dim() != 2:
-        raise ValueError(f"patterns must have shape (P, N), got {tuple(patterns.shape)}")
+    """Hebbian couplings `(N, N)` of patterns `(P, N)`: J = (β/N) Σ_p ξ_p ξ_pᵀ, J_ii = 0.
+
+    In the dtype of the patterns; float64 for integers.
+    """
+    check_number("beta", beta)
+    if not isinstance(patterns, Tensor):
+        raise TypeError(f"patterns must be a tensor, got {type(patterns).__name__}")
+    if patterns.dim() != 2 or not patterns.shape[1]:
+        raise ValueError(
+            f"patterns must have shape (P, N) with N at least 1, got {tuple(patterns.shape)}"
+        )
+    if patterns.dtype == torch.bool or patterns.is_complex():
+        raise TypeError(f"patterns must be real numbers such as +1 and -1, got {patterns.dtype}")
+    if not patterns.is_floating_point():
+        patterns = patterns.double()
     couplings = beta / patterns.shape[1] * patterns.mT @ patterns
     return couplings - couplings.diagonal().diag()
 
@@ -37,6 +51,7 @@ def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
 def ferromagnet(num_spins: int, beta: float = 1.0) -> Tensor:
     """The Curie–Weiss model `(N, N)`, float64: J_ij = β/N for i ≠ j."""
     check_count("num_spins", num_spins)
+    check_number("beta", beta)
     ones = torch.ones(num_spins, num_spins, dtype=torch.float64)
     return beta / num_spins * (ones - torch.eye(num_spins, dtype=torch.float64))
 
@@ -47,6 +62,9 @@ def lattice(shape: Sequence[int], beta: float = 1.0, periodic: bool = True) -> T
     Sites are numbered in row-major order. With `periodic` a side of length 2 has one bond, not two,
     between its sites.
     """
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+        raise TypeError(f"shape must be the sides of the lattice, as in (4, 4), got {shape!r}")
+    check_number("beta", beta)
     for size in shape:
         check_count("shape", size)
     sites = torch.arange(int(np.prod(shape))).reshape(tuple(shape))

@@ -14,7 +14,7 @@ from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._potts import PottsPrior
 from ._response import Response
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 
 class Exact:
@@ -44,10 +44,11 @@ class Exact:
 
     def __call__(self, system: SpinSystem, fields: Tensor) -> Response:
         """The answer for fields `(*batch, N, *event)`."""
+        check_system(system)
         system.check_fields(fields)
         event = (system.num_spins, *system.event_shape)
         batch = fields.shape[: fields.dim() - len(event)]
-        x = fields.reshape(math.prod(batch), -1)
+        x = fields.reshape(math.prod(batch), math.prod(event))
         if isinstance(system.prior, GaussianPrior):
             log, m, covariance = _gaussian(system, system.prior, x)
         elif isinstance(system.prior, IsingPrior | PottsPrior):
@@ -125,15 +126,15 @@ def _gaussian(system: SpinSystem, prior: GaussianPrior, x: Tensor) -> tuple[Tens
     n = system.num_spins
     precision = prior.precision().to(x)
     factor = factorise(system, precision)
-    pull = (precision @ prior.location.to(x)).repeat(n)
-    b = x + pull
+    location = prior.location.to(x)
+    b = x + (precision @ location).repeat(n)
     m = torch.cholesky_solve(b.mT, factor).mT
     covariance = torch.cholesky_inverse(factor).expand(len(x), -1, -1)
     log = (
-        -n * prior.log_diagonal.sum()
+        -n * prior.log_diagonal.to(x).sum()
         - factor.diagonal().log().sum()
         + 0.5 * (b * m).sum(dim=1)
-        - 0.5 * n * prior.location @ precision @ prior.location
+        - 0.5 * n * location @ precision @ location
     )
     return log, m, covariance
 

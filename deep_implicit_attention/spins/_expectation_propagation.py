@@ -17,10 +17,15 @@ from ._adaptive_tap import AdaptiveTAPStep
 from ._consistency import ConsistentMethod
 from ._double_loop import DoubleLoop
 from ._frames import Frame, Local
-from ._site_terms import Terms, begin, cavity, parallel, sequential
+from ._site_terms import Cavities, Terms, begin, cavity, parallel, sequential, terms_of
 
 Schedule = Literal["auto", "parallel", "sequential", "double loop"]
 Update = Callable[[Tensor, Tensor], Terms]
+
+# Parallel updates that have not converged by then are left to the double loop (schedule "auto").
+_AUTO_LIMIT = 300
+# Steps after which it is asked whether the double loop still moves.
+_PART = 25
 
 
 class ExpectationPropagation(ConsistentMethod):
@@ -44,7 +49,8 @@ class ExpectationPropagation(ConsistentMethod):
             ``"sequential"``: one spin after the other.
             ``"double loop"``: the free energy of expectation consistency is minimised, which always
             goes downhill (`Response.objective`); each step solves a convex problem.
-            ``"auto"``: parallel, then the double loop for the samples on which that failed.
+            ``"auto"``: at most 300 parallel updates, then the double loop for the samples on which
+            they failed.
         damping: part of the old terms kept in parallel and sequential updates.
         tol: relative residual of the equations of `AdaptiveTAP` at which a sample is solved.
         max_iter: updates of all terms at most, of each schedule.
@@ -81,10 +87,9 @@ class ExpectationPropagation(ConsistentMethod):
 
 
 class _Schedule:
-    """A solver for the state (m, V) that moves site terms as `ExpectationPropagation` was told.
+    """A solver for the state (m, V) that moves cavities or terms as it was told.
 
-    Residuals are those of the map it is given, the equations of adaptive TAP: beside it terms of
-    strongly polarised spins are numbers so large that rounding hides whether they still move.
+    Residuals are those of the map it is given, the equations of adaptive TAP.
     """
 
     def __init__(
@@ -96,47 +101,60 @@ class _Schedule:
         start: Tensor | None,
     ) -> None:
         self.method, self.local, self.x, self.couplings = method, local, x, couplings
-        self.terms = begin(local, x, couplings, start)
+        self.cavities = begin(local, x, couplings, start)
         self.objective: Tensor | None = None
 
-    def state(self) -> Terms:
+    def state(self) -> Cavities:
         """The state (m, V) to begin with."""
-        return _state(self.local, self.x, self.couplings, self.terms)
+        h, V = self.cavities
+        return self.local.mean(h, V), V
 
     def __call__(self, f: Map, z0: Tensor, *, tol: float, max_iter: int) -> Solution:
         everybody = torch.ones_like(z0[:, 0], dtype=torch.bool)
-        limits = {"tol": tol, "max_iter": max_iter}
-        local, couplings, damping = self.local, self.couplings, self.method.damping
-
-        def in_parallel(g: Tensor, total: Tensor) -> Terms:
-            return parallel(local, self.x, couplings, g, total, damping)
-
-        def in_turn(g: Tensor, total: Tensor) -> Terms:
-            return sequential(local, self.x, couplings, g, total, damping)
-
-        if self.method.schedule == "sequential":
-            return self._run(f, z0, everybody, in_turn, limits)
-        if self.method.schedule == "double loop":
-            return self._descend(f, z0, everybody, limits)
-        first = self._run(f, z0, everybody, in_parallel, limits)
+        schedule = self.method.schedule
+        if schedule == "sequential":
+            return self._terms(f, z0, everybody, self._in_turn(everybody), tol, max_iter)
+        if schedule == "double loop":
+            return self._descend(f, z0, everybody, tol, max_iter)
+        limit = min(max_iter, _AUTO_LIMIT) if schedule == "auto" else max_iter
+        first = self._in_parallel(f, z0, tol, limit)
         failed = ~first.converged
-        if self.method.schedule == "parallel" or not bool(failed.any()):
+        if schedule == "parallel" or not bool(failed.any()):
             return first
-        return _followed(first, self._descend(f, z0, failed, limits), failed)
+        return _followed(first, self._descend(f, z0, failed, tol, max_iter), failed)
 
-    def _descend(self, f: Map, z0: Tensor, rows: Tensor, limits: dict) -> Solution:
+    def _in_parallel(self, f: Map, z0: Tensor, tol: float, max_iter: int) -> Solution:
+        h, V = self.cavities
+        layout = Layout((h.shape, V.shape), bare=False)
+
+        def propose(k: int, z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
+            nonlocal h, V
+            h, V = parallel(self.local, self.x, self.couplings, h, V, self.method.damping)
+            return layout.pack((self.local.mean(h, V), V))
+
+        return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode="rel")
+
+    def _in_turn(self, rows: Tensor) -> Update:
+        x, damping = self.x[rows], self.method.damping
+        return lambda g, total: sequential(self.local, x, self.couplings, g, total, damping)
+
+    def _descend(self, f: Map, z0: Tensor, rows: Tensor, tol: float, max_iter: int) -> Solution:
+        """The double loop on the samples `rows`."""
         loop = DoubleLoop(self.local, self.couplings, self.x[rows])
-        solution = self._run(f, z0, rows, loop, limits)
+        solution = self._terms(f, z0, rows, loop, tol, max_iter)
         self.objective = z0.new_full((len(loop.objective), len(z0)), torch.nan)
         if loop.objective:
             self.objective[:, rows] = torch.stack(loop.objective)
         return solution
 
-    def _run(self, f: Map, z0: Tensor, rows: Tensor, update: Update, limits: dict) -> Solution:
-        """Iterate `update` of the terms on the samples `rows`."""
+    def _terms(
+        self, f: Map, z0: Tensor, rows: Tensor, update: Update, tol: float, max_iter: int
+    ) -> Solution:
+        """Iterate `update` of the terms on the samples `rows`, while it can move any of them."""
         x = self.x[rows]
-        terms = self.terms[0][rows], self.terms[1][rows]
-        layout = Layout((terms[0].shape, terms[1].shape), bare=False)
+        h, V = self.cavities
+        terms = terms_of(self.local, h[rows], V[rows])
+        layout = Layout((h[rows].shape, V[rows].shape), bare=False)
 
         def embedded(z: Tensor) -> Tensor:
             return f(z0.index_put((rows,), z))[rows]
@@ -144,15 +162,24 @@ class _Schedule:
         def propose(k: int, z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
             nonlocal terms
             terms = update(*terms)
-            return layout.pack(_state(self.local, x, self.couplings, terms))
+            h, V, _ = cavity(self.local, x, self.couplings, *terms)
+            return layout.pack((self.local.mean(h, V), V))
 
-        return iterate(embedded, z0[rows], propose, stop_mode="rel", **limits)
+        def part(z: Tensor, limit: int) -> Solution:
+            return iterate(embedded, z, propose, tol=tol, max_iter=limit, stop_mode="rel")
 
-
-def _state(local: Local, x: Tensor, couplings: Tensor, terms: Terms) -> Terms:
-    """(m, V) of the spins in their cavities."""
-    h, V, _ = cavity(local, x, couplings, *terms)
-    return local.mean(h, V), V
+        solution = part(z0[rows], min(max_iter, _PART))
+        left = max_iter - _PART
+        while left > 0 and not bool(solution.converged.all()):
+            if isinstance(update, DoubleLoop) and update.stuck:
+                break
+            going = ~solution.converged
+            further = part(solution.value, min(left, _PART))
+            solution = _followed(solution, _rows(further, going), going)
+            left -= _PART
+        if isinstance(update, DoubleLoop):
+            update.conclude(*terms)
+        return solution
 
 
 def _followed(first: Solution, second: Solution, rows: Tensor) -> Solution:
@@ -171,4 +198,17 @@ def _followed(first: Solution, second: Solution, rows: Tensor) -> Solution:
         codes=put(first.codes, second.codes),
         trace=torch.cat([first.trace, rest]),
         residual_norm=put(first.residual_norm, second.residual_norm),
+    )
+
+
+def _rows(solution: Solution, rows: Tensor) -> Solution:
+    """The evidence for the samples `rows`."""
+    return Solution(
+        value=solution.value[rows],
+        residual=solution.residual[rows],
+        steps=solution.steps[rows],
+        converged=solution.converged[rows],
+        codes=solution.codes[rows],
+        trace=solution.trace[:, rows],
+        residual_norm=solution.residual_norm[rows],
     )

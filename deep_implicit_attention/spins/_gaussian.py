@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Size, Tensor, nn
 
+from ..deq._state import full_precision
+from ..solvers._validate import check_tensor
 from ._prior import Prior
 
 
@@ -24,17 +26,31 @@ class GaussianPrior(Prior):
         covariance: Σ, `(d, d)`, symmetric and positive definite.
 
     Raises:
-        ValueError: for shapes that do not fit, a Σ that is not positive definite, and P − V that
-            is not.
+        TypeError: for a mean or covariance that is no tensor in float32 or float64, or if they
+            differ in dtype or device.
+        ValueError: for numbers that are not finite, shapes that do not fit, a Σ that is not
+            positive definite, and P − V that is not; a V that is NaN gives NaN.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            check_tensor(name, value)
+        if mean.dtype != covariance.dtype or mean.device != covariance.device:
+            raise TypeError(
+                f"mean is {mean.dtype} on {mean.device}, covariance {covariance.dtype} on "
+                f"{covariance.device}"
+            )
         if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"mean must be (d,) and covariance (d, d), got {tuple(mean.shape)} and "
                 f"{tuple(covariance.shape)}"
             )
+        if not len(mean):
+            raise ValueError("mean must have at least one component, got shape (0,)")
+        for name, value in (("mean", mean), ("covariance", covariance)):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
         if not torch.allclose(covariance, covariance.mT):
             raise ValueError("covariance must be symmetric")
         factor, failed = torch.linalg.cholesky_ex(covariance.detach())
@@ -52,33 +68,36 @@ class GaussianPrior(Prior):
         return f"dim={self.event_shape[0]}"
 
     def scale_tril(self) -> Tensor:
-        """The Cholesky factor of Σ, `(d, d)`."""
-        return self.below_diagonal.tril(-1) + torch.diag(self.log_diagonal.exp())
+        """The Cholesky factor of Σ, `(d, d)`, in float32 at least."""
+        below, log_diagonal = map(full_precision, (self.below_diagonal, self.log_diagonal))
+        return below.tril(-1) + torch.diag(log_diagonal.exp())
 
     def precision(self) -> Tensor:
-        """P = Σ⁻¹, `(d, d)`."""
+        """P = Σ⁻¹, `(d, d)`, in float32 at least."""
         return torch.cholesky_inverse(self.scale_tril())
 
     def log_partition(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
         pulled = torch.linalg.solve_triangular(factor, b.unsqueeze(-1), upper=False).squeeze(-1)
         whitened = torch.linalg.solve_triangular(
-            self.scale_tril(), self.location.unsqueeze(-1), upper=False
+            self.scale_tril().to(b), self.location.to(b).unsqueeze(-1), upper=False
         )
-        return (
-            -self.log_diagonal.sum()
+        value = (
+            -self.log_diagonal.to(b).sum()
             - factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
             + 0.5 * pulled.square().sum(dim=-1)
             - 0.5 * whitened.square().sum()
         )
+        return value.to(field.dtype)
 
     def mean(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
-        return torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+        return torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1).to(field.dtype)
 
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
-        return torch.cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
+        covariance = torch.cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
+        return covariance.to(field.dtype)
 
     def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
         # μ + Σ h + L ε with Σ = L Lᵀ.
@@ -92,17 +111,25 @@ class GaussianPrior(Prior):
     def supports(self, spins: Tensor) -> Tensor:
         return torch.isfinite(spins).all(dim=-1)
 
+    def admissible(self, V: Tensor) -> Tensor:
+        _, failed = torch.linalg.cholesky_ex(self.precision().to(V) - V)
+        return torch.where((failed == 0)[..., None, None], V, torch.nan)
+
     def _solve(self, field: Tensor, V: Tensor | None) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of P − V, and b."""
         self.check_field(field)
-        precision = self.precision()
-        total = precision if V is None else precision - V
+        wide = full_precision(field)
+        precision = self.precision().to(wide)
+        total = precision if V is None else precision - V.to(wide)
         factor, failed = torch.linalg.cholesky_ex(total)
-        if bool(failed.any()):
-            smallest = torch.linalg.eigvalsh(total.detach()).min().item()
+        # NaN in, NaN out: the error is for numbers with which there is no distribution.
+        unbounded = (failed != 0) & torch.isfinite(total).flatten(-2).all(dim=-1)
+        if bool(unbounded.any()):
+            smallest = torch.linalg.eigvalsh(total.detach()[unbounded]).min().item()
             raise ValueError(
                 f"P − V must be positive definite, its smallest eigenvalue is {smallest:.4g}"
             )
+        factor = torch.where((failed == 0)[..., None, None], factor, torch.nan)
         shape = torch.broadcast_shapes(factor.shape[:-1], field.shape)
-        b = field + precision @ self.location
+        b = wide + precision @ self.location.to(wide)
         return factor.expand(*shape, shape[-1]), b.expand(shape)

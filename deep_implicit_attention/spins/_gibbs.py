@@ -16,7 +16,7 @@ from ._exact import factorise
 from ._gaussian import GaussianPrior
 from ._mcmc import Sampling, report, summarise
 from ._response import Response
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 from ._tempering import Replicas, bennett
 
 
@@ -138,6 +138,7 @@ class GibbsSampler:
 
     @torch.no_grad()
     def _run(self, system: SpinSystem, fields: Tensor, start: Tensor | None) -> _Run:
+        check_system(system)
         system.check_fields(fields)
         if isinstance(system.prior, GaussianPrior):
             factorise(system, system.prior.precision().to(fields))

@@ -21,12 +21,14 @@ class PottsPrior(Prior):
     The components of S sum to one, so the covariance is singular along (1, …, 1).
 
     Args:
-        num_states: q.
+        num_states: q ≥ 2.
     """
 
     def __init__(self, num_states: int) -> None:
         super().__init__()
         check_count("num_states", num_states)
+        if num_states < 2:
+            raise ValueError(f"num_states must be at least 2, got {num_states}")
         self.event_shape = Size((num_states,))
 
     def extra_repr(self) -> str:

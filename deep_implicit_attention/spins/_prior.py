@@ -37,6 +37,10 @@ class Prior(nn.Module):
         """Whether `spins` `(..., *event_shape)` are possible values, boolean `(...)`."""
         raise NotImplementedError
 
+    def admissible(self, V: Tensor) -> Tensor:
+        """`V`, with NaN in place of every V_i with which log Z0 is infinite."""
+        return V
+
     def check_field(self, field: Tensor) -> None:
         """Raise `ValueError` unless the last dimensions of `field` are the event."""
         rank = len(self.event_shape)

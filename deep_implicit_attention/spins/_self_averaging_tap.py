@@ -11,7 +11,7 @@ from ._frames import Local, frame_of
 from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start
 from ._response import Response, total_derivative
-from ._system import SpinSystem
+from ._system import SpinSystem, check_system
 
 State = tuple[Tensor, Tensor]
 
@@ -47,6 +47,7 @@ class SelfAveragingTAP(IteratedMethod):
         spins without couplings. Raises `TypeError` for a Gaussian prior and for couplings
         `(N, N, d, d)`, which `AdaptiveTAP` has equations for.
         """
+        check_system(system)
         if isinstance(system.prior, GaussianPrior):
             raise TypeError(
                 "SelfAveragingTAP has no equations for GaussianPrior: use AdaptiveTAP, which is "

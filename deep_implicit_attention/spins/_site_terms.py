@@ -1,27 +1,35 @@
-"""Gaussian terms (g, Λ) in the place of priors, and how expectation propagation updates them."""
+"""Gaussian terms (g, Λ) in the place of priors, and how expectation propagation updates them.
+
+Parallel updates are written for the cavities (h, V) that go with the terms.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._consistency import apply, inverse, matched, pull, reaction, response
+from ._adaptive_tap import next_variance
+from ._consistency import apply, inverse, matched, pull, reaction, respond, response
 from ._frames import Local
 
 Terms = tuple[Tensor, Tensor]  # g (B, N, k), Λ (B, N, k, k)
+Cavities = tuple[Tensor, Tensor]  # h (B, N, k), V (B, N, k, k)
 
 
-def begin(local: Local, x: Tensor, couplings: Tensor, start: Tensor | None) -> Terms:
-    """Terms of spins with the V of weak couplings, in their own fields or, given magnetizations
+def begin(local: Local, x: Tensor, couplings: Tensor, start: Tensor | None) -> Cavities:
+    """Cavities with the V of weak couplings, in the spins' own fields or, given magnetizations
     `start`, in the fields of those; Λ − J is made positive definite."""
     zero = x.new_zeros(*x.shape, x.shape[-1])
     V = reaction(local, couplings, local.covariance(x, zero))
     h = x if start is None else x + pull(couplings, start) - apply(V, start)
+    _, sound = response(terms_of(local, h, V)[1], couplings)
+    return h, torch.where(_wide(sound), V, V + _dominance(couplings, V))
+
+
+def terms_of(local: Local, h: Tensor, V: Tensor) -> Terms:
+    """The terms that single spins in these cavities ask for."""
     narrow = inverse(local.covariance(h, V))
-    total = V + narrow
-    _, sound = response(total, couplings)
-    total = torch.where(_wide(sound), total, total + _dominance(couplings, total))
-    return apply(narrow, local.mean(h, V)) - h, total
+    return apply(narrow, local.mean(h, V)) - h, V + narrow
 
 
 def cavity(
@@ -35,15 +43,21 @@ def cavity(
 
 
 def parallel(
-    local: Local, x: Tensor, couplings: Tensor, g: Tensor, total: Tensor, damping: float
-) -> Terms:
-    """Update all terms at once, keeping `damping` of the old ones."""
-    h, V, sound = cavity(local, x, couplings, g, total)
-    narrow = inverse(local.covariance(h, V))
-    new_g = apply(narrow, local.mean(h, V)) - h
-    new_g = g + (1 - damping) * (new_g - g)
-    new_total = total + (1 - damping) * (V + narrow - total)
-    return _sound_only(couplings, (g, total), (new_g, new_total), sound)
+    local: Local, x: Tensor, couplings: Tensor, h: Tensor, V: Tensor, damping: float
+) -> Cavities:
+    """Update all terms at once, and with them the cavities, keeping `damping` of the old ones.
+
+    With the residual r = x + Jm − Vm − h the mean of the Gaussian is μ = m + χr, and the new cavity
+    field χ_ii⁻¹μ_i − g_i is written without the terms, which in strong fields are huge.
+    """
+    m, covariance = local.mean(h, V), local.covariance(h, V)
+    new_V, Q, white = next_variance(local, covariance, V, couplings)
+    r = x + pull(couplings, m) - apply(V, m) - h
+    moved = respond(white, r)
+    rest = r - apply(V, moved) + pull(couplings, moved)  # (1 + KC)⁻¹ r
+    new_h = h - apply(new_V - V, m) + apply(inverse(Q), rest)
+    new_h = torch.where(white.sound[:, None, None], new_h, h)
+    return h + (1 - damping) * (new_h - h), V + (1 - damping) * (new_V - V)
 
 
 def sequential(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Size, Tensor
 
-from ..solvers._validate import check_count
+from ..solvers._validate import check_count, check_number
 from ._bessel import Bessel, bessel
 from ._prior import Prior
 from ._von_mises_fisher import von_mises_fisher
@@ -37,6 +37,8 @@ class SphericalPrior(Prior):
         self.event_shape = Size((dim,))
         self.order = dim / 2 - 1
         default = self.order**0.5 if dim > 2 else 1.0
+        if radius is not None:
+            check_number("radius", radius)
         self.radius = default if radius is None else float(radius)
         if not self.radius > 0:
             raise ValueError(f"radius must be positive, got {radius}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..solvers._validate import check_tensor
 from ._prior import Prior
 
 # Rows checked at a time, so that what is checked is never copied whole.
@@ -26,11 +29,17 @@ class SpinSystem:
         prior: the prior of every spin.
 
     Raises:
+        TypeError: for couplings that are no tensor in float32 or float64, and a prior that is no
+            instance of one.
         ValueError: for couplings of the wrong shape, not symmetric, not finite, or with a
             self-coupling; the message names the index.
     """
 
     def __init__(self, couplings: Tensor, prior: Prior) -> None:
+        check_tensor("couplings", couplings)
+        if not isinstance(prior, Prior):
+            got = f"the class {prior.__name__}" if isinstance(prior, type) else type(prior).__name__
+            raise TypeError(f"prior must be a prior such as IsingPrior(), got {got}")
         rank = len(prior.event_shape)
         shape = tuple(couplings.shape)
         full = (*shape[:1], *shape[:1], *prior.event_shape, *prior.event_shape)
@@ -40,8 +49,6 @@ class SpinSystem:
             raise ValueError(f"couplings must have shape {expected}, got {shape}")
         if not couplings.numel():
             raise ValueError(f"couplings must be those of at least one spin, got shape {shape}")
-        if not couplings.is_floating_point():
-            raise TypeError(f"couplings must have a real floating dtype, got {couplings.dtype}")
         _check(couplings.detach())
         self.couplings = couplings
         self.prior = prior
@@ -63,6 +70,8 @@ class SpinSystem:
 
     def check_fields(self, fields: Tensor) -> None:
         """Raise unless `fields` is `(*batch, N, *event_shape)`, of the couplings' dtype, finite."""
+        if not isinstance(fields, Tensor):
+            raise TypeError(f"fields must be a tensor, got {type(fields).__name__}")
         expected = (self.num_spins, *self.event_shape)
         if fields.shape[fields.dim() - len(expected) :] != expected:
             shape = ", ".join(map(str, expected))
@@ -125,6 +134,12 @@ class SpinSystem:
         if self.couplings.dim() == 4:
             return self.couplings.permute(0, 2, 1, 3).reshape(n * k, n * k)
         return torch.kron(self.couplings, torch.eye(k).to(self.couplings))
+
+
+def check_system(system: Any) -> None:
+    """Raise `TypeError` unless `system` is a `SpinSystem`."""
+    if not isinstance(system, SpinSystem):
+        raise TypeError(f"system must be a SpinSystem, got {type(system).__name__}")
 
 
 def _check(couplings: Tensor) -> None:

@@ -130,9 +130,11 @@ def test_a_run_that_fails_leaves_nothing_of_the_one_before(ising: Command, saved
         ("--betas 1 -1", "betas"),
         ("--methods naive bethe", "'bethe'.*naive, tap, adaptive-tap"),
         ("--methods", "at least one"),
+        ("--methods tap naive tap", "methods must differ, got tap naive tap"),
         ("--tol -1", "tol"),
         ("--max-iter 0", "max_iter"),
         ("--threads -1", "threads"),
+        ("--threads 9999", "threads must be from 0 to [0-9]+, the CPU cores here, got 9999"),
     ],
 )
 def test_settings_out_of_range(flags: str, says: str, ising: Command) -> None:

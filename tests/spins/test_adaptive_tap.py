@@ -15,6 +15,7 @@ from deep_implicit_attention.solvers import anderson, broyden
 from deep_implicit_attention.spins import (
     AdaptiveTAP,
     Exact,
+    ExpectationPropagation,
     GaussianPrior,
     IsingPrior,
     PottsPrior,
@@ -204,8 +205,8 @@ def test_halving_the_couplings_divides_the_error_of_m_by_eight():
     assert math.log2(errors[0] / errors[1]) > 2.7
 
 
-def test_a_step_is_one_factorisation_and_one_inverse(monkeypatch):
-    """And so is reading off everything else, the determinant included."""
+def test_a_step_is_one_factorisation_and_one_triangular_solve(monkeypatch):
+    """And reading off everything else, the determinant included, one with its inverse."""
     calls: list[str] = []
 
     def count(module, name):
@@ -219,13 +220,56 @@ def test_a_step_is_one_factorisation_and_one_inverse(monkeypatch):
         monkeypatch.setattr(module, name, counted)
 
     couplings, x = sherrington_kirkpatrick(12, 0.5, 0.3)
-    names = ("cholesky_ex", "inv_ex", "solve_ex", "lu_factor", "slogdet", "eigvalsh")
+    names = (
+        "cholesky_ex",
+        "solve_triangular",
+        "inv_ex",
+        "solve_ex",
+        "lu_factor",
+        "slogdet",
+        "eigvalsh",
+    )
     for name in names:
         count(torch.linalg, name)
     count(torch, "cholesky_inverse")
     solution = AdaptiveTAP()(SpinSystem(couplings, IsingPrior()), x).solution
-    each = ["cholesky_ex", "cholesky_inverse"]
-    assert calls == each * (int(solution.steps) + 1)
+    each = ["cholesky_ex", "solve_triangular"]
+    assert calls == each * int(solution.steps) + ["cholesky_ex", "cholesky_inverse"]
+
+
+@pytest.mark.parametrize("method", [AdaptiveTAP, ExpectationPropagation])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_strong_fields_take_no_digits(method, dtype):
+    """C⁻¹ of a frozen spin is huge, and nothing is lost beside it."""
+    couplings, x = sherrington_kirkpatrick(8, 0.7, 0.3, 2)
+    tol = 1e-11 if dtype == torch.float64 else 1e-5
+    solve = method(tol=tol, on_failure="raise")
+    frozen = x.index_fill(0, torch.tensor([0]), 20.0)
+    response = solve(SpinSystem(couplings.to(dtype), IsingPrior()), frozen.to(dtype))
+    # A spin that is held at +1 is a field on the others.
+    rest = SpinSystem(couplings[1:, 1:].contiguous(), IsingPrior())
+    expected = TIGHT(rest, x[1:] + couplings[0, 1:])
+    for name in ("magnetization", "cavity_variance"):
+        mine = getattr(response, name)[1:].double()
+        torch.testing.assert_close(mine, getattr(expected, name), rtol=0, atol=100 * tol)
+    log = expected.log_partition + 20 - math.log(2)
+    torch.testing.assert_close(response.log_partition.double(), log, rtol=10 * tol, atol=0)
+    for strength in (2.0, 8.0, 25.0, 400.0):
+        all_frozen = strength * x.sign()
+        response = solve(SpinSystem(couplings.to(dtype), IsingPrior()), all_frozen.to(dtype))
+        exact = Exact()(SpinSystem(couplings, IsingPrior()), all_frozen)
+        log = response.log_partition.double()
+        torch.testing.assert_close(log, exact.log_partition, rtol=1e-4, atol=1e-3)
+
+
+def test_strong_fields_on_potts_spins():
+    torch.manual_seed(0)
+    system = SpinSystem(symmetric(4, 3, 0.3), PottsPrior(3))
+    x = 60 * torch.nn.functional.one_hot(torch.tensor([0, 2, 1, 0]), 3).double()
+    response = AdaptiveTAP(on_failure="raise")(system, x)
+    exact = Exact()(system, x)
+    torch.testing.assert_close(response.magnetization, exact.magnetization)
+    torch.testing.assert_close(response.log_partition, exact.log_partition)
 
 
 @pytest.mark.slow

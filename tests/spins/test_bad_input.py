@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deep_implicit_attention.deq import ConvergenceError, ConvergenceWarning
+from deep_implicit_attention.solvers import Status
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
+    BlockGibbs,
     Exact,
     ExpectationPropagation,
     GaussianPrior,
@@ -87,8 +90,18 @@ class TestSystems:
             SpinSystem(full(), IsingPrior())
         with pytest.raises(ValueError, match=r"\(N, N\) or \(N, N, 3, 3\), got \(4, 4, 2, 2\)"):
             SpinSystem(full(), SphericalPrior(3))
-        with pytest.raises(TypeError, match=r"real floating dtype, got torch.int64"):
-            SpinSystem(torch.zeros(3, 3, dtype=torch.long), IsingPrior())
+        for dtype in (torch.long, torch.half, torch.bfloat16, torch.complex64):
+            with pytest.raises(TypeError, match=f"couplings must be float32 or.* got {dtype}"):
+                SpinSystem(torch.zeros(3, 3, dtype=dtype), IsingPrior())
+
+    def test_couplings_and_priors_that_are_none(self):
+        couplings = ferromagnet(3)
+        with pytest.raises(TypeError, match="couplings must be a tensor, got ndarray"):
+            SpinSystem(couplings.numpy(), IsingPrior())  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"prior.*IsingPrior\(\), got NoneType"):
+            SpinSystem(couplings, None)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"prior.*got the class IsingPrior"):
+            SpinSystem(couplings, IsingPrior)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -104,6 +117,10 @@ class TestFields:
         with pytest.raises(TypeError, match=r"fields are torch\.float32.*couplings torch\.float64"):
             method(self.system, torch.zeros(5, 3))
 
+    def test_no_tensor(self, method):
+        with pytest.raises(TypeError, match="fields must be a tensor, got ndarray"):
+            method(self.system, torch.zeros(5, 3).numpy())
+
     def test_not_finite(self, method):
         x = torch.zeros(5, 3, dtype=torch.float64)
         x[1, 2] = torch.nan
@@ -111,13 +128,79 @@ class TestFields:
             method(self.system, x)
 
 
-@pytest.mark.parametrize("method", [AdaptiveTAP(), ExpectationPropagation(), Exact()])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        *(lambda J, x, m=m: m(J, x) for m in METHODS),
+        lambda J, x: BlockGibbs(J),
+    ],
+)
+def test_couplings_in_place_of_a_system(ask):
+    with pytest.raises(TypeError, match="system must be a SpinSystem, got Tensor"):
+        ask(ferromagnet(3), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "method", [NaiveMeanField(), TAP(), AdaptiveTAP(), ExpectationPropagation(), Exact()]
+)
 def test_gaussian_spins_without_a_distribution(method):
     """P = 1 and J = 0.5 between all of four spins: eigenvalues of P − J are 1.5 and −0.5."""
     prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1, dtype=torch.float64))
     system = SpinSystem(ferromagnet(4, 2.0), prior)
     with pytest.raises(ValueError, match=r"P − J must be.*smallest eigenvalue is -0\.5$"):
         method(system, torch.zeros(4, 1, dtype=torch.float64))
+
+
+def test_tap_without_a_distribution_of_single_spins():
+    """P = 1, J = 0.95: the second step has C = 1/(1 − 0.95²), so P − V < 0; J = 0.3 is harmless."""
+    prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1, dtype=torch.float64))
+    fields = torch.ones(3, 2, 1, dtype=torch.float64)
+    strong = SpinSystem(0.95 * (1 - torch.eye(2, dtype=torch.float64)), prior)
+    response = TAP(on_failure="ignore")(strong, fields)
+    assert response.solution.status == (Status.NONFINITE,) * 3
+    with pytest.warns(ConvergenceWarning, match="3 of 3 samples did not converge.*nonfinite: 3"):
+        TAP()(strong, fields)
+    with pytest.raises(ConvergenceError, match="nonfinite"):
+        TAP(on_failure="raise")(strong, fields)
+
+
+def test_tap_contains_a_spin_without_a_distribution():
+    """V is too large in the second sample only, of a state given by hand."""
+    prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1, dtype=torch.float64))
+    V = torch.tensor([0.5, 1.5], dtype=torch.float64)[:, None, None, None]
+    allowed = prior.admissible(V)
+    assert allowed[0].item() == 0.5
+    assert bool(torch.isnan(allowed[1]).all())
+    field = torch.ones(2, 1, 1, dtype=torch.float64)
+    # (P − V)⁻¹ (h + Pμ) = 1 / 0.5
+    torch.testing.assert_close(
+        prior.mean(field, allowed).flatten(), field.new_tensor([2.0, torch.nan]), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_empty_batch(method):
+    gaussian = GaussianPrior(torch.zeros(2).double(), torch.eye(2, dtype=torch.float64))
+    for prior in (PottsPrior(2), gaussian):
+        if isinstance(method, SelfAveragingTAP) and prior is gaussian:
+            continue
+        fields = torch.zeros(0, 4, 2, dtype=torch.float64)
+        response = method(SpinSystem(ferromagnet(4, 0.5), prior), fields)
+        assert response.magnetization.shape == (0, 4, 2)
+        assert response.log_partition.shape == (0,)
+        assert response.covariance.shape == (0, 4, 2, 4, 2)
+
+
+@pytest.mark.parametrize("method", [NaiveMeanField(), TAP(), AdaptiveTAP(), Exact()])
+def test_gaussian_prior_in_single_precision(method):
+    """Σ = L Lᵀ, log L_aa and P are exact in float32: the answer is that of a prior in float64."""
+    mean, covariance = torch.tensor([0.5, -0.25]), torch.tensor([[1.0, 0.5], [0.5, 1.25]])
+    fields = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+    narrow = GaussianPrior(mean, covariance)
+    wide = GaussianPrior(mean, covariance).double()
+    one, two = (method(SpinSystem(ferromagnet(4, 0.2), prior), fields) for prior in (narrow, wide))
+    for name in ("magnetization", "log_partition", "energy", "covariance"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=1e-14)
 
 
 def test_more_states_than_can_be_enumerated():

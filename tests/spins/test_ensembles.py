@@ -12,6 +12,7 @@ from deep_implicit_attention.spins import (
     IsingPrior,
     NaiveMeanField,
     SpinSystem,
+    ferromagnet,
     hopfield,
     lattice,
     sherrington_kirkpatrick,
@@ -48,3 +49,26 @@ class TestEnsembles:
         log = Exact()(SpinSystem(lattice((n,), beta), IsingPrior()), torch.zeros(n).double())
         z = (2 * math.cosh(beta)) ** n + (2 * math.sinh(beta)) ** n
         assert log.log_partition.item() == pytest.approx(math.log(z) - n * math.log(2), rel=1e-12)
+
+    def test_hopfield_of_integers(self):
+        patterns = torch.tensor([[1, -1, 1], [1, 1, -1]])
+        assert torch.equal(hopfield(patterns, 0.5), hopfield(patterns.double(), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: hopfield([[1, -1]]), TypeError, "patterns must be a tensor, got list"),
+        (lambda: hopfield(torch.ones(2, 3).bool()), TypeError, "patterns must be.*torch.bool"),
+        (lambda: hopfield(torch.ones(3)), ValueError, r"patterns must.*\(P, N\).*\(3,\)"),
+        (lambda: hopfield(torch.ones(3, 0)), ValueError, r"patterns must.*\(3, 0\)"),
+        (lambda: sherrington_kirkpatrick(3, math.nan), ValueError, "beta must be finite, got nan"),
+        (lambda: sherrington_kirkpatrick(3, 1, -1), ValueError, "field must be at least 0, got -1"),
+        (lambda: ferromagnet(3, math.inf), ValueError, "beta must be finite, got inf"),
+        (lambda: lattice(4), TypeError, r"shape must be the sides.*\(4, 4\), got 4"),
+        (lambda: lattice((4, 0)), ValueError, "shape must be at least 1, got 0"),
+    ],
+)
+def test_ensembles_that_are_none(make, error, says):
+    with pytest.raises(error, match=says):
+        make()

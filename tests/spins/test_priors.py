@@ -221,6 +221,14 @@ def test_gaussian_parameters_learn():
         ),
         (lambda: SphericalPrior(2).large_dim_mean(torch.zeros(2)), "at least 3"),
         (lambda: PottsPrior(0), "num_states"),
+        (lambda: PottsPrior(1), "num_states must be at least 2, got 1"),
+        (lambda: SphericalPrior(3, float("inf")), "radius must be finite, got inf"),
+        (lambda: GaussianPrior(torch.tensor([torch.nan]), torch.eye(1)), "mean must be finite"),
+        (
+            lambda: GaussianPrior(torch.zeros(2), torch.full((2, 2), torch.nan)),
+            "covariance must be finite",
+        ),
+        (lambda: GaussianPrior(torch.zeros(0), torch.zeros(0, 0)), "at least one component"),
         (lambda: PottsPrior(3).mean(torch.zeros(2)), r"\(..., 3\)"),
     ],
 )
@@ -229,9 +237,33 @@ def test_bad_input(make, message):
         make()
 
 
+def test_gaussian_priors_of_wrong_types():
+    with pytest.raises(TypeError, match=r"mean must be float32 or float64, got torch.int64"):
+        GaussianPrior(torch.zeros(2).long(), torch.eye(2))
+    with pytest.raises(TypeError, match="covariance must be a tensor, got list"):
+        GaussianPrior(torch.zeros(1), [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"mean is torch.float32.*covariance torch.float64"):
+        GaussianPrior(torch.zeros(2), torch.eye(2).double())
+
+
 def test_isotropic_v_as_number_or_matrix():
     prior = SphericalPrior(3)
     torch.manual_seed(0)
     field, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     matrix = v[:, None, None] * torch.eye(3, dtype=torch.float64)
     torch.testing.assert_close(prior.log_partition(field, v), prior.log_partition(field, matrix))
+
+
+def test_gaussian_prior_in_bfloat16():
+    """Factors are computed in float32, whatever the parameters are kept in."""
+    prior = GaussianPrior(torch.zeros(2), torch.diag(torch.tensor([1.0, 4.0]))).bfloat16()
+    log_diagonal = torch.tensor([0.0, 4.0**0.5]).log().bfloat16().float()
+    expected = torch.diag(torch.tensor([1.0, (-2 * log_diagonal[1]).exp().item()]))
+    assert prior.scale_tril().dtype == torch.float32
+    torch.testing.assert_close(prior.precision(), expected)
+    field = torch.ones(3, 2, dtype=torch.bfloat16)
+    for value in (prior.mean(field), prior.covariance(field), prior.log_partition(field)):
+        assert value.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        prior.mean(field).float(), torch.tensor([1.0, 4.0]).expand(3, 2), rtol=1e-2, atol=0
+    )

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from deep_implicit_attention.deq import ConvergenceWarning
 from deep_implicit_attention.spins import (
     TAP,
     IsingPrior,
@@ -85,3 +86,29 @@ def test_bad_starts(kind):
         kind()(system, x, start=x.float())
     with pytest.raises(ValueError, match="start must be finite"):
         kind()(system, x, start=x / 0)
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [(NaiveMeanField, -4 / 3), (TAP, -3.2)])
+def test_covariance_of_an_unstable_solution(kind, smallest):
+    """m = 0 below the transition: 1/χ is 1 − e, and 1 + V − e, with e = 2·7/8 and V = 7·(2/8)²."""
+    system = SpinSystem(ferromagnet(8, 2.0), IsingPrior())
+    fields = torch.zeros(3, 8, dtype=torch.float64)
+    fields[1] = 0.5  # stable
+    response = kind()(system, fields)
+    says = rf"{kind.__name__}: .* 2 of 3 converged.*negative eigenvalue {smallest:.3g}"
+    with pytest.warns(ConvergenceWarning, match=says):
+        covariance = response.covariance
+    eigenvalues = torch.linalg.eigvalsh(covariance.detach())[:, 0]
+    assert eigenvalues[0].item() == pytest.approx(smallest)
+    assert eigenvalues[1] > 0
+    silent = kind(on_failure="ignore")(system, fields)
+    assert torch.equal(silent.covariance, covariance)
+
+
+@pytest.mark.parametrize("kind", [NaiveMeanField, TAP])
+def test_singular_covariance_is_stable(kind):
+    """χ of Potts spins is zero along (1, …, 1), up to rounding of either sign."""
+    for dtype in (torch.float32, torch.float64):
+        system = SpinSystem(sherrington_kirkpatrick(6, 0.5)[0].to(dtype), PottsPrior(4))
+        fields = torch.linspace(-1, 1, 24, dtype=dtype).reshape(6, 4)
+        assert kind(tol=1e-6)(system, fields).covariance.isfinite().all()

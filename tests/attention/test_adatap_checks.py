@@ -1,0 +1,191 @@
+"""Adaptive TAP attention: what free energy and `frozen` rest on, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import grad
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention
+from deep_implicit_attention.deq import DEQFixedPoint
+from deep_implicit_attention.solvers import picard
+from deep_implicit_attention.spins import (
+    AdaptiveTAP,
+    GaussianPrior,
+    IsingPrior,
+    PottsPrior,
+    SphericalPrior,
+)
+
+SITES, DIM = 4, 3
+
+PRIORS = {
+    "default": lambda: None,
+    "gaussian": lambda: GaussianPrior(torch.full((DIM,), 0.3), torch.eye(DIM) / 2),
+    "ising": IsingPrior,
+    "potts": lambda: PottsPrior(DIM),
+    "sphere": lambda: SphericalPrior(DIM, 1.2),
+}
+GAUSSIAN, ITERATED = list(PRIORS)[:2], list(PRIORS)[2:]
+
+
+def make(name: str, std: float = 0.15, **options) -> DEQAdaTAPMeanFieldAttention:
+    torch.manual_seed(0)
+    prior = PRIORS[name]()
+    return DEQAdaTAPMeanFieldAttention(SITES, DIM, std, prior=prior, **options).double()
+
+
+@pytest.fixture
+def fields():
+    torch.manual_seed(1)
+    return torch.randn(3, SITES, DIM, dtype=torch.float64)
+
+
+class TestFreeEnergy:
+    @pytest.mark.parametrize("name", PRIORS)
+    def test_its_gradient_is_the_naive_mean_field_of_the_layer(self, name, fields):
+        module = make(name, 0.3, lin_response=False)
+        x = fields.requires_grad_()
+        layer = DEQFixedPoint(module, picard, solver_fwd_tol=1e-12, solver_fwd_max_iter=200)
+        by_field = grad(module.free_energy(x).sum(), x)[0]
+        torch.testing.assert_close(by_field, -layer(x), rtol=0, atol=1e-5)
+        if name in ITERATED:  # a test that adaptive TAP would fail
+            other = grad(make(name, 0.3).free_energy(x).sum(), x)[0]
+            assert (other - by_field).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("name", GAUSSIAN)
+    def test_a_closed_form_takes_no_method(self, name, fields):
+        with pytest.raises(ValueError, match="method must be None for a Gaussian prior"):
+            make(name).free_energy(fields, AdaptiveTAP())
+
+    @pytest.mark.parametrize("name", PRIORS)
+    @pytest.mark.parametrize(
+        ("method", "got"), [("tap", "got str"), (AdaptiveTAP, "got the class AdaptiveTAP")]
+    )
+    def test_other_methods_are_refused(self, name, method, got, fields):
+        with pytest.raises(TypeError, match=f"method must be an inference method.*{got}"):
+            make(name).free_energy(fields, method)
+
+    @pytest.mark.parametrize("name", PRIORS)
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_every_sample_must_be_finite(self, name, value, fields):
+        fields[1, 2, 0] = value
+        with pytest.raises(ValueError, match="x must be finite, sample 1 is not"):
+            make(name).free_energy(fields)
+
+    @pytest.mark.parametrize("name", PRIORS)
+    def test_autocast_has_no_effect(self, name, fields):
+        module, x = make(name).float(), fields.float()
+        expected = module.free_energy(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(module.free_energy(x), expected, rtol=0, atol=0)
+            with module.frozen():
+                frozen = module.free_energy(x)
+        torch.testing.assert_close(frozen, expected, rtol=1e-5, atol=1e-5)
+
+    def test_what_is_not_finite_is_named(self, fields):
+        module = make("default")
+        module.spin_prior_inv_var[0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"positive definite\. P is not finite"):
+            module.free_energy(fields)
+        module = make("default")
+        module._weight.data[0, 1, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"positive definite\. The couplings are not finite"):
+            module.free_energy(fields)
+
+
+class TestFrozen:
+    @staticmethod
+    def swap(module):
+        flat = module._weight.data.view(-1)
+        flat[[20, 31]] = flat[[31, 20]].clone()
+
+    @staticmethod
+    def flip_two_signs(module):
+        array = module._weight.detach().numpy().reshape(-1)
+        array[[20, 22]] *= -1
+
+    @pytest.mark.parametrize("name", ["gaussian", "ising"])
+    @pytest.mark.parametrize("change", [swap, flip_two_signs])
+    def test_hidden_changes_are_noticed(self, name, change, fields):
+        module = make(name)
+        with module.frozen():
+            change(module)
+            with pytest.raises(RuntimeError, match=r"weights changed inside `frozen\(\)`"):
+                module.prepare(fields)
+
+    @pytest.mark.parametrize("size", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("entry", [0, -1])
+    def test_one_bit_is_noticed(self, size, entry, fields):
+        # Odd numbers of entries cannot be read in pairs.
+        module = DEQAdaTAPMeanFieldAttention(3, 3).to(size)
+        with module.frozen():
+            flat = module._weight.data.view(-1)
+            flat[entry] = torch.nextafter(flat[entry], flat[entry] + 1)
+            with pytest.raises(RuntimeError, match="weights changed"):
+                module.prepare(fields[:, :3].to(size))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m: setattr(m, "prior", SphericalPrior(DIM, 1.2)),
+            lambda m: setattr(m.prior, "radius", 3.0),
+            lambda m: setattr(m, "lin_response", False),
+            lambda m: setattr(m, "weight_sym_internal", False),
+        ],
+        ids=["prior", "radius", "lin_response", "symmetry"],
+    )
+    def test_other_settings_are_noticed(self, change, fields):
+        module = make("sphere")
+        with module.frozen():
+            change(module)
+            with pytest.raises(RuntimeError, match=r"prior or an option changed inside `frozen"):
+                module.prepare(fields)
+        module.prepare(fields)
+
+    @pytest.mark.parametrize("shift", [0, 1])
+    def test_weights_may_be_views_at_any_offset(self, shift, fields):
+        module = make("gaussian").float()
+        vector = parameters_to_vector(module.parameters()).detach()
+        vector_to_parameters(torch.cat([vector[:shift], vector])[shift:], module.parameters())
+        assert any(p.storage_offset() % 2 for p in module.parameters())
+        layer, x = DEQFixedPoint(module), fields.float()
+        expected = layer(x)
+        with module.frozen():
+            torch.testing.assert_close(layer(x), expected)
+            vector_to_parameters(2 * vector, module.parameters())
+            with pytest.raises(RuntimeError, match="weights changed"):
+                layer(x)
+
+    def test_copies_are_not_frozen(self, fields):
+        module = make("gaussian")
+        with module.frozen():
+            file = io.BytesIO()
+            torch.save(module, file)
+            copies = [copy.deepcopy(module), torch.load(_rewound(file), weights_only=False)]
+            assert module._frozen is not None
+        for other in copies:
+            assert other._frozen is None
+            with torch.no_grad():
+                other._weight.mul_(0.5)
+            assert not torch.equal(other.free_energy(fields), module.free_energy(fields))
+
+    def test_failing_to_enter_leaves_the_outer_context(self, fields):
+        module = make("gaussian")
+        with module.frozen():
+            own, module._weight = module._weight, nn.Parameter(torch.zeros(1))
+            with pytest.raises(Exception), module.frozen():  # noqa: B017, PT011
+                pass
+            module._weight = own
+            assert module._frozen is not None
+            module.prepare(fields)
+
+
+def _rewound(file: io.BytesIO) -> io.BytesIO:
+    file.seek(0)
+    return file
