@@ -8,24 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deep_implicit_attention.attention._rotary import rotate
+
 
 class ExplicitTransformer(nn.Module):
-    """`depth` pre-normalised blocks of attention and feed-forward, positions learned, head tied.
+    """`depth` pre-normalised blocks of attention and feed-forward, head tied.
 
-    The default is the size of nanoGPT's small CPU baseline, 0.80 M parameters. It takes the
-    options that the equilibrium model's training loop gives and has no use for them.
+    Positions are learned, or rotary as in the equilibrium model. The default is the size of
+    nanoGPT's small CPU baseline, 0.80 M parameters. It takes the options that the equilibrium
+    model's training loop gives and has no use for them.
     """
 
-    def __init__(self, num_tokens: int, max_seq_len: int, dim: int = 128, depth: int = 4) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        max_seq_len: int,
+        rotary: bool = False,
+        dim: int = 128,
+        depth: int = 4,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(num_tokens, dim)
-        self.positions = nn.Parameter(torch.randn(max_seq_len, dim) * 0.02)
+        self.positions = None if rotary else nn.Parameter(torch.randn(max_seq_len, dim) * 0.02)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.blocks = nn.ModuleList(_Block(dim, depth) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(dim, depth, rotary) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, bias=False)
 
     def forward(self, ids: Tensor, **ignored: Any) -> Any:
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        x = self.tokens(ids)
+        if self.positions is not None:
+            x = x + self.positions[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
@@ -36,9 +48,9 @@ class ExplicitTransformer(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int = 4) -> None:
+    def __init__(self, dim: int, depth: int, rotary: bool, heads: int = 4) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.rotary = heads, rotary
         self.norms = nn.ModuleList(nn.LayerNorm(dim, bias=False) for _ in range(2))
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
@@ -53,6 +65,8 @@ class _Block(nn.Module):
         batch, sites, dim = x.shape
         qkv = self.to_qkv(self.norms[0](x)).view(batch, sites, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
         pooled = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.to_out(pooled.transpose(1, 2).reshape(batch, sites, dim))
         return x + self.contract(F.gelu(self.expand(self.norms[1](x))))

@@ -47,13 +47,13 @@ if __name__ == "__main__":
     text = shakespeare(flags.data)
     torch.manual_seed(flags.seed)
     model = DeepImplicitAttentionTransformer(
-        num_tokens=len(text.vocabulary), max_seq_len=LENGTH, dim=256, on_failure="ignore"
-    )
+        num_tokens=len(text.vocabulary), max_seq_len=LENGTH, dim=256, positions="rotary",
+        solver_fwd_tol=1e-2, solver_fwd_max_iter=100,
+    )  # fmt: skip
     train(model, text.train, flags.iterations, flags.seed)
     model.eval().save_pretrained(flags.out)
     with torch.no_grad():
         parts = zip(*(part.split(67) for part in windows(text.validation, LENGTH)), strict=True)
         losses = [model.loss(model(inputs), targets) for inputs, targets in parts]
     print(f"validation loss {torch.stack(losses).mean():.4f} nats")
-    said = model.generate(text.vocabulary.encode("\n")[None], 300)
-    print(text.vocabulary.decode(said[0]))
+    print(text.vocabulary.decode(model.generate(text.vocabulary.encode("\n")[None], 300)))

@@ -42,7 +42,7 @@ def test_one_step_is_a_transformer_block() -> None:
     model.norm.weight.data.normal_()
     ids = tokens()
     with torch.no_grad():
-        x = 16 * (model.tokens.weight[ids] + model.positions[:7])
+        x = 50 * (model.tokens.weight[ids] + model.positions[:7])
         fun = model.blocks[0].fun
         normal = F.layer_norm(x, (16,))
         q, k, v = (
@@ -64,9 +64,9 @@ def test_equilibrium_is_the_limit_of_the_explicit_networks(attention: str) -> No
     ids = tokens()
     with torch.no_grad():
         equilibrium = model(ids)
-        gaps = [(model(ids, steps=k) - equilibrium).norm().item() for k in (1, 4, 16, 400)]
+        gaps = [(model(ids, steps=k) - equilibrium).norm().item() for k in (1, 2, 4, 400)]
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3]
-    assert gaps[3] < 1e-7 < gaps[0] / 100
+    assert gaps[3] < 1e-6 * gaps[0]
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
