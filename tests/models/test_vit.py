@@ -415,3 +415,26 @@ def test_wrong_settings(changes: dict[str, Any], error: type[Exception], named: 
 def test_wrong_images(wrong: Any, error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         build()(wrong)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_narrow_and_empty_batches(attention: str) -> None:
+    model = build(attention, stem="convolution", solver_fwd_tol=1e-4, solver_bwd_tol=1e-4)
+    model = model.float().eval()
+    batch = images().float()
+    with torch.no_grad():
+        exact = model(batch)
+        assert model(batch[:0]).shape == (0, 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model(batch).float(), exact, rtol=0, atol=0.05)
+        narrow = model.bfloat16()(batch.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), exact, rtol=0, atol=0.05)
+
+
+def test_exports_at_a_horizon() -> None:
+    model = build(steps=3).eval()
+    program = torch.export.export(model, (images(),))
+    other = images(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other))
