@@ -299,6 +299,8 @@ def _check_combination(
             f"positions 'rotary' turn queries and keys, which only {' and '.join(_SOFTMAX)} have; "
             f"{attention} takes learned, sinusoidal or none"
         )
+    if not isinstance(widths, list | tuple | None):
+        raise TypeError(f"widths must be a list or tuple of integers, got {widths!r}")
     if stem == "patch" and widths is not None:
         raise ValueError("widths are those of stem 'convolution'; stem 'patch' has none")
     if attention == "adaptive-tap" and weight_norm:

@@ -384,6 +384,7 @@ def test_loss() -> None:
         ({"stem": "convolution", "patch_size": 1, "widths": ()}, ValueError, "at least 1 entries"),
         ({"stem": "convolution", "widths": (4,)}, ValueError, "at least 2 entries"),
         ({"stem": "convolution", "widths": (4, 0)}, ValueError, "widths"),
+        ({"stem": "convolution", "widths": 8}, TypeError, "widths must be a list or tuple"),
         ({"stem": "convolution", "image_size": 18}, ValueError, "image_size 18 .* to 5"),
         ({"heads": 0}, ValueError, "heads"),
         ({"depth": 0}, ValueError, "depth"),
