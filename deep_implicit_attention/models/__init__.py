@@ -4,5 +4,12 @@ from ._count import count_params
 from ._decode import left_pad
 from ._site_classifier import SiteClassifier
 from ._transformer import DeepImplicitAttentionTransformer
+from ._vit import DeepImplicitAttentionViT
 
-__all__ = ["DeepImplicitAttentionTransformer", "SiteClassifier", "count_params", "left_pad"]
+__all__ = [
+    "DeepImplicitAttentionTransformer",
+    "DeepImplicitAttentionViT",
+    "SiteClassifier",
+    "count_params",
+    "left_pad",
+]

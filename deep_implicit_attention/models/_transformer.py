@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 
-from .. import solvers
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
 from ..attention._softmax_couplings import check_key_mask
-from ..deq import DEQFixedPoint, DEQModule, StateCache, jacobian_penalty, spectral_radius
+from ..deq import DEQModule, StateCache, jacobian_penalty, spectral_radius
 from ..deq._state import State
-from ..solvers import Solution
 from ..solvers._validate import check_count, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
+from ._equilibrium import check_name, equilibrium, value_of
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
 _POSITIONS = ("learned", "sinusoidal", "rotary")
-_SOLVERS = ("anderson", "broyden", "newton_krylov", "picard")
 # The embeddings start small, so that the logits that share them do, and are scaled up to fields.
 _START = 0.02
 _FIELD_SCALE = 1 / _START
@@ -100,10 +97,8 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         ):
             check_count(name, size)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
-        _check_name("attention", attention, tuple(_ATTENTION))
-        _check_name("positions", positions, _POSITIONS)
-        _check_name("solver", solver, _SOLVERS)
-        _check_options(options)
+        check_name("attention", attention, tuple(_ATTENTION))
+        check_name("positions", positions, _POSITIONS)
         self.num_tokens, self.max_seq_len, self.dim = num_tokens, max_seq_len, dim
         self.steps: int | None = options.get("steps")
         self.tokens = nn.Embedding(num_tokens, dim)
@@ -120,12 +115,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             mechanism = _ATTENTION[attention](
                 dim=dim, heads=heads, rotary=positions == "rotary", dropout=dropout
             )
-            if weight_norm:
-                for layer in [m for m in mechanism.modules() if isinstance(m, nn.Linear)]:
-                    parametrizations.weight_norm(layer)
-            self.blocks.append(
-                DEQFixedPoint(mechanism, getattr(solvers, solver), initial_state="input", **options)
-            )
+            self.blocks.append(equilibrium(mechanism, solver, weight_norm, options))
         self.norm = nn.LayerNorm(dim)
 
     def fields(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -161,14 +151,14 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             TypeError, ValueError: for ids or a mask of the wrong kind, shape or range.
         """
         x = self.fields(ids, mask)
-        starts = [None] * len(self.blocks) if state is None else [_value(part) for part in state]
+        starts = [None] * len(self.blocks) if state is None else [value_of(part) for part in state]
         if len(starts) != len(self.blocks):
             raise ValueError(f"state must have {len(self.blocks)} parts, got {len(starts)}")
         answers = []
         for block, start in zip(self.blocks, starts, strict=True):
             options = {**overrides, "state": start, "return_solution": return_solution}
             answers.append(block(x, *_given(mask), **options))
-            x = _value(answers[-1])
+            x = value_of(answers[-1])
         logits = self._logits(x)
         return (logits, tuple(answers)) if return_solution else logits
 
@@ -260,7 +250,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         `solutions` are those that ``forward(ids, mask, return_solution=True)`` returned. Costs
         no solve. Dropout is drawn anew.
         """
-        states = [_value(part) for part in solutions]
+        states = [value_of(part) for part in solutions]
         sources = [self.fields(ids, mask), *states[:-1]]
         maps = [
             block.map(x, *_given(mask))  # type: ignore
@@ -272,7 +262,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
     ) -> Tensor:
         """J_ij of every block and head, `(depth, B, heads, T, T)`, for looking."""
-        sources = [self.fields(ids, mask), *(_value(part) for part in solutions[:-1])]
+        sources = [self.fields(ids, mask), *(value_of(part) for part in solutions[:-1])]
         pairs = zip(self.blocks, sources, strict=True)
         return torch.stack([block.fun.couplings(x, mask) for block, x in pairs])  # type: ignore
 
@@ -341,25 +331,3 @@ def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _given(mask: Tensor | None) -> tuple[Tensor, ...]:
     return () if mask is None else (mask,)
-
-
-def _value(part: Any) -> Any:
-    """The state in a `Solution`, or the state itself."""
-    return part.value if isinstance(part, Solution) else part
-
-
-def _check_name(what: str, name: Any, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise for options of `DEQFixedPoint` that cannot be part of a saved config."""
-    for name in ("adjoint", "initial_state"):
-        if name in options:
-            raise TypeError(f"{name} is no option of the model; give it to the call")
-    for name, value in options.items():
-        if not isinstance(value, int | float | str | None):
-            raise TypeError(
-                f"{name} must be a number or a string, to be saved with the config; got {value!r}"
-            )

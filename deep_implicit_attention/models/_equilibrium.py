@@ -1,0 +1,53 @@
+"""What models with equilibrium blocks share: the block, its state, and checks of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from .. import solvers
+from ..deq import DEQFixedPoint, DEQModule
+from ..solvers import Solution
+
+_SOLVERS = ("anderson", "broyden", "newton_krylov", "picard")
+
+
+def equilibrium(
+    mechanism: DEQModule, solver: str, weight_norm: bool, options: dict[str, Any]
+) -> DEQFixedPoint:
+    """A block: `mechanism` solved from z = x by the named solver.
+
+    With `weight_norm`, magnitude and direction of the weights of its linear layers are apart.
+    """
+    check_name("solver", solver, _SOLVERS)
+    _check_options(options)
+    if weight_norm:
+        for layer in [m for m in mechanism.modules() if isinstance(m, nn.Linear)]:
+            parametrizations.weight_norm(layer)
+    return DEQFixedPoint(mechanism, getattr(solvers, solver), initial_state="input", **options)
+
+
+def value_of(part: Any) -> Any:
+    """The state in a `Solution`, or the state itself."""
+    return part.value if isinstance(part, Solution) else part
+
+
+def check_name(what: str, name: Any, known: Sequence[str]) -> None:
+    """Raise unless `name` is one of `known`."""
+    if name not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise for options of `DEQFixedPoint` that cannot be part of a saved config."""
+    for name in ("adjoint", "initial_state"):
+        if name in options:
+            raise TypeError(f"{name} is no option of the model; give it to the call")
+    for name, value in options.items():
+        if not isinstance(value, int | float | str | None):
+            raise TypeError(
+                f"{name} must be a number or a string, to be saved with the config; got {value!r}"
+            )
