@@ -44,7 +44,9 @@ def make(kind: str, num_tokens: int) -> Any:
         num_tokens=num_tokens,
         max_seq_len=LENGTH,
         dim=256,
+        heads=8,
         positions="rotary",
+        solver="picard",
         on_failure="ignore",
         solver_fwd_tol=1e-3,
         solver_bwd_tol=1e-2,
@@ -77,9 +79,9 @@ def run_training(flags: argparse.Namespace) -> None:
     text = shakespeare(flags.data)
     torch.manual_seed(flags.seed)
     model = make(flags.kind, len(text.vocabulary))
-    steps = {"relax": flags.relax, "learn": flags.learn or None}
+    steps = {"relax": flags.relax, "learn": flags.learn or None, "penalty": flags.penalty}
     if flags.kind != "equilibrium":
-        steps = {"relax": 0, "learn": 1}
+        steps = {"relax": 0, "learn": 1, "penalty": 0.0}
     started = time.process_time()
     train(model, text.train, flags.iterations, flags.seed, **steps)
     seconds = (time.process_time() - started) / flags.iterations
@@ -160,6 +162,7 @@ def main() -> None:
     trained.add_argument("--iterations", type=int, default=2000)
     trained.add_argument("--relax", type=int, default=14, help="steps without gradient")
     trained.add_argument("--learn", type=int, default=4, help="steps with; 0 is equilibrium")
+    trained.add_argument("--penalty", type=float, default=0.1, help="weight of ‖∂F/∂z‖²")
     trained.set_defaults(run=run_training)
     horizons = commands.add_parser("horizons")
     horizons.set_defaults(run=run_horizons)

@@ -22,7 +22,7 @@ from ._parts import (
 from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own.
-_START = 0.25
+_START = 0.5
 
 
 class _Context(NamedTuple):

@@ -24,7 +24,7 @@ from ._pretrained import Pretrained
 _POSITIONS = ("learned", "sinusoidal", "rotary")
 # The embeddings start small, so that the logits that share them do, and are scaled up to fields.
 _START = 0.02
-_FIELD_SCALE = 1 / _START
+_FIELD_SCALE = 25.0
 
 
 _ATTENTION: dict[str, Callable[..., DEQModule]] = {
