@@ -49,24 +49,26 @@ class Shakespeare(TrainingFlags):
     """steps towards equilibrium without a gradient"""
     learn: int = 4
     """steps after them with a gradient; 0 is the equilibrium with its exact implicit gradient"""
-    jacobian_penalty: float = 0.0
+    jacobian_penalty: float = 0.1
     """weight in the loss of |dF/dz|^2 per component, which makes equilibria easier to find"""
     dim: int = 256
     """components of a site"""
     depth: int = 1
     """blocks, each solved to equilibrium"""
-    heads: int = 4
+    heads: int = 8
     """heads of the couplings"""
     attention: Literal["softmax", "softmax-plain", "vector-spin"] = "softmax"
     """softmax couplings of a normalised state, of a plain one, or spins on a sphere"""
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    positions: Literal["learned", "sinusoidal", "rotary"] = "rotary"
     """how sites know where they are; rotary in the couplings only"""
     dropout: float = 0.0
     """dropout of fields and updates, drawn once for a batch"""
     weight_norm: bool = False
     """learn magnitude and direction of the weights apart"""
-    tol: float = 1e-3
-    max_iter: int = 200
+    solver: Literal["anderson", "broyden", "newton_krylov", "picard"] = "picard"
+    """solver of the equilibria"""
+    tol: float = 1e-2
+    max_iter: int = 100
     evaluate_every: int = 250
     """iterations between evaluations, each of which says a sample"""
     evaluate_windows: int = 100
@@ -104,6 +106,7 @@ class Shakespeare(TrainingFlags):
             positions=self.positions,
             dropout=self.dropout,
             weight_norm=self.weight_norm,
+            solver=self.solver,
             on_failure="ignore",  # the training loop reports residuals itself
             solver_fwd_tol=self.tol,
             solver_fwd_max_iter=self.max_iter,
