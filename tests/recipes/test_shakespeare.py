@@ -189,13 +189,13 @@ def test_penalty_lowers_the_jacobian(train: Dia) -> None:
 
 
 def test_relaxation_and_learning_see_the_same_dropout() -> None:
-    recipe = Shakespeare(dim=8, heads=2, length=12, dropout=0.5, relax=60, learn=1, threads=1)
+    recipe = Shakespeare(dim=8, heads=2, length=12, dropout=0.5, relax=300, learn=1, threads=1)
     torch.manual_seed(0)
     model = recipe.model(len(set(TEXT))).train()
     task = recipe.task(training.text_data(TEXT))
     batch = task.batch(0, 0, torch.Generator().manual_seed(0))
     (solution,) = task.loss(model, batch).solutions
-    assert solution.steps.unique().tolist() == [61]
+    assert solution.steps.unique().tolist() == [301]
     assert solution.residual.max() < 1e-4  # under another draw the state is no equilibrium
 
 
