@@ -53,7 +53,7 @@ class ConsistentMethod(IteratedMethod):
         log, energy, chi = _read(frame, x, m, V)
         constant = frame.constant(fields)
         if objective is not None:
-            objective = (objective - constant.detach()).reshape(-1, *batch)
+            objective = (objective - constant.detach()).reshape(len(objective), *batch)
         solution = self._judged(solution, chi)
 
         def respond(flat: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class DoubleLoop:
         self.basis = _basis(local, x)
         self.objective: list[Tensor] = []
         self.theta: Tensor | None = None  # θ_s of the last step
-        self.stuck = False  # no step was possible for any sample
+        self.slack = x.new_zeros(len(x))  # rounding of the last step's F
 
     def __call__(self, g: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """The site terms after one outer step."""
@@ -55,7 +55,7 @@ class DoubleLoop:
         newton = self._valid_or(single, (self.theta + step, theta_r))
         # Where rounding spoils even the bound: no step.
         theta, new_r, value = self.theta, theta_r, _independent(*self._unpack(self.theta)) - old
-        waiting = torch.ones_like(old, dtype=torch.bool)
+        waiting, slack = torch.ones_like(old, dtype=torch.bool), self.slack
         for candidate, start in (newton, single, bound):
             candidate_r, inner, solved = self._inner(candidate, start)
             slack = 100 * torch.finfo(old.dtype).eps * (1 + inner.abs())
@@ -66,8 +66,13 @@ class DoubleLoop:
             waiting &= ~taken
             if not bool(waiting.any()):
                 break
-        self.stuck = bool(waiting.all())
+        self.slack = slack
         return self._moved(theta, new_r, value)
+
+    def stalled(self, steps: int) -> bool:
+        """Whether no sample's F fell by more than rounding in the last `steps` steps."""
+        fall = self.objective[-steps] - self.objective[-1]
+        return not bool((fall > self.slack).any())
 
     def conclude(self, g: Tensor, total: Tensor) -> None:
         """Append F at the moments of these terms; at a solution that is −log Z."""

@@ -24,7 +24,7 @@ Update = Callable[[Tensor, Tensor], Terms]
 
 # Parallel updates that have not converged by then are left to the double loop (schedule "auto").
 _AUTO_LIMIT = 300
-# Steps after which it is asked whether the double loop still moves.
+# Steps after which it is asked whether the double loop still goes down.
 _PART = 25
 
 
@@ -171,7 +171,7 @@ class _Schedule:
         solution = part(z0[rows], min(max_iter, _PART))
         left = max_iter - _PART
         while left > 0 and not bool(solution.converged.all()):
-            if isinstance(update, DoubleLoop) and update.stuck:
+            if isinstance(update, DoubleLoop) and update.stalled(_PART - 1):
                 break
             going = ~solution.converged
             further = part(solution.value, min(left, _PART))

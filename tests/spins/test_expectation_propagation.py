@@ -125,6 +125,24 @@ def test_single_loops_fail_on_some_of_them_and_auto_comes_to_their_help():
     torch.testing.assert_close(auto.objective[-1, 0], -auto.log_partition[0])
 
 
+def test_a_double_loop_that_rounding_has_stopped_is_ended():
+    """Terms of spins that are almost frozen are so large that F cannot be seen to fall."""
+    couplings, x = sherrington_kirkpatrick(6, 0.5, 0.3, 1)
+    method = ExpectationPropagation(schedule="double loop", on_failure="ignore", tol=1e-14)
+    response = method(SpinSystem(couplings, IsingPrior()), 8 * x.sign())
+    assert int(response.solution.steps) < 200
+    exact = Exact()(SpinSystem(couplings, IsingPrior()), 8 * x.sign())
+    torch.testing.assert_close(response.magnetization, exact.magnetization, rtol=0, atol=1e-8)
+
+
+def test_zero_fields_and_empty_batches_have_an_objective_too():
+    system = spin_glass(0)[0]
+    method = ExpectationPropagation(schedule="double loop", on_failure="raise")
+    response = method(system, torch.zeros(16, dtype=torch.float64))
+    torch.testing.assert_close(response.objective[-1], -response.log_partition)
+    assert method(system, torch.zeros(0, 16, dtype=torch.float64)).objective.shape[1:] == (0,)
+
+
 def test_potts_and_spherical_glasses_on_which_single_loops_fail():
     for system in (
         SpinSystem(symmetric(6, 3, 1.0, 1), SphericalPrior(3, 1.0)),
