@@ -70,7 +70,10 @@ class DoubleLoop:
         return self._moved(theta, new_r, value)
 
     def stalled(self, steps: int) -> bool:
-        """Whether no sample's F fell by more than rounding in the last `steps` steps."""
+        """Whether no sample's F fell by more than rounding in the last `steps` steps, or fewer were
+        made because nothing is finite any more."""
+        if len(self.objective) < steps:
+            return True
         fall = self.objective[-steps] - self.objective[-1]
         return not bool((fall > self.slack).any())
 
