@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,18 @@ from ._parts import (
     Weights,
     check_positive,
     feed_forward,
+    feed_forward_slope,
+    feed_forward_vjp,
     hide,
+    inverse_or_identity,
     linear_weights,
     merge_heads,
     normalized,
+    normalized_vjp,
     split_heads,
 )
-from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+from ._pooling import Couplings, couple
+from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own.
 _START = 0.5
@@ -27,7 +33,7 @@ _START = 0.5
 
 class _Context(NamedTuple):
     x: Tensor  # (B, N, d), with the field of sites whose states are known
-    couplings: Tensor  # (B, h, N, N)
+    couplings: Couplings
     w_out: Tensor
     b_out: Tensor
     correction: Weights | None
@@ -121,7 +127,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         q, k = self.queries_and_keys(x)
         return _Context(
             x,
-            softmax_couplings(q, k, self.scale, mask, self.causal),
+            couple(q, k, self.dim // self.heads, self.scale, mask, self.causal),
             *linear_weights(self.to_out),
             None if self.correction is None else self.correction.weights(),
             mask,
@@ -131,7 +137,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
         acting = self._acting(z)
-        pooled = merge_heads(context.couplings @ split_heads(acting, self.heads))
+        pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
         response = F.linear(pooled, context.w_out, context.b_out)
         if context.kept is not None:
             response = context.kept[0] * response
@@ -140,6 +146,56 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             correction = feed_forward(acting, context.correction)
             field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
+
+    def first_step(self, context: _Context) -> Tensor:
+        """x + b_O − f(0), the update from z = 0, which needs no couplings."""
+        response = context.b_out.expand_as(context.x)
+        if context.kept is not None:
+            response = context.kept[0] * response
+        field = response + context.x
+        if context.correction is not None:
+            correction = feed_forward(torch.zeros_like(context.b_out), context.correction)
+            field = field - (correction if context.kept is None else context.kept[1] * correction)
+        return hide(field, context.mask)
+
+    def vjp(self, z: Tensor, context: _Context) -> Callable[[Tensor], Tensor]:
+        """v ↦ (∂F/∂z)ᵀ v at `z`."""
+        acting, back = normalized_vjp(z) if self.normalize else (z, None)
+        correct = None
+        if context.correction is not None:
+            correct = feed_forward_vjp(acting, context.correction)
+        transposed = context.couplings.transposed()
+
+        def product(v: Tensor) -> Tensor:
+            v = hide(v, context.mask)
+            pooled = v if context.kept is None else context.kept[0] * v
+            out = merge_heads(transposed(split_heads(pooled @ context.w_out, self.heads)))
+            if correct is not None:
+                out = out - correct(v if context.kept is None else context.kept[1] * v)
+            return out if back is None else back(out)
+
+        return product
+
+    def preconditioner(self, context: _Context) -> Callable[[Tensor], Tensor]:
+        """r ↦ P r with f linearised where its hidden units are at their biases, D = ∂f/∂z.
+
+        Rows of J sum to one, so it maps what is common to all sites to itself: there P is
+        (1 + D − W_O)⁻¹. What couplings average out is left to (1 + D)⁻¹.
+        """
+        one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
+        if context.correction is not None:
+            one = one + feed_forward_slope(context.correction)
+        apart = inverse_or_identity(one).mT
+        common = inverse_or_identity(one - context.w_out).mT - apart
+        kept = None if context.mask is None else context.mask.to(one)[:, :, None]
+
+        def apply(r: Tensor) -> Tensor:
+            if kept is None:
+                return r @ apart + r.mean(dim=1, keepdim=True) @ common
+            mean = r.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(1)
+            return r @ apart + kept * (mean @ common)
+
+        return apply
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium of those before it.
@@ -159,7 +215,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         field = F.linear(merge_heads(pooled), context.w_out)
         if kept is not None:
             field = kept[0] * field
-        return context._replace(x=x_new + field, couplings=own, mask=None, kept=kept, memory=memory)
+        return context._replace(x=x_new + field, couplings=Couplings(own), mask=None, kept=kept, memory=memory)
 
     def _acting(self, z: Tensor) -> Tensor:
         """What the couplings and f act on."""

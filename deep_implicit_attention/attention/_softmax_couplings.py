@@ -13,6 +13,7 @@ from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
 from ._parts import check_sources, hide, normalized, project, split_heads
+from ._pooling import softmax_couplings
 from ._rotary import rotate
 
 
@@ -123,25 +124,3 @@ def check_key_mask(mask: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
-
-
-def softmax_couplings(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """J = softmax(scale · q kᵀ) over the keys that a query may see, `(B, h, N, N)`.
-
-    Rows sum to one, or to zero where a query sees no key at all.
-    """
-    logits = (q * scale) @ k.mT
-    sites = logits.shape[-1]
-    allowed = None
-    if causal:
-        allowed = torch.ones(sites, sites, dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        keys = mask[:, None, None, :]
-        allowed = keys if allowed is None else allowed & keys
-    if allowed is None:
-        return logits.softmax(dim=-1)
-    # The lowest number, not −inf: a row without keys must not become 0/0.
-    lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)

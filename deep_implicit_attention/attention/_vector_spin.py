@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._parts import FeedForward, check_positive, hide, merge_heads, normalized, split_heads
-from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+from ._pooling import Couplings, couple
+from ._softmax_couplings import Memory, SoftmaxCouplings
 
 
 class _Context(NamedTuple):
     fields: Tensor  # (B, h, N, k): x + f(x), by heads
-    couplings: Tensor  # (B, h, N, N)
+    couplings: Couplings
     mask: Tensor | None  # (B, N), True = keep
     memory: Memory | None
 
@@ -86,12 +87,12 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
         q, k = self.queries_and_keys(x)
-        couplings = softmax_couplings(q, k, self.scale, mask, self.causal)
+        couplings = couple(q, k, self.dim // self.heads, self.scale, mask, self.causal)
         memory = Memory(k, None, mask) if self.causal else None
         return _Context(self._fields(x), couplings, mask, memory)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        field = context.fields + context.couplings @ split_heads(z, self.heads)
+        field = context.fields + context.couplings.act(split_heads(z, self.heads))
         field = self.beta * field
         stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
         return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
@@ -102,7 +103,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         Arguments and cost as in `DEQVanillaSoftmaxAttention.append`.
         """
         pooled, own, memory = self.one_more(context.memory, state, x_new)
-        return _Context(self._fields(x_new) + pooled, own, None, memory)
+        return _Context(self._fields(x_new) + pooled, Couplings(own), None, memory)
 
     def _fields(self, x: Tensor) -> Tensor:
         """x + f(x) by heads, `(B, h, N, k)`."""

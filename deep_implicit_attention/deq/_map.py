@@ -56,6 +56,12 @@ class TracedMap:
         self.closes_over = False
 
     def __call__(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        with self.bound(tensors) as f:
+            return f(z)
+
+    @contextmanager
+    def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """f as a function of z alone, with `tensors` put in once for many evaluations."""
         leaves = list(self._leaves)
         given = len(self._slots)
         for slot, tensor in zip(self._slots, tensors[:given], strict=True):
@@ -63,16 +69,30 @@ class TracedMap:
         args = pytree.tree_unflatten(leaves, self._tree)
         self._fill(map(full_precision, tensors[given:]))
         try:
-            version = None if z.is_inference() else z._version
             with _uncached():
-                image = self.f(self.layout.unpack(z), *args)
-            if version is not None and z._version != version:
-                raise RuntimeError("f must not change its state in place: return a new tensor")
+                yield lambda z: self._image(z, args)
         finally:
-            # Held by nobody between calls, so that what autograd saves is all that is kept.
+            # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
+
+    def vjp(self, z: Tensor, tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`."""
+        if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
+            return None
+        leaves = list(self._leaves)
+        for slot, tensor in zip(self._slots, tensors, strict=False):
+            leaves[slot] = full_precision(tensor.detach())
+        product = self.f.vjp(self.layout.unpack(z), *pytree.tree_unflatten(leaves, self._tree))
+        return lambda v: self.layout.pack(product(self.layout.unpack(v)))
+
+    def _image(self, z: Tensor, args: Any) -> Tensor:
+        version = None if z.is_inference() else z._version
+        image = self.f(self.layout.unpack(z), *args)
+        if version is not None and z._version != version:
+            raise RuntimeError("f must not change its state in place: return a new tensor")
         self.layout.check_image(image)
-        return self.layout.pack(image).to(z.dtype)
+        flat = self.layout.pack(image)
+        return flat if flat.dtype == z.dtype else flat.to(z.dtype)
 
     def _fill(self, tensors: Any) -> None:
         for places, tensor in zip(self._places, tensors, strict=True):

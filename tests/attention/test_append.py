@@ -126,7 +126,7 @@ def test_an_update_of_an_added_site_works_on_that_site_only(layer, x):
     cache = StateCache.start(layer, x[:, :4])
     context = layer.fun.append(cache.context, cache.solution.value, x[:, 4:])
     assert layer.fun.update(x[:, 4:], context).shape == (3, 1, 12)
-    assert context.couplings.shape[-2:] == (1, 1)
+    assert context.couplings.matrix.shape[-2:] == (1, 1)
 
 
 def test_caches_that_cannot_be(x):
