@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..deq._linear_map import LinearMap
 from ..deq._state import full_precision
 from ..solvers._validate import check_count
 
@@ -88,6 +89,11 @@ def inverse_or_identity(matrix: Tensor) -> Tensor:
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     sound = (failed == 0) & torch.isfinite(inverse).all()
     return torch.where(sound, inverse, identity)
+
+
+def on_sites(matrix: Tensor) -> LinearMap:
+    """r ↦ A r_i for every site of `(B, N, d)`."""
+    return LinearMap(lambda r: r @ matrix.mT, lambda r: r @ matrix)
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._memory import empty
+
 # Measured on one core: from here on fused attention is faster for the gradient by queries and keys
 # and for the few updates of a solve that no backward pass follows.
 _FUSED = 256
@@ -76,7 +78,11 @@ def softmax_couplings(
 
     Rows sum to one, or to zero where a query sees no key at all.
     """
-    logits = (q * scale) @ k.mT
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        logits = (q * scale) @ k.mT
+    else:
+        fresh = empty(*q.shape[:-1], k.shape[-2], like=q)
+        logits = torch.matmul(q * scale, k.mT, out=fresh)
     sites = logits.shape[-1]
     allowed = None
     if causal:
@@ -108,22 +114,21 @@ class _Fused(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool
     ) -> Tensor:
-        ctx.save_for_backward(q, k, z)
         ctx.scale, ctx.causal = scale, causal
+        ctx.save_for_backward(q, k, z)
         return _fused(q, k, z, scale, causal)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
             if twice:
-                q, k, z = (t.view_as(t) for t in tensors)
+                q, k, z = (t.view_as(t) for t in ctx.saved_tensors)
                 pooled = softmax_couplings(q, k, ctx.scale, None, ctx.causal) @ z
             else:
-                q, k, z = (t.detach().requires_grad_() for t in tensors)
+                q, k, z = (t.detach().requires_grad_() for t in ctx.saved_tensors)
                 pooled = _fused(q, k, z, ctx.scale, ctx.causal)
-            wanted = [t for t, need in zip((q, k, z), ctx.needs_input_grad[:3], strict=True) if need]
+            wanted = [t for t, need in zip((q, k, z), needed, strict=True) if need]
             found = iter(torch.autograd.grad(pooled, wanted, g, create_graph=twice))
-        grads = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
-        return *grads, None, None
+        return *(next(found) if need else None for need in needed), None, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
+from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 
 
@@ -121,13 +122,13 @@ class _Raw(torch.autograd.Function):
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
     """`weight` `(N, N, d, d)` with each J_ij symmetric, and J_ij = J_ji."""
     if internal:
-        weight = torch.lerp(weight, weight.transpose(2, 3), 0.5)
-    return torch.lerp(weight, weight.transpose(0, 1), 0.5) if sites else weight
+        weight = 0.5 * (weight + weight.transpose(2, 3))
+    return 0.5 * (weight + weight.transpose(0, 1)) if sites else weight
 
 
 def _free(matrix: Tensor, sites: tuple[int, int]) -> Tensor:
     """A contiguous copy without self-couplings; i and j are the axes `sites`."""
-    # A clone: where N or d is 1 the axes may have been exchanged without moving anything.
-    matrix = matrix.clone(memory_format=torch.contiguous_format)
+    # A copy: where N or d is 1 the axes may have been exchanged without moving anything.
+    matrix = empty(*matrix.shape, like=matrix).copy_(matrix)
     matrix.diagonal(dim1=sites[0], dim2=sites[1]).zero_()
     return matrix

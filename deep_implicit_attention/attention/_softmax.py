@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..deq._linear_map import LinearMap
 from ._parts import (
     FeedForward,
     Weights,
@@ -176,7 +177,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
         return product
 
-    def preconditioner(self, context: _Context) -> Callable[[Tensor], Tensor]:
+    def preconditioner(self, context: _Context) -> LinearMap:
         """r ↦ P r with f linearised where its hidden units are at their biases, D = ∂f/∂z.
 
         Rows of J sum to one, so it maps what is common to all sites to itself: there P is
@@ -185,17 +186,22 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
         if context.correction is not None:
             one = one + feed_forward_slope(context.correction)
-        apart = inverse_or_identity(one).mT
-        common = inverse_or_identity(one - context.w_out).mT - apart
+        apart = inverse_or_identity(one)
+        common = inverse_or_identity(one - context.w_out) - apart
         kept = None if context.mask is None else context.mask.to(one)[:, :, None]
 
-        def apply(r: Tensor) -> Tensor:
+        def averaged(r: Tensor) -> Tensor:
             if kept is None:
-                return r @ apart + r.mean(dim=1, keepdim=True) @ common
-            mean = r.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(1)
-            return r @ apart + kept * (mean @ common)
+                return r.mean(dim=1, keepdim=True)
+            return r.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(1)
 
-        return apply
+        def spread(r: Tensor) -> Tensor:
+            return r if kept is None else kept * r
+
+        return LinearMap(
+            lambda r: r @ apart.mT + spread(averaged(r) @ common.mT),
+            lambda r: r @ apart + spread(averaged(r) @ common),
+        )
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium of those before it.

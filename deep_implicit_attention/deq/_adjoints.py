@@ -20,6 +20,7 @@ from ..solvers import Solution, gmres
 from ..solvers._gmres import power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
+from ._linear_map import transpose
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
 
@@ -199,14 +200,15 @@ class _Equation:
         solver, settings = self.adjoint.solver, self.adjoint.options
         settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
         if self.preconditioner is not None:
-            settings["preconditioner"] = _transpose(self.preconditioner, g)
+            settings["preconditioner"] = transpose(self.preconditioner, g)
         # The equation is linear: at order one, small gradients do not underflow in the solver.
         unit = power_of_two(g)
         g = g / unit
         if solver is gmres:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
-            solution = solver(lambda u: product(u) + g, g, **settings)
+            start = g if self.preconditioner is None else settings["preconditioner"](g)
+            solution = solver(lambda u: product(u) + g, start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
         # A gradient that was not finite when it came is not the solve's failure.
@@ -214,14 +216,6 @@ class _Equation:
         judged = solution.accepting(blameless)
         report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
         return solution.value * unit
-
-
-def _transpose(linear: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
-    """v ↦ Aᵀ v for a linear map v ↦ A v of vectors `like`."""
-    with torch.enable_grad():
-        v = torch.zeros_like(like).requires_grad_()
-        image = linear(v)
-    return lambda u: _vjp(image, v, u, create_graph=False)
 
 
 def _attach(

@@ -15,7 +15,8 @@ from ..solvers import Solution, anderson, gmres
 from ..solvers._validate import check_options, takes
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
-from ._map import TracedMap, without_autocast
+from ._linear_map import on_vectors
+from ._map import TracedMap, is_plain, untraced, without_autocast
 from ._state import Layout, State, full_precision, widen
 
 
@@ -94,12 +95,12 @@ def solve_and_attach(
     on_failure: str,
     tol: float,
     max_iter: int,
-    preconditioner: Callable[[State], State] | None = None,
+    state_preconditioner: Callable[[State], State] | None = None,
     **solver_options: Any,
 ) -> Solution:
     """`fixed_point` without its report on the forward solve.
 
-    `preconditioner` acts on states; it is for solvers that take one, forward and backward.
+    `state_preconditioner` is for solvers that take a preconditioner, forward and backward.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
@@ -114,11 +115,15 @@ def solve_and_attach(
     layout = Layout.of(z0)
     flat = layout.pack(z0).detach()
     flat_preconditioner = None
-    if preconditioner is not None:
-        flat_preconditioner = _on_vectors(preconditioner, layout)
+    if state_preconditioner is not None:
+        flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
+    if not torch.is_grad_enabled() and is_plain(f, args):
+        with without_autocast(flat):
+            solution = solve(untraced(f, layout, args), flat)
+        return solution.with_value(layout.unpack(solution.value))
     traced = TracedMap(f, layout, args)
     if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):
         raise RuntimeError(
@@ -155,10 +160,3 @@ def solve_and_attach(
             )
     traced.tensors = []  # from here on what autograd saved is all that is held
     return solution.with_value(layout.unpack(value))
-
-
-def _on_vectors(
-    preconditioner: Callable[[State], State], layout: Layout
-) -> Callable[[Tensor], Tensor]:
-    """A map of states as a map of vectors `(B, n)`."""
-    return lambda r: layout.pack(preconditioner(layout.unpack(r)))

@@ -169,7 +169,7 @@ class DEQFixedPoint(nn.Module):
             fields = self._fields(x, inputs)
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             broken = solution.codes == Status.NONFINITE.code
-            poisoned = bool(broken.any())
+            poisoned = not bool(solution.converged.all()) and bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.
@@ -214,8 +214,9 @@ class DEQFixedPoint(nn.Module):
         return self.fun.prepare(fields, *inputs) if hasattr(self.fun, "prepare") else fields
 
     @torch.no_grad()
-    def _preconditioner(self, context: Any) -> Callable[[State], State] | None:
-        if not hasattr(self.fun, "preconditioner"):
+    def _preconditioner(self, context: Any, settings: Settings) -> Any:
+        """That of the mechanism, unless the caller has given one to the solver, or None."""
+        if "preconditioner" in settings.solver_options or not hasattr(self.fun, "preconditioner"):
             return None
         return self.fun.preconditioner(context)
 
@@ -246,7 +247,7 @@ class DEQFixedPoint(nn.Module):
         if settings.steps is None and hasattr(fun, "solve"):
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         if settings.steps is None:
-            preconditioner = self._preconditioner(context)
+            preconditioner = self._preconditioner(context, settings)
             if settings.initial_state == "zeros" and state is None and hasattr(fun, "first_step"):
                 with torch.no_grad():
                     start = fun.first_step(context)
@@ -260,7 +261,7 @@ class DEQFixedPoint(nn.Module):
                 on_failure=settings.on_failure,
                 tol=settings.tol,
                 max_iter=settings.max_iter,
-                preconditioner=preconditioner,
+                state_preconditioner=preconditioner,
                 **settings.solver_options,
             )
             value = solution.value

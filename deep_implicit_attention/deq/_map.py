@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
@@ -70,7 +71,7 @@ class TracedMap:
         self._fill(map(full_precision, tensors[given:]))
         try:
             with _uncached():
-                yield lambda z: self._image(z, args)
+                yield lambda z: _flat_image(self.f, self.layout, z, args)
         finally:
             # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
@@ -84,15 +85,6 @@ class TracedMap:
             leaves[slot] = full_precision(tensor.detach())
         product = self.f.vjp(self.layout.unpack(z), *pytree.tree_unflatten(leaves, self._tree))
         return lambda v: self.layout.pack(product(self.layout.unpack(v)))
-
-    def _image(self, z: Tensor, args: Any) -> Tensor:
-        version = None if z.is_inference() else z._version
-        image = self.f(self.layout.unpack(z), *args)
-        if version is not None and z._version != version:
-            raise RuntimeError("f must not change its state in place: return a new tensor")
-        self.layout.check_image(image)
-        flat = self.layout.pack(image)
-        return flat if flat.dtype == z.dtype else flat.to(z.dtype)
 
     def _fill(self, tensors: Any) -> None:
         for places, tensor in zip(self._places, tensors, strict=True):
@@ -108,6 +100,36 @@ class TracedMap:
             image = self(z.detach(), [t.detach() for t in self.tensors])
             self.closes_over = image.requires_grad
         return image.detach()
+
+
+def is_plain(f: Callable, args: Sequence[Any]) -> bool:
+    """Whether f is a module that can be called as it is: nothing needs widening or a derivative."""
+    if not isinstance(f, nn.Module):
+        return False
+    leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
+    if any(unpack_dual(leaf).tangent is not None for leaf in leaves):
+        return False
+    owned = (*leaves, *f.parameters(), *f.buffers())
+    return all(tensor is full_precision(tensor) for tensor in owned)
+
+
+def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """f(z, *args) on flat states, for solves that no derivative is wanted of."""
+
+    def step(z: Tensor) -> Tensor:
+        return _flat_image(f, layout, z, args)
+
+    return step
+
+
+def _flat_image(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
+    version = None if z.is_inference() else z._version
+    image = f(layout.unpack(z), *args)
+    if version is not None and z._version != version:
+        raise RuntimeError("f must not change its state in place: return a new tensor")
+    layout.check_image(image)
+    flat = layout.pack(image)
+    return flat if flat.dtype == z.dtype else flat.to(z.dtype)
 
 
 @contextmanager
