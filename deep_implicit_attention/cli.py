@@ -12,6 +12,7 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
   dia train digits       a minute on a laptop, nothing to download
   dia train mnist        the 2021 project's task, at its size and schedule
+  dia train mnist-vit    a vision transformer on MNIST, by any of the mechanisms
   dia train shakespeare  a language model of characters, of Tiny Shakespeare or a text of your own
   dia evaluate RUN       measures a finished run again, from its folder
   dia generate RUN       continues a text with the language model of a run
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     digits = Annotated[recipes.Digits, tyro.conf.subcommand("digits")]
     mnist = Annotated[recipes.Mnist, tyro.conf.subcommand("mnist")]
     shakespeare = Annotated[recipes.Shakespeare, tyro.conf.subcommand("shakespeare")]
-    every = digits | mnist | shakespeare
+    mnist_vit = Annotated[recipes.MnistViT, tyro.conf.subcommand("mnist-vit")]
+    every = digits | mnist | mnist_vit | shakespeare
 
     def train(recipe: tyro.conf.OmitSubcommandPrefixes[every]) -> int:  # type: ignore
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.

@@ -2,10 +2,11 @@
 
 from ._compare import run_ising
 from ._flags import TrainingFlags
-from ._image_recipe import Digits, ImageRecipe, Mnist
+from ._image_recipe import Digits, ImageRecipe, Mnist, SiteRecipe
 from ._images import run_images
 from ._ising import Ising
 from ._language import run_shakespeare
+from ._mnist_vit import MnistViT
 from ._saved import agree, evaluate_run, generate_run, load_recipe
 from ._shakespeare import Shakespeare
 
@@ -14,7 +15,9 @@ __all__ = [
     "ImageRecipe",
     "Ising",
     "Mnist",
+    "MnistViT",
     "Shakespeare",
+    "SiteRecipe",
     "TrainingFlags",
     "agree",
     "evaluate_run",
