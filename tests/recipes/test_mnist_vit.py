@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,17 @@ def test_ends_early_where_nothing_is_learned_any_more(
     assert [record["epoch"] for record in epochs] == [1, 2, 3]
     assert (last["ending"], last["best_epoch"]) == ("early", 1)
     assert "the training ends early" in run.out
+
+
+@pytest.mark.parametrize("attention", ["mean-field", "softmax"])
+def test_divergence_is_told_before_the_loss_is_no_number(attention: str, train: Train) -> None:
+    flags = ["--attention", attention, "--dim", "8", "--epochs", "20"]
+    run = train(*flags, "--learning-rate", "1000", "--coupling-rate", "1")
+    ended = re.search(r"not finite in step (\d+) .*--learning-rate", run.complaint())
+    told = re.search(r"step (\d+) \(epoch .*lower --learning-rate", run.out)
+    assert ended
+    assert told
+    assert int(told[1]) < int(ended[1])
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_divergence_is_told_before_the_loss_is_no_number(
     task = Rising.of(regression, base=3.0)
     build = trainer(task, steps=6000, evaluate_every=25)
     with (
-        pytest.warns(DivergenceWarning, match=r"step \d+ .*rises.*lower the learning rate"),
+        pytest.warns(DivergenceWarning, match=r"step \d+ .*jumps.*lower the learning rate"),
         pytest.raises(
             FloatingPointError, match=r"not finite in step \d+ .*lower the learning rate"
         ),
