@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from ..deq import ConvergenceWarning
 from ._data import Data
 from ._parameters import Learned, is_coupling
 
-# From parameters to second moments (N+1, N+1); the clamped phase is told which rows are its batch.
-FreePhase = Callable[[Tensor], Tensor]
+# From parameters to second moments (N+1, N+1), or None where the response has no answer; the clamped
+# phase is told which rows are its batch.
+FreePhase = Callable[[Tensor], Tensor | None]
 ClampedPhase = Callable[[Tensor, Data, Tensor | None], Tensor]
 
 
@@ -59,7 +62,7 @@ def ascend(
     if n == visible and data.observed is None:
         constant = clamped(theta, data, None)  # nothing in it depends on the parameters
     order, position = torch.empty(0, dtype=torch.long), 0
-    residual = torch.nan
+    residual, last = torch.nan, start
     for update in range(schedule.updates):
         left = 1 - update / schedule.updates
         optimizer.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, 2 * left)
@@ -73,11 +76,26 @@ def ascend(
                 rows = order[position : position + schedule.batch_size]
                 position += schedule.batch_size
             second = clamped(theta, data if rows is None else data[rows], rows)
-        gradient = (second - free(theta) - penalty * theta) * allowed
+        average = free(theta)
+        if average is None:
+            _report(update)
+            return Learned(last, steps=max(update, 1), residual=residual)
+        last = theta.clone()
+        gradient = (second - average - penalty * theta) * allowed
         theta.grad = -gradient
         optimizer.step()
         residual = gradient.abs().max().item()
     return Learned(theta, steps=schedule.updates, residual=residual)
+
+
+def _report(update: int) -> None:
+    warnings.warn(
+        f"the response that stands for the free averages has no stable solution after {update} "
+        "updates: the couplings have become too strong for it. The parameters are those before. "
+        "Set l2, or choose method='pcd' or 'exact'.",
+        ConvergenceWarning,
+        stacklevel=7,
+    )
 
 
 def with_hidden(theta: Tensor, hidden: int, generator: Generator) -> Tensor:

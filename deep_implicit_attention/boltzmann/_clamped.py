@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..deq._failure import OnFailure
+from ..solvers import picard
 from ..spins import (
     TAP,
     AdaptiveTAP,
     Exact,
-    ExpectationPropagation,
     IsingPrior,
     NaiveMeanField,
     SpinSystem,
@@ -28,19 +28,29 @@ from ._parameters import rows_with_one, unpack
 
 Kind = Literal["exact", "naive", "tap", "adaptive_tap"]
 
+_METHODS: dict[str, Callable[..., Any]] = {
+    "naive": NaiveMeanField,
+    "tap": TAP,
+    "adaptive_tap": AdaptiveTAP,
+}
+
 # Rows that must share what is clamped, on average, for groups of them to be faster than one batch.
 _SHARED = 8
 # Numbers in the matrices of a batch of rows.
 _NUMBERS = 2**22
-_TOL, _MAX_ITER = 1e-9, 500
+_TOL, _MAX_ITER, _DAMPING = 1e-9, 500, 0.9
 
 
 @dataclass(frozen=True)
 class Means:
-    """Magnetizations `(B, n)`, and their covariance `(B, n, n)` when it is asked for."""
+    """Magnetizations `(B, n)`, and their covariance `(B, n, n)` when it is asked for.
+
+    The covariance is None where spins are not coupled: then it is diagonal, 1 − m².
+    """
 
     m: Tensor
-    covariance: Callable[[], Tensor]
+    covariance: Callable[[], Tensor] | None
+    converged: bool = True
 
 
 def clamp(
@@ -51,7 +61,7 @@ def clamp(
     Yields the rows of a part `(b,)`, the sites it is about `(n,)` and their means; sites that are
     clamped, if there are any among them, have means of ±1 and no covariance.
     """
-    patterns, group = torch.unique(free, dim=0, return_inverse=True)
+    patterns, group = patterns_of(free)
     J, h = unpack(theta)
     if kind == "exact" or len(patterns) * _SHARED <= len(free) or len(free) < _SHARED:
         for number, pattern in enumerate(patterns):
@@ -70,31 +80,61 @@ def clamp(
         yield part, sites, means(kind, J, x, on_failure)
 
 
+def patterns_of(free: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows of `free` `(B, N)`, and for each row the number of its own, `(B,)`."""
+    if len(free) and bool((free == free[0]).all()):
+        return free[:1], torch.zeros(len(free), dtype=torch.long, device=free.device)
+    return torch.unique(free, dim=0, return_inverse=True)
+
+
 def means(
     kind: Kind, J: Tensor, x: Tensor, on_failure: OnFailure, start: Tensor | None = None
 ) -> Means:
     """The response of spins with couplings `J` `(n, n)` in fields `x` `(B, n)`."""
     if not bool(J.any()):
-        m = torch.tanh(x)
-        return Means(m, lambda: torch.diag_embed(1 - m.square()))
+        return Means(torch.tanh(x), None)
     system = SpinSystem.unchecked(J, IsingPrior())
     if kind == "exact":
         response = Exact()(system, x)
         return Means(response.magnetization, lambda: response.covariance)
-    options = {"tol": _TOL, "max_iter": _MAX_ITER}
-    if kind == "adaptive_tap":
-        return _adaptive(system, x, on_failure, start)
-    method = (NaiveMeanField if kind == "naive" else TAP)(on_failure=on_failure, **options)
-    m = method(system, x, start=start).magnetization
+    m, V, converged = _iterate(kind, system, x, on_failure, start)
     if kind == "naive":
-        return Means(m, lambda: covariance(-J, m))
-    V = (1 - m.square()) @ J.square()
+        return Means(m, lambda: covariance(-J, m), converged)
+    if kind == "adaptive_tap":
+        return Means(m, lambda: covariance(torch.diag_embed(V) - J, m), converged)
 
     def by_tap() -> Tensor:
         echo = 2 * J.square() * m.unsqueeze(2) * m.unsqueeze(1)
         return covariance(torch.diag_embed(V) - J - echo, m)
 
-    return Means(m, by_tap)
+    return Means(m, by_tap, converged)
+
+
+def _iterate(
+    kind: Kind, system: SpinSystem, x: Tensor, on_failure: OnFailure, start: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """m and V `(B, n)`, and whether all converged; those that do not are given more damping."""
+    method = _METHODS[kind]
+    quick = method(on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER)
+    response = quick(system, x, start=start)
+    m, V = response.magnetization, _or_zero(response.cavity_variance, x)
+    assert response.solution is not None
+    failed = ~response.solution.converged
+    converged = True
+    if bool(failed.any()):
+        slow = method(
+            on_failure=on_failure, tol=_TOL, max_iter=_MAX_ITER, solver=picard, damping=_DAMPING
+        )
+        again = slow(system, x[failed])
+        assert again.solution is not None
+        converged = bool(again.solution.converged.all())
+        m, V = m.clone(), V.clone()
+        m[failed], V[failed] = again.magnetization, _or_zero(again.cavity_variance, x[failed])
+    return m, V, converged
+
+
+def _or_zero(V: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if V is None else V
 
 
 def covariance(K: Tensor, m: Tensor) -> Tensor:
@@ -105,25 +145,6 @@ def covariance(K: Tensor, m: Tensor) -> Tensor:
     c = (1 - m.square()).clamp(min=0).sqrt()
     inner = torch.eye(m.shape[1]).to(m) + c.unsqueeze(2) * K * c.unsqueeze(1)
     return c.unsqueeze(2) * torch.linalg.inv(inner) * c.unsqueeze(1)
-
-
-def _adaptive(
-    system: SpinSystem, x: Tensor, on_failure: OnFailure, start: Tensor | None
-) -> Means:
-    """Adaptive TAP; where its iteration fails, the same equations by expectation propagation."""
-    quick = AdaptiveTAP(on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER)
-    response = quick(system, x, start=start)
-    m, V = response.magnetization, response.cavity_variance
-    assert V is not None
-    assert response.solution is not None
-    failed = ~response.solution.converged
-    if bool(failed.any()):
-        sure = ExpectationPropagation(on_failure=on_failure, tol=_TOL, max_iter=_MAX_ITER)
-        again = sure(system, x[failed])
-        assert again.cavity_variance is not None
-        m, V = m.clone(), V.clone()
-        m[failed], V[failed] = again.magnetization, again.cavity_variance
-    return Means(m, lambda: covariance(torch.diag_embed(V) - system.couplings, m))
 
 
 def filled(kind: Kind, theta: Tensor, data: Data, on_failure: OnFailure = "warn") -> Tensor:
@@ -159,8 +180,9 @@ def clamped_moments(
         for part, sites, response in clamp(kind, theta, spins[rows], free[rows], on_failure):
             where = rows[part]
             spins[where[:, None], sites] = response.m
-            chi = torch.einsum("b,bij->ij", weights[where], response.covariance())
-            second[sites[:, None] + 1, sites + 1] += chi
+            if response.covariance is not None:
+                chi = torch.einsum("b,bij->ij", weights[where], response.covariance())
+                second[sites[:, None] + 1, sites + 1] += chi
     ones = rows_with_one(spins)
     second += ones.mT @ (weights[:, None] * ones)
     second /= weights.sum()

@@ -60,14 +60,16 @@ def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | N
         if coding not in (None, "boolean"):
             raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
         return torch.from_numpy(np.where(X, 1.0, -1.0)), None, "boolean"
-    values = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64))
+    values = torch.from_numpy(np.array(X, dtype=np.float64, order="C", copy=_copy(X)))
     observed = None
     if bool(values.sum().isnan()):
         observed = ~values.isnan()
         values = torch.where(observed, values, 1.0)
-    low = values.min().item() if values.numel() else 1.0
+    low = values.min().item()
     found: Coding = "spins" if low < 0 else "binary"
-    good = values.abs() == 1 if found == "spins" else (values == 1) | (values == 0)
+    good = values.abs() == 1
+    if found == "binary":
+        good |= values == 0
     if not bool(good.all()):
         row, column = (~good).nonzero()[0].tolist()
         other = "" if found == "binary" else f", among entries such as {low:g}"
@@ -84,6 +86,11 @@ def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | N
     return spins, observed, coding or (found if certain else None)
 
 
+def _copy(X: np.ndarray) -> bool | None:
+    """Whether the numbers must be copied, to memory that torch may share: None if not."""
+    return None if X.flags.writeable else True
+
+
 def read_weights(sample_weight: Any, rows: int) -> Tensor | None:
     """Weights of the rows `(rows,)`, or None."""
     if sample_weight is None:
@@ -94,7 +101,7 @@ def read_weights(sample_weight: Any, rows: int) -> Tensor | None:
     if weights.shape != (rows,):
         raise ValueError(f"sample_weight must have shape ({rows},), got {weights.shape}")
     if not np.isfinite(weights).all() or weights.min(initial=0.0) < 0 or not weights.sum() > 0:
-        raise ValueError("sample_weight must be finite and at least 0, and not all 0")
+        raise ValueError("sample_weight must be finite, not negative, and not all zero")
     return torch.from_numpy(weights.copy())
 
 

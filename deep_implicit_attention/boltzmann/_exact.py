@@ -40,5 +40,5 @@ def exact(
         diagonal.diagonal().fill_(1.0)
         return Point(value.item(), gradient, product, diagonal)
 
-    theta, residual, steps = minimise(evaluate, start, tol=tol, max_iter=max_iter)
-    return Learned(theta, steps=max(steps, 1), residual=residual)
+    found = minimise(evaluate, start, tol=tol, max_iter=max_iter)
+    return Learned(found.x, max(found.steps, 1), 0.0, found.residual, found.converged)

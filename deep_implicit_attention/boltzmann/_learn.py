@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Generator, Tensor
 from ..deq import ConvergenceWarning
 from ._adaptive_tap import adaptive_tap
 from ._ascent import FreePhase, Schedule, ascend, with_hidden
-from ._clamped import Kind, clamped_moments, filled, means
+from ._clamped import Kind, clamped_moments, means
 from ._data import Data
 from ._enumeration import Enumeration
 from ._exact import MAX_SPINS, exact
@@ -36,12 +37,14 @@ RESPONSES: dict[str, Kind] = {
     "naive": "naive",
     "tap": "tap",
     "adaptive_tap": "adaptive_tap",
-    "pseudolikelihood": "adaptive_tap",
-    "pcd": "adaptive_tap",
+    "pseudolikelihood": "tap",
+    "pcd": "tap",
 }
 
 # Largest change of a second moment at which gaps count as filled.
 _FILLED = 1e-6
+# Of pseudolikelihood with gaps: copies of a row that has some, and rounds of drawing them.
+_COPIES, _ROUNDS = 4, 40
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,9 @@ def learn_from_rows(settings: Settings, data: Data) -> Learned:
     if settings.method != "pseudolikelihood":
         return _fill_and_learn(settings, data)
     options: dict[str, Any] = {"tol": settings.tol, "max_iter": settings.max_iter}
-    learned = pseudolikelihood(rows, settings.l2, _fields_only(rows), **options)
     if rows.observed is not None:
-        learned = _fill_and_maximise(settings, rows, learned, options)
+        return _draw_and_maximise(settings, rows, options)
+    learned = pseudolikelihood(rows, settings.l2, _fields_only(rows), **options)
     _report(settings, learned)
     return learned
 
@@ -133,26 +136,36 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
         if last:
             if change > _FILLED:
                 _report_gaps(change)
-            return Learned(theta, step + 1, learned.shrinkage, learned.residual)
+            return dataclasses.replace(learned, steps=step + 1)
     raise AssertionError("max_iter is at least 1")
 
 
-def _fill_and_maximise(
-    settings: Settings, rows: Data, learned: Learned, options: dict[str, Any]
-) -> Learned:
-    """Pseudolikelihood with conditional magnetizations in the gaps, until they settle."""
-    kind, change, old = RESPONSES[settings.method], torch.inf, rows.spins
-    for step in range(settings.max_iter):
-        spins = filled(kind, learned.theta, rows, "ignore")
-        change = (spins - old).abs().max().item()
-        if change <= _FILLED:
-            return Learned(learned.theta, step + 1, residual=learned.residual)
-        learned = pseudolikelihood(
-            Data(spins, rows.observed, rows.weights), settings.l2, learned.theta, **options
-        )
-        old = spins
-    _report_gaps(change)
-    return learned
+def _draw_and_maximise(settings: Settings, rows: Data, options: dict[str, Any]) -> Learned:
+    """Pseudolikelihood with drawn spins in the gaps, by stochastic expectation maximisation.
+
+    Conditional means in the place of the gaps would shrink the fields on other spins and so inflate
+    the couplings. Clamped chains draw the gaps of several copies of each row that has some, with the
+    parameters so far; the answer is the average of the second half of the rounds (Celeux, Diebolt
+    1985).
+    """
+    assert rows.observed is not None
+    broken = ~rows.observed.all(dim=1)
+    copies = torch.where(broken, _COPIES, 1)
+    index = torch.arange(len(rows), device=broken.device).repeat_interleave(copies)
+    share = 1 / copies[index].to(rows.spins)
+    weights = share if rows.weights is None else share * rows.weights[index]
+    copied = Data(rows.spins[index], None, weights)
+    chains = ClampedChains(copied, 0, settings.generator(rows.spins.device))
+    learned = Learned(_fields_only(rows))
+    average = torch.zeros_like(learned.theta)
+    for step in range(_ROUNDS):
+        spins = chains.sweep(learned.theta, copied, None)
+        filled = Data(spins.clone(), None, weights)
+        learned = pseudolikelihood(filled, settings.l2, learned.theta, **options)
+        if step >= _ROUNDS // 2:
+            average += learned.theta / (_ROUNDS - _ROUNDS // 2)
+    _report(settings, learned)
+    return dataclasses.replace(learned, theta=average, steps=_ROUNDS)
 
 
 def _ascend(settings: Settings, data: Data) -> Learned:
@@ -171,15 +184,10 @@ def _ascend(settings: Settings, data: Data) -> Learned:
     else:
         free = _Response(RESPONSES[settings.method])
     kind = RESPONSES[settings.method]
-    learned = ascend(
+    return ascend(
         data, start, lambda theta, part, _: clamped_moments(kind, theta, part), free,
         settings.schedule(), generator,
     )  # fmt: skip
-    if isinstance(free, _Response):
-        # The last response is what the parameters rest on: it says if it did not converge.
-        J, h = unpack(learned.theta)
-        means(free.kind, J, h[None], "warn", free.m)
-    return learned
 
 
 class _Response:
@@ -189,12 +197,19 @@ class _Response:
         self.kind: Kind = kind
         self.m: Tensor | None = None
 
-    def __call__(self, theta: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor) -> Tensor | None:
         J, h = unpack(theta)
         response = means(self.kind, J, h[None], "ignore", self.m)
         self.m = response.m
         m = response.m[0]
-        second = pack(response.covariance()[0] + torch.outer(m, m), m)
+        second = torch.outer(m, m)
+        if response.covariance is not None:
+            chi = response.covariance()[0]
+            _, unstable = torch.linalg.cholesky_ex(chi)
+            if not response.converged or int(unstable):
+                return None
+            second = second + chi
+        second = pack(second, m)
         second.diagonal().fill_(1.0)
         return second
 
@@ -216,7 +231,7 @@ def _check_size(n: int) -> None:
 
 
 def _report(settings: Settings, learned: Learned) -> None:
-    if learned.residual <= settings.tol:
+    if learned.converged:
         return
     warnings.warn(
         f"method={settings.method!r}: Newton's method ended after {learned.steps} steps with a "

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..spins import BlockGibbs, Exact, IsingPrior, SpinSystem
+from ._clamped import patterns_of
 from ._data import Data
 from ._enumeration import Enumeration
 from ._parameters import unpack
@@ -93,7 +94,7 @@ def log_weights(theta: Tensor, data: Data) -> Tensor:
     spins = torch.nn.functional.pad(data.spins, (0, n - visible))
     free = spins == 0
     out = spins.new_empty(len(spins))
-    patterns, group = torch.unique(free, dim=0, return_inverse=True)
+    patterns, group = patterns_of(free)
     for number, pattern in enumerate(patterns):
         rows = (group == number).nonzero().flatten()
         sites = pattern.nonzero().flatten()

@@ -43,7 +43,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     Entries of X are −1 and 1; or 0 and 1, or boolean, which are mapped to −1 and 1 (`coding_` says
     which it was, and `sample` and `complete` answer in it; J and h are always those of ±1). nan is
-    a missing entry: in the learning the clamped response stands for it.
+    a missing entry: in the learning the clamped response stands for it, rounds of expectation and
+    maximisation until it settles; pseudolikelihood and pcd draw it by clamped Gibbs chains.
 
     Methods (M rows):
 
@@ -215,9 +216,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     def complete(self, X: Any, observed: Any = None) -> Completion:
         """Fill in missing spins by their conditional magnetizations given the others.
 
-        The machine's own mean-field response to the observed spins as fields (adaptive TAP for
+        The machine's own mean-field response to the observed spins as fields (TAP for
         pseudolikelihood and pcd, enumeration for exact) gives m_i = ⟨S_i⟩, so the probability
-        (1 + m_i)/2 and the likelier value of each spin.
+        (1 + m_i)/2 and the likelier value of each spin. Rows whose equations are not solved are
+        reported by a `ConvergenceWarning`.
 
         Args:
             X: rows `(M, n_features)`; what stands in entries that are not observed has no effect.
@@ -287,7 +289,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         if self.shrinkage is not None:
             check_number("shrinkage", self.shrinkage, minimum=0.0, below=1.0 + 1e-12)
         if self.num_hidden and self.method in ("independent", "pseudolikelihood"):
-            raise ValueError(f"method={self.method!r} has no hidden units, got {self.num_hidden}")
+            raise ValueError(
+                f"num_hidden must be 0 with method={self.method!r}, got {self.num_hidden}"
+            )
         names = ("method", "num_hidden", "l2", "pseudocount", "shrinkage", "tol", "max_iter")
         names += ("num_updates", "learning_rate", "num_chains", "batch_size")
         return Settings(seed=self._seed(), **{name: getattr(self, name) for name in names})

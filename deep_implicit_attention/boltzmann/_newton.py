@@ -9,6 +9,7 @@ from torch import Tensor
 
 _MAX_INNER = 200
 _MAX_HALVINGS = 30
+_SHORT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,33 @@ class Point:
     diagonal: Tensor
 
 
+@dataclass(frozen=True)
+class Minimum:
+    """Where `minimise` ended: the place, the largest gradient there, and after how many steps."""
+
+    x: Tensor
+    residual: float
+    steps: int
+    converged: bool
+
+
 def minimise(
     evaluate: Callable[[Tensor], Point], start: Tensor, *, tol: float, max_iter: int
-) -> tuple[Tensor, float, int]:
-    """The minimum, the largest gradient left in absolute value, and the number of steps.
+) -> Minimum:
+    """The minimum from `start`.
 
-    Ends when that is at most `tol`, after `max_iter` steps, or when no step lowers the function.
+    Ends when the largest gradient is at most `tol`, after `max_iter` steps, or when no step lowers
+    the function. A gradient that small where Newton's step is long is no minimum: the function
+    falls for ever, as likelihoods do that have their maximum at infinity.
     Products are solved to a relative residual of √‖g‖, at most ½, so that the end is superlinear
     (Nocedal, Wright 2006, *Numerical Optimization*, section 7.1).
     """
     x, point = start, evaluate(start)
     for step in range(max_iter):
         worst = point.gradient.abs().max().item()
+        move = _conjugate_gradients(point) if worst else x * 0
         if worst <= tol:
-            return x, worst, step
-        move = _conjugate_gradients(point)
+            return Minimum(x, worst, step, move.abs().max().item() <= _SHORT)
         slope = (move * point.gradient).sum().item()
         length = 1.0
         for _ in range(_MAX_HALVINGS):
@@ -54,9 +67,10 @@ def minimise(
                 break
             length /= 2
         else:
-            return x, worst, step
+            return Minimum(x, worst, step, False)
         x, point = x + length * move, new
-    return x, point.gradient.abs().max().item(), max_iter
+    worst = point.gradient.abs().max().item()
+    return Minimum(x, worst, max_iter, worst <= tol)
 
 
 def _conjugate_gradients(point: Point) -> Tensor:

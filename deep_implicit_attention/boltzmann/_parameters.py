@@ -19,13 +19,15 @@ class Learned:
         steps: iterations, 1 for a formula.
         shrinkage: of the covariance.
         residual: largest difference that is left between the two sides of the method's equation,
-            0 for a formula; NaN if it has none.
+            0 for a formula.
+        converged: whether an iteration found what it looked for.
     """
 
     theta: Tensor
     steps: int = 1
     shrinkage: float = 0.0
     residual: float = 0.0
+    converged: bool = True
 
 
 def pack(couplings: Tensor, fields: Tensor) -> Tensor:

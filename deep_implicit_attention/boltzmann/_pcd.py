@@ -45,6 +45,13 @@ class ClampedChains:
         self.states = torch.where(spins != 0, spins, drawn)
 
     def __call__(self, theta: Tensor, data: Data, rows: Tensor | None) -> Tensor:
+        """Second moments `(N+1, N+1)` of some rows after a sweep."""
+        ones = rows_with_one(self.sweep(theta, data, rows))
+        weights = data.weights if data.weights is not None else torch.ones(len(data)).to(ones)
+        return ones.mT @ (weights[:, None] * ones) / weights.sum()
+
+    def sweep(self, theta: Tensor, data: Data, rows: Tensor | None) -> Tensor:
+        """The states of some rows, all if it is None, after a sweep."""
         J, h = unpack(theta)
         where = slice(None) if rows is None else rows
         states = self.states[where]
@@ -52,9 +59,7 @@ class ClampedChains:
         strong = 40 + h.abs() + J.abs().sum(dim=0)
         states = _sweep(J, states, torch.where(known != 0, strong * known, h), self.generator)
         self.states[where] = states
-        ones = rows_with_one(states)
-        weights = data.weights if data.weights is not None else torch.ones(len(data)).to(ones)
-        return ones.mT @ (weights[:, None] * ones) / weights.sum()
+        return states
 
 
 def _sweep(J: Tensor, states: Tensor, fields: Tensor, generator: Generator) -> Tensor:

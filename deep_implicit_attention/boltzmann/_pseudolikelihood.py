@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,15 +23,12 @@ def pseudolikelihood(
     1287), which on the same data differ a little. Consistent, never needs Z; a coupling is in two
     conditionals, so the penalty counts twice, l2 Σ_{i<j} J_ij².
 
-    Missing spins have no conditional of their own, and enter those of the others by what stands in
-    `data.spins`. Newton's method from `start`; cost: O(M N²) for each product with the Hessian.
+    Rows must be complete. Newton's method from `start`; cost: O(M N²) for each product with the Hessian.
     """
     ones = rows_with_one(data.spins)
     scale = data.weights if data.weights is not None else torch.ones(len(data)).to(ones)
     weight = (scale / scale.sum())[:, None].expand_as(ones).clone()
     weight[:, 0] = 0  # the spin always up has no conditional
-    if data.observed is not None:
-        weight[:, 1:] *= data.observed
     penalty = 2 * l2 * is_coupling(ones.shape[1], ones)
 
     def symmetric(rows: Tensor) -> Tensor:
@@ -60,7 +55,5 @@ def pseudolikelihood(
         diagonal = (own + own[:, None]).clamp(min=1e-12) + penalty
         return Point(value.item(), gradient, product, diagonal)
 
-    theta, residual, steps = minimise(evaluate, start, tol=tol, max_iter=max_iter)
-    if not math.isfinite(residual):
-        theta = start
-    return Learned(theta, steps=max(steps, 1), residual=residual)
+    found = minimise(evaluate, start, tol=tol, max_iter=max_iter)
+    return Learned(found.x, max(found.steps, 1), 0.0, found.residual, found.converged)
