@@ -13,8 +13,8 @@ from ..deq import ConvergenceWarning
 from ._data import Data
 from ._parameters import Learned, is_coupling
 
-# From parameters to second moments (N+1, N+1), or None where the response has no answer; the clamped
-# phase is told which rows are its batch.
+# From parameters to second moments (N+1, N+1), or None where the response has no answer; the
+# clamped phase is told which rows are its batch.
 FreePhase = Callable[[Tensor], Tensor | None]
 ClampedPhase = Callable[[Tensor, Data, Tensor | None], Tensor]
 

@@ -12,9 +12,7 @@ from ._parameters import Learned, is_coupling, target
 MAX_SPINS = 20
 
 
-def exact(
-    moments: Moments, l2: float, start: Tensor, *, tol: float, max_iter: int
-) -> Learned:
+def exact(moments: Moments, l2: float, start: Tensor, *, tol: float, max_iter: int) -> Learned:
     """The maximum of the log-likelihood per row, over all 2^N states, minus (l2/2) Σ_{i<j} J_ij².
 
     Where l2 = 0 the model has the means and covariances of the data, to `tol`. Newton's method from

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..deq import ConvergenceWarning
 from ._adaptive_tap import adaptive_tap
-from ._ascent import FreePhase, Schedule, ascend, with_hidden
+from ._ascent import FreePhase, ascend, with_hidden
 from ._clamped import Kind, clamped_moments, means
 from ._data import Data
 from ._enumeration import Enumeration
@@ -23,12 +22,9 @@ from ._naive import naive
 from ._parameters import Learned, pack, target, unpack
 from ._pcd import Chains, ClampedChains
 from ._pseudolikelihood import pseudolikelihood
+from ._settings import Settings
 from ._tap import tap
 from ._warnings import FitWarning
-
-Method = Literal[
-    "exact", "independent", "naive", "tap", "adaptive_tap", "pseudolikelihood", "pcd"
-]
 
 # The response that stands for missing spins where the method is not itself one.
 RESPONSES: dict[str, Kind] = {
@@ -45,37 +41,6 @@ RESPONSES: dict[str, Kind] = {
 _FILLED = 1e-6
 # Of pseudolikelihood with gaps: copies of a row that has some, and rounds of drawing them.
 _COPIES, _ROUNDS = 4, 40
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a machine's parameters the learning needs; see `BoltzmannMachine`."""
-
-    method: Method
-    num_hidden: int
-    l2: float
-    pseudocount: float
-    shrinkage: float | None
-    tol: float
-    max_iter: int
-    num_updates: int
-    learning_rate: float
-    num_chains: int
-    batch_size: int | None
-    seed: int
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether moments of the data are not enough."""
-        return self.method == "pseudolikelihood" or self.num_hidden > 0
-
-    def generator(self, device: torch.device) -> Generator:
-        """A fresh one; the same for the same seed."""
-        return Generator(device).manual_seed(self.seed)
-
-    def schedule(self) -> Schedule:
-        """Of gradient ascent."""
-        return Schedule(self.num_updates, self.learning_rate, self.l2, self.batch_size)
 
 
 def learn_from_moments(settings: Settings, moments: Moments) -> Learned:
@@ -143,10 +108,10 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
 def _draw_and_maximise(settings: Settings, rows: Data, options: dict[str, Any]) -> Learned:
     """Pseudolikelihood with drawn spins in the gaps, by stochastic expectation maximisation.
 
-    Conditional means in the place of the gaps would shrink the fields on other spins and so inflate
-    the couplings. Clamped chains draw the gaps of several copies of each row that has some, with the
-    parameters so far; the answer is the average of the second half of the rounds (Celeux, Diebolt
-    1985).
+    Conditional means in the place of the gaps would shrink the fields on other spins and so
+    inflate the couplings. Clamped chains draw the gaps of several copies of each row that has some,
+    with the parameters so far; the answer is the average of the second half of the rounds (Celeux,
+    Diebolt 1985, Comput. Stat. Q. 2, 73).
     """
     assert rows.observed is not None
     broken = ~rows.observed.all(dim=1)

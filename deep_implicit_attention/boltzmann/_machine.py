@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +12,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count
 from ._clamped import filled
 from ._data import Coding, Data, read_observed, read_spins, read_weights, write_spins
 from ._fit import fit_columns
-from ._learn import RESPONSES, Method, Settings
+from ._learn import RESPONSES
 from ._likelihood import LogPartition, log_partition, log_weights
 from ._moments import Sums
 from ._parameters import pack, unpack
 from ._sampling import draw
+from ._settings import Method, Settings
 from ._warnings import EstimateWarning
 
 
@@ -93,6 +94,13 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             gradient ascent, in its last step, noise of the chains included.
     """
 
+    # Set by a fit.
+    n_features_in_: int
+    coding_: Coding | None
+    _sums: Sums | None
+    _base: Tensor
+    _log_partition: LogPartition | None
+
     def __init__(
         self,
         method: Method = "adaptive_tap",
@@ -131,8 +139,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             ValueError: for entries that are no spins, columns without an entry, weights that are
                 negative, parameters out of range, more spins than the method can enumerate.
         """
-        settings = self._settings()
-        array = validate_data(self, X, ensure_all_finite="allow-nan")
+        settings = Settings.of(self, self._seed())
+        array = self._array(X, reset=True)
         self._sums = None
         data, self.coding_ = self._read(array, None, sample_weight)
         if data.observed is None and not settings.needs_rows:
@@ -148,18 +156,19 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         Raises:
             ValueError: for other methods, hidden units and missing entries, besides those of `fit`.
         """
-        settings = self._settings()
+        settings = Settings.of(self, self._seed())
         if settings.needs_rows:
             raise ValueError(
                 "partial_fit keeps sums of the data, but method='pseudolikelihood' and hidden "
                 "units need all rows: use fit, or another method"
             )
-        first = getattr(self, "_sums", None) is None
-        array = validate_data(self, X, reset=first, ensure_all_finite="allow-nan")
+        before = getattr(self, "_sums", None)
+        first = before is None
+        array = self._array(X, reset=first)
         data, coding = self._read(array, None if first else self.coding_, sample_weight)
         if data.observed is not None:
             raise ValueError("partial_fit takes complete rows; missing entries (nan) need fit")
-        sums = Sums.of(data) if first else self._sums + Sums.of(data)
+        sums = Sums.of(data) if before is None else before + Sums.of(data)
         self.coding_ = coding
         return self._learn(settings, sums, None)
 
@@ -195,12 +204,12 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         check_count("particles", particles)
         check_count("steps", steps)
-        asked = (particles, steps) != (500, 1000)
-        if self._log_partition is None or (asked and not self._log_partition.exact):
-            self._log_partition = log_partition(
+        kept, asked = self._log_partition, (particles, steps) != (500, 1000)
+        if kept is None or (asked and not kept.exact):
+            kept = self._log_partition = log_partition(
                 self._theta(), self._base, particles=particles, steps=steps, seed=self._seed()
             )
-        return self._log_partition
+        return kept
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draws of the visible spins, `(n_samples, n_features)`, in the coding of the data.
@@ -260,6 +269,11 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         chosen = self.random_state if random_state is None else random_state
         return int(check_random_state(chosen).randint(2**31 - 1))
 
+    def _array(self, X: Any, reset: bool) -> np.ndarray:
+        """X as an array, its columns compared with those of the fit, or noted with `reset`."""
+        array: Any = validate_data(self, X, reset=reset, ensure_all_finite="allow-nan")
+        return array
+
     def _read(
         self, array: np.ndarray, coding: Coding | None, sample_weight: Any
     ) -> tuple[Data, Coding | None]:
@@ -271,30 +285,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     def _given(self, X: Any, observed: Any = None) -> tuple[Data, Tensor]:
         """Rows for a fitted machine, and the mask of what is known of them."""
         check_is_fitted(self)
-        array = validate_data(self, X, reset=False, ensure_all_finite="allow-nan")
+        array = self._array(X, reset=False)
         mask = read_observed(observed, array)
         data, _ = self._read(array, self.coding_, None)
         return data, torch.from_numpy(mask.copy()).to(self.device)
-
-    def _settings(self) -> Settings:
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
-        if self.num_hidden:
-            check_count("num_hidden", self.num_hidden)
-        for name in ("max_iter", "num_updates", "num_chains", "batch_size"):
-            if name != "batch_size" or self.batch_size is not None:
-                check_count(name, getattr(self, name))
-        for name in ("l2", "pseudocount", "tol", "learning_rate"):
-            check_number(name, getattr(self, name), minimum=0.0)
-        if self.shrinkage is not None:
-            check_number("shrinkage", self.shrinkage, minimum=0.0, below=1.0 + 1e-12)
-        if self.num_hidden and self.method in ("independent", "pseudolikelihood"):
-            raise ValueError(
-                f"num_hidden must be 0 with method={self.method!r}, got {self.num_hidden}"
-            )
-        names = ("method", "num_hidden", "l2", "pseudocount", "shrinkage", "tol", "max_iter")
-        names += ("num_updates", "learning_rate", "num_chains", "batch_size")
-        return Settings(seed=self._seed(), **{name: getattr(self, name) for name in names})
 
     def _learn(self, settings: Settings, sums: Sums | None, data: Data | None) -> BoltzmannMachine:
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))

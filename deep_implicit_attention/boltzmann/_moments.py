@@ -122,7 +122,9 @@ def report_constant(constant: Tensor, names: Sequence[str], m: Tensor) -> None:
     )
 
 
-def inverse_covariance(moments: Moments, l2: float, shrinkage: float | None) -> tuple[Tensor, float]:
+def inverse_covariance(
+    moments: Moments, l2: float, shrinkage: float | None
+) -> tuple[Tensor, float]:
     """Λ in the place of C⁻¹, `(N, N)`, and the shrinkage ρ that was needed.
 
     With l2 > 0 the maximum of the Gaussian log-likelihood per row with a penalty,

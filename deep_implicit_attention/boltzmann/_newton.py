@@ -61,7 +61,7 @@ def minimise(
         for _ in range(_MAX_HALVINGS):
             new = evaluate(x + length * move)
             # Near the minimum differences of f are rounding, and Newton's step is right.
-            # (Inner products of symmetric matrices count pairs twice; Armijo's constant is as small.)
+            # (Inner products of symmetric matrices count pairs twice, Armijo's constant too.)
             slack = 1e-13 * (1 + abs(point.value))
             if new.value <= point.value + 1e-4 * length * slope + slack:
                 break

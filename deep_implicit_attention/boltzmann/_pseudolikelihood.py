@@ -10,9 +10,7 @@ from ._newton import Point, minimise
 from ._parameters import Learned, is_coupling, rows_with_one
 
 
-def pseudolikelihood(
-    data: Data, l2: float, start: Tensor, *, tol: float, max_iter: int
-) -> Learned:
+def pseudolikelihood(data: Data, l2: float, start: Tensor, *, tol: float, max_iter: int) -> Learned:
     """The maximum of the joint log-pseudolikelihood of Besag (1975, The Statistician 24, 179),
 
         (1/W) Σ_rows w Σ_i log P(S_i | S_j, j ≠ i),   P(S_i | ·) = exp(S_i f_i) / 2 cosh f_i
@@ -23,7 +21,8 @@ def pseudolikelihood(
     1287), which on the same data differ a little. Consistent, never needs Z; a coupling is in two
     conditionals, so the penalty counts twice, l2 Σ_{i<j} J_ij².
 
-    Rows must be complete. Newton's method from `start`; cost: O(M N²) for each product with the Hessian.
+    Rows must be complete. Newton's method from `start`; cost: O(M N²) for each product with the
+    Hessian.
     """
     ones = rows_with_one(data.spins)
     scale = data.weights if data.weights is not None else torch.ones(len(data)).to(ones)

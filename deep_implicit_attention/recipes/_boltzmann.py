@@ -34,8 +34,8 @@ class Boltzmann:
     halves, learns once more from both; its completions of the test images are counted once. The
     best machine on the validation images draws digits of its own. Takes three minutes on a core.
 
-    Compared with independent pixels, with the lower half of the nearest training image (by pixels of
-    the upper half), and with the majority of the k nearest, k chosen on the validation images.
+    Compared with independent pixels, with the lower half of the nearest training image (by pixels
+    of the upper half), and with the majority of the k nearest, k chosen on the validation images.
     """
 
     methods: tuple[str, ...] = METHODS

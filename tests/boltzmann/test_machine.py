@@ -124,17 +124,16 @@ def test_gaps_are_filled_to_the_maximum_of_the_likelihood_of_what_is_seen(X: np.
 
 @pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap", "pseudolikelihood", "pcd"])
 def test_gaps_bias_little(method: str, X: np.ndarray) -> None:
-    """A fifth of the entries missing at random: nearer to the fit of complete data than ones in the gaps."""
-    rng = np.random.default_rng(0)
-    X = X[:, :4]
+    """A fifth of the entries missing at random: nearer to the fit of all than ones in the gaps."""
+    X = X[:300, :4]
     holes = X.copy()
-    holes[rng.random(X.shape) < 0.2] = np.nan
-    options = {"num_updates": 300, "l2": 0.03}
+    holes[np.random.default_rng(0).random(X.shape) < 0.2] = np.nan
+    options = {"num_updates": 200, "l2": 0.1}
     full = BoltzmannMachine(method, **options).fit(X)
     seen = BoltzmannMachine(method, **options).fit(holes)
-    zeros = BoltzmannMachine(method, **options).fit(np.where(np.isnan(holes), 1, holes))
+    ones = BoltzmannMachine(method, **options).fit(np.where(np.isnan(holes), 1, holes))
     error = np.abs(seen.couplings_ - full.couplings_).mean()
-    assert error < 0.5 * np.abs(zeros.couplings_ - full.couplings_).mean()
+    assert error < 0.5 * np.abs(ones.couplings_ - full.couplings_).mean()
 
 
 def test_columns_of_gaps_only(X: np.ndarray) -> None:
@@ -262,7 +261,10 @@ def test_entries_that_are_not_observed_have_no_effect(X: np.ndarray) -> None:
     observed = np.arange(6) < 3
     holes = X.copy()
     holes[:, 3:] = np.nan
-    first, second = machine.complete(X, observed), machine.complete(-X * (1 - 2 * observed), observed)
+    first, second = (
+        machine.complete(X, observed),
+        machine.complete(-X * (1 - 2 * observed), observed),
+    )
     assert (first.probability == second.probability).all()
     assert (machine.complete(holes).probability == first.probability).all()
 
@@ -320,11 +322,11 @@ def test_fewer_rows_than_spins_are_shrunk_and_said(method: str) -> None:
 @pytest.mark.parametrize("method", ["exact", "pseudolikelihood"])
 def test_a_maximum_at_infinity_is_reported(method: str) -> None:
     X = np.where(np.random.default_rng(0).normal(size=(8, 9)) > 0, 1, -1)
-    with pytest.warns(Warning) as caught:
-        BoltzmannMachine(method, max_iter=30).fit(X)
-    kinds = {warning.category for warning in caught}
-    assert FitWarning in kinds
-    assert ConvergenceWarning in kinds
+    with (
+        pytest.warns(FitWarning, match="8 rows are too few for 9 spins"),
+        pytest.warns(ConvergenceWarning, match="no finite maximum"),
+    ):
+        BoltzmannMachine(method).fit(X)
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def test_other_data_than_were_learned(X: np.ndarray) -> None:
 
 
 def test_what_has_to_be_fitted_as_a_whole(X: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="needs? all rows|need all rows"):
+    with pytest.raises(ValueError, match="need all rows"):
         BoltzmannMachine("pseudolikelihood").partial_fit(X)
     with pytest.raises(ValueError, match="need all rows"):
         BoltzmannMachine("pcd", num_hidden=2).partial_fit(X)
