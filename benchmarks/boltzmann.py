@@ -2,7 +2,7 @@
 
     python -m benchmarks.boltzmann
 
-Inverse Ising: Sherrington-Kirkpatrick systems (`sherrington_kirkpatrick(N, 1.0, 0.3, seed=0)`),
+First from exact moments (all states as rows, weighted by their probabilities). Then inverse Ising: Sherrington-Kirkpatrick systems (`sherrington_kirkpatrick(N, 1.0, 0.3, seed=0)`),
 10,000 independent draws from all states, KL of the true distribution from the learned one by
 enumeration. Then N = 100: time of a fit over that of one covariance matrix and one inverse. One
 thread; tables of docs/results.md.
@@ -47,6 +47,26 @@ def states(n: int) -> np.ndarray:
 def log_probabilities(J: np.ndarray, h: np.ndarray, S: np.ndarray) -> np.ndarray:
     exponent = 0.5 * ((S @ J) * S).sum(axis=1) + S @ h
     return exponent - np.logaddexp.reduce(exponent)
+
+
+def exact_moments() -> None:
+    """Median KL of ten systems of ten spins, seeds 0 to 9, learned from exact moments."""
+    S = states(10)
+    methods = ("independent", "naive", "adaptive_tap", "tap")
+    print(f"| beta | {' | '.join(methods)} |\n|---{'|---' * len(methods)}|")
+    for beta in (0.25, 0.5, 0.75, 1.0):
+        found = {method: [] for method in methods}
+        for seed in range(10):
+            couplings, fields = sherrington_kirkpatrick(10, beta, 0.3, seed)
+            log_p = log_probabilities(couplings.numpy(), fields.numpy(), S)
+            p = np.exp(log_p)
+            for method in methods:
+                machine = BoltzmannMachine(method).fit(S, sample_weight=p)
+                learned = log_probabilities(machine.couplings_, machine.fields_, S)
+                found[method].append(p @ (log_p - learned))
+        medians = " | ".join(f"{np.median(kl):.2e}" for kl in found.values())
+        print(f"| {beta:.2f} | {medians} |", flush=True)
+    print()
 
 
 def inverse_ising(n: int) -> None:
@@ -98,6 +118,7 @@ def hundred_spins() -> float:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    exact_moments()
     for n in (9, 15):
         inverse_ising(n)
     if hundred_spins() > BAR:

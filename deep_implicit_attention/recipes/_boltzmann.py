@@ -32,7 +32,7 @@ class Boltzmann:
     Each method learns from the training images with every penalty of --l2, and the one with the
     fewest wrong pixels in the lower halves of the validation images, completed from the upper
     halves, learns once more from both; its completions of the test images are counted once. The
-    best machine on the validation images draws digits of its own. Takes three minutes on a core.
+    best machine on the validation images draws digits of its own. Takes five minutes on a core.
 
     Compared with independent pixels, with the lower half of the nearest training image (by pixels
     of the upper half), and with the majority of the k nearest, k chosen on the validation images.
@@ -99,7 +99,7 @@ def run_boltzmann(recipe: Boltzmann) -> list[dict[str, Any]]:
     recipe.check()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    data = _load(recipe)
+    data = digit_halves(recipe)
     run = Run(recipe.run_dir)
     run.start({"recipe": "boltzmann", **vars(recipe)})
     (run.folder / PARAMETERS).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def run_boltzmann(recipe: Boltzmann) -> list[dict[str, Any]]:
     return rows
 
 
-def _load(recipe: Boltzmann) -> Halves:
+def digit_halves(recipe: Boltzmann) -> Halves:
     """The split of the recipe `digits`, pixels of 0 to 16 white from 8 on."""
     data = digits(recipe.validation, recipe.seed)
     parts = (data.train.images, data.validation.images, data.test.images)
@@ -148,12 +148,12 @@ def _error(images: np.ndarray, truth: np.ndarray) -> float:
 
 def _baselines(data: Halves) -> list[dict[str, Any]]:
     counts = (1, 3, 5, 9, 15, 25)
-    errors = [_error(_neighbours(data.train, data.validation, k), data.validation) for k in counts]
+    errors = [_error(neighbours(data.train, data.validation, k), data.validation) for k in counts]
     chosen = int(np.argmin(errors))
     rows = []
     for name, index in ((NEIGHBOUR, 0), (NEIGHBOURS, chosen)):
         begin = time.perf_counter()
-        completed = _neighbours(data.both, data.test, counts[index])
+        completed = neighbours(data.both, data.test, counts[index])
         rows.append(
             {
                 "method": name,
@@ -167,7 +167,7 @@ def _baselines(data: Halves) -> list[dict[str, Any]]:
     return rows
 
 
-def _neighbours(known: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:
+def neighbours(known: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:
     """Lower halves by the majority of the `count` images nearest in the upper half."""
     overlap = images[:, KNOWN] @ known[:, KNOWN].T
     nearest = np.argsort(-overlap, axis=1, kind="stable")[:, :count]

@@ -42,7 +42,7 @@ def test_machines_are_better_than_independent_pixels_and_the_nearest_image(run: 
 
 def test_baselines_by_hand(run: Path) -> None:
     """From the raw pixels, image by image."""
-    data = _boltzmann._load(Boltzmann())
+    data = _boltzmann.digit_halves(Boltzmann())
     raw = np.where(load_digits().data >= 8, 1.0, -1.0)
     counted = {row.tobytes() for row in raw}
     assert all(row.tobytes() in counted for row in data.test)
@@ -64,7 +64,7 @@ def test_the_parameters_are_those_of_the_best_on_the_validation_images(run: Path
     )
     from deep_implicit_attention.boltzmann import BoltzmannMachine
 
-    data = _boltzmann._load(Boltzmann())
+    data = _boltzmann.digit_halves(Boltzmann())
     machine = BoltzmannMachine(best["method"], l2=best["l2"])
     with pytest.warns(Warning, match="never change"):
         machine.fit(data.both)
