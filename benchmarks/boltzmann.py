@@ -2,10 +2,11 @@
 
     python -m benchmarks.boltzmann
 
-First from exact moments (all states as rows, weighted by their probabilities). Then inverse Ising: Sherrington-Kirkpatrick systems (`sherrington_kirkpatrick(N, 1.0, 0.3, seed=0)`),
-10,000 independent draws from all states, KL of the true distribution from the learned one by
-enumeration. Then N = 100: time of a fit over that of one covariance matrix and one inverse. One
-thread; tables of docs/results.md.
+First from exact moments: all states are the rows, weighted by their probabilities. Then inverse
+Ising: Sherrington-Kirkpatrick systems (`sherrington_kirkpatrick(N, 1.0, 0.3, seed=0)`), 10,000
+independent draws from all states, KL of the true distribution from the learned one by enumeration.
+Then N = 100: time of a fit over that of one covariance matrix and one inverse. One thread; the
+tables of docs/results.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Generator, Tensor
 from ..deq import ConvergenceWarning
 from ._data import Data
 from ._parameters import Learned, is_coupling
+from ._warnings import warn
 
 # From parameters to second moments (N+1, N+1), or None where the response has no answer; the
 # clamped phase is told which rows are its batch.
@@ -89,12 +89,11 @@ def ascend(
 
 
 def _report(update: int) -> None:
-    warnings.warn(
+    warn(
         f"the response that stands for the free averages has no stable solution after {update} "
         "updates: the couplings have become too strong for it. The parameters are those before. "
         "Set l2, or choose method='pcd' or 'exact'.",
         ConvergenceWarning,
-        stacklevel=7,
     )
 
 

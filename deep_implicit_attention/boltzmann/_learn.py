@@ -24,7 +24,7 @@ from ._pcd import Chains, ClampedChains
 from ._pseudolikelihood import pseudolikelihood
 from ._settings import Settings
 from ._tap import tap
-from ._warnings import FitWarning
+from ._warnings import FitWarning, warn
 
 # The response that stands for missing spins where the method is not itself one.
 RESPONSES: dict[str, Kind] = {
@@ -198,22 +198,20 @@ def _check_size(n: int) -> None:
 def _report(settings: Settings, learned: Learned) -> None:
     if learned.converged:
         return
-    warnings.warn(
+    warn(
         f"method={settings.method!r}: Newton's method ended after {learned.steps} steps with a "
         f"largest gradient of {learned.residual:.2e}, tolerance {settings.tol:g}. Where some "
         "combination of spins never occurs there is no finite maximum: set l2 or pseudocount. "
         "Otherwise raise max_iter or tol.",
         ConvergenceWarning,
-        stacklevel=5,
     )
 
 
 def _report_gaps(change: float) -> None:
-    warnings.warn(
+    warn(
         f"the conditional means of missing entries still change by {change:.1e} after the last "
         "round of filling them in: raise max_iter, or set l2 or pseudocount.",
         ConvergenceWarning,
-        stacklevel=6,
     )
 
 
@@ -221,9 +219,8 @@ def report_few(settings: Settings, rows: int, n: int) -> None:
     """Warn if there are fewer rows than spins and nothing that makes the maximum finite."""
     counted = settings.method in ("exact", "pseudolikelihood", "pcd") or settings.num_hidden > 0
     if counted and rows <= n and not settings.l2 and not settings.pseudocount:
-        warnings.warn(
+        warn(
             f"{rows} rows are too few for {n} spins: the likelihood may have no finite maximum. "
             "Set l2 or pseudocount.",
             FitWarning,
-            stacklevel=4,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from ._moments import Sums
 from ._parameters import pack, unpack
 from ._sampling import draw
 from ._settings import Method, Settings
-from ._warnings import EstimateWarning
+from ._warnings import EstimateWarning, warn
 
 
 class Completion(NamedTuple):
@@ -182,11 +181,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         log_z = self.log_partition()
         if not log_z.exact:
             doubt = ", of few effective particles: take more steps" * (log_z.effective_size < 20)
-            warnings.warn(
+            warn(
                 f"log Z of {len(self.fields_)} spins is an estimate by {log_z.method}, standard "
                 f"error {log_z.standard_error:.2g}{doubt}; log-likelihoods share its error",
                 EstimateWarning,
-                stacklevel=2,
             )
         return (log_weights(self._theta(), data) - log_z.value).cpu().numpy()
 

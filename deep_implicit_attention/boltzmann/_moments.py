@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._data import Data
-from ._warnings import FitWarning
+from ._warnings import FitWarning, warn
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,11 @@ def report_constant(constant: Tensor, names: Sequence[str], m: Tensor) -> None:
         return
     shown = ", ".join(f"{names[i]} (always {'up' if m[i] > 0 else 'down'})" for i in where[:5])
     more = f" and {len(where) - 5} others" if len(where) > 5 else ""
-    warnings.warn(
+    warn(
         f"columns that never change: {shown}{more}. Their field would be infinite; they get no "
         "couplings, and the field of one more observation, half up and half down. Set "
         "pseudocount to regularise all columns alike.",
         FitWarning,
-        stacklevel=5,
     )
 
 
@@ -154,12 +152,11 @@ def inverse_covariance(
     singular = bool(failed) or bool((factor.diagonal().square() < 1e-10 * variance).any())
     if singular and shrinkage is None:
         rho = optimal_shrinkage(moments)
-        warnings.warn(
+        warn(
             f"the covariance of {moments.count:g} observations of {len(variance)} spins is "
             f"singular; it is shrunk by {rho:.3g} towards its diagonal (Schäfer, Strimmer 2005). "
             "Set l2, pseudocount or shrinkage to choose otherwise.",
             FitWarning,
-            stacklevel=6,
         )
         return inverse_covariance(moments, 0.0, rho)
     if singular:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Generator, Tensor
 
@@ -12,6 +10,7 @@ from ..spins import GibbsSampler, IsingPrior, SpinSystem, split_r_hat
 from ._enumeration import Enumeration
 from ._exact import MAX_SPINS
 from ._parameters import unpack
+from ._warnings import warn
 
 _CHAINS, _BURN_IN, _THIN, _MIN_DRAWS = 100, 100, 5, 20
 _MAX_R_HAT = 1.1
@@ -42,10 +41,9 @@ def draw(theta: Tensor, count: int, seed: int) -> Tensor:
     draws = sampler.sample(SpinSystem.unchecked(J, IsingPrior()), h)
     worst = split_r_hat(draws).max().item()
     if not worst <= _MAX_R_HAT:
-        warnings.warn(
+        warn(
             f"the chains that were sampled do not agree: R-hat is {worst:.2f}, above {_MAX_R_HAT}. "
             "The machine has states that are far apart; the draws may miss some.",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return draws[-kept:].flatten(0, 1)[:count]

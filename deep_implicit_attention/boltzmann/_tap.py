@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from ._moments import Moments, inverse_covariance
 from ._parameters import Learned, pack
-from ._warnings import FitWarning
+from ._warnings import FitWarning, warn
 
 
 def tap(moments: Moments, l2: float, shrinkage: float | None) -> Learned:
@@ -29,12 +27,11 @@ def tap(moments: Moments, l2: float, shrinkage: float | None) -> Learned:
     J = torch.where(real, -2 * precision / (1 + discriminant.clamp(min=0).sqrt()), -precision)
     if not bool(real.all()):
         pairs = len(m) * (len(m) - 1) // 2
-        warnings.warn(
+        warn(
             f"TAP: the equation of {int((~real).sum()) // 2} of {pairs} couplings has no real "
             "root; they are those of naive mean field. The data are correlated too strongly for "
             "this method.",
             FitWarning,
-            stacklevel=5,
         )
     V = J.square() @ (1 - m.square())
     return Learned(pack(J, torch.atanh(m) - J @ m + V * m), shrinkage=rho)

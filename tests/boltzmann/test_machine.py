@@ -128,7 +128,7 @@ def test_gaps_bias_little(method: str, X: np.ndarray) -> None:
     X = X[:300, :4]
     holes = X.copy()
     holes[np.random.default_rng(0).random(X.shape) < 0.2] = np.nan
-    options = {"num_updates": 200, "l2": 0.1}
+    options = {"num_updates": 500, "num_chains": 2000, "l2": 0.1}
     full = BoltzmannMachine(method, **options).fit(X)
     seen = BoltzmannMachine(method, **options).fit(holes)
     ones = BoltzmannMachine(method, **options).fit(np.where(np.isnan(holes), 1, holes))
