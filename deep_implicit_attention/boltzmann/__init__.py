@@ -15,8 +15,9 @@ except ModuleNotFoundError as error:
         name="sklearn",
     ) from error
 
+from ._data import Completion
 from ._likelihood import LogPartition
-from ._machine import BoltzmannMachine, Completion
+from ._machine import BoltzmannMachine
 from ._warnings import EstimateWarning, FitWarning
 
 __all__ = [

@@ -61,6 +61,8 @@ def clamp(
     Yields the rows of a part `(b,)`, the sites it is about `(n,)` and their means; sites that are
     clamped, if there are any among them, have means of ±1 and no covariance.
     """
+    if not bool(free.any()):
+        return
     patterns, group = patterns_of(free)
     J, h = unpack(theta)
     if kind == "exact" or len(patterns) * _SHARED <= len(free) or len(free) < _SHARED:

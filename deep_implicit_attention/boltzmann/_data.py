@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,18 @@ class Data:
     def total(self) -> float:
         """Sum of the weights."""
         return float(len(self)) if self.weights is None else self.weights.sum().item()
+
+
+class Completion(NamedTuple):
+    """Rows with their missing entries filled in, and what that rests on.
+
+    Attributes:
+        X: the rows, in the coding of the data that were learned, `(M, N)`.
+        probability: P(S_i = +1 | what is observed), `(M, N)`; 0 or 1 where an entry is observed.
+    """
+
+    X: np.ndarray
+    probability: np.ndarray
 
 
 def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | None, Coding | None]:

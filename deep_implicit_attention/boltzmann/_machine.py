@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..solvers._validate import check_count
 from ._clamped import filled
-from ._data import Coding, Data, read_observed, read_spins, read_weights, write_spins
+from ._data import Coding, Completion, Data, read_observed, read_spins, read_weights, write_spins
 from ._fit import fit_columns
 from ._learn import RESPONSES
 from ._likelihood import LogPartition, log_partition, log_weights
@@ -22,18 +22,6 @@ from ._parameters import pack, unpack
 from ._sampling import draw
 from ._settings import Method, Settings
 from ._warnings import EstimateWarning, warn
-
-
-class Completion(NamedTuple):
-    """Rows with their missing entries filled in, and what that rests on.
-
-    Attributes:
-        X: the rows, in the coding of the data that were learned, `(M, N)`.
-        probability: P(S_i = +1 | what is observed), `(M, N)`; 0 or 1 where an entry is observed.
-    """
-
-    X: np.ndarray
-    probability: np.ndarray
 
 
 class BoltzmannMachine(DensityMixin, BaseEstimator):
@@ -85,7 +73,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     Attributes:
         couplings_: J, `(N, N)`, of visible then hidden spins.
         fields_: h, `(N,)`.
-        coding_: ``"spins"`` (±1), ``"binary"`` (0, 1) or ``"boolean"``.
+        coding_: ``"spins"`` (±1), ``"binary"`` (0, 1) or ``"boolean"``; None while all are 1.
         constant_columns_: columns that never change, `(n_features,)`.
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
@@ -147,7 +135,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         return self._learn(settings, None, data)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> BoltzmannMachine:
-        """Learn from all batches so far; only their sums are kept, so data need not fit in memory.
+        """Learn from all batches so far, those of an earlier `fit` included.
+
+        Only their sums are kept, so data need not fit in memory.
 
         For methods that learn from means and covariances, complete rows and no hidden units. The
         result is that of `fit` on all rows, up to rounding.
@@ -163,6 +153,11 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             )
         before = getattr(self, "_sums", None)
         first = before is None
+        if first and hasattr(self, "couplings_"):
+            raise ValueError(
+                "partial_fit cannot go on from a fit that needed all rows, of which no sums are "
+                "kept: begin with a clone of the machine"
+            )
         array = self._array(X, reset=first)
         data, coding = self._read(array, None if first else self.coding_, sample_weight)
         if data.observed is not None:

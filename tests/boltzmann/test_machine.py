@@ -142,6 +142,25 @@ def test_columns_of_gaps_only(X: np.ndarray) -> None:
         BoltzmannMachine().fit(X)
 
 
+def test_batches_go_on_from_a_fit_and_not_from_one_that_kept_no_sums(X: np.ndarray) -> None:
+    machine = BoltzmannMachine().fit(X[:200]).partial_fit(X[200:])
+    assert machine.couplings_ == pytest.approx(BoltzmannMachine().fit(X).couplings_)
+    X[0, 0] = np.nan
+    machine = BoltzmannMachine().fit(X)
+    with pytest.raises(ValueError, match="no sums are kept"):
+        machine.partial_fit(X[1:])
+
+
+def test_the_coding_is_decided_by_the_first_batch_that_shows_it(X: np.ndarray) -> None:
+    ones = np.ones((20, 6))
+    with pytest.warns(FitWarning, match="never change"):
+        machine = BoltzmannMachine().partial_fit(ones)
+    assert machine.coding_ is None
+    assert machine.partial_fit((X + 1) / 2).coding_ == "binary"
+    with pytest.raises(ValueError, match="fitted on"):
+        machine.partial_fit(X)
+
+
 # --- likelihoods --------------------------------------------------------------------------------
 
 
@@ -254,6 +273,12 @@ def test_completions_are_conditional_distributions(
         assert np.abs(probability - expected).max() < tolerance
         assert (value[seen] == row[seen]).all()
         assert (value[~seen] == np.where(probability[~seen] > 0.5, 1, -1)).all()
+
+
+def test_nothing_to_complete(X: np.ndarray) -> None:
+    completion = BoltzmannMachine().fit(X).complete(X)
+    assert (completion.X == X).all()
+    assert (completion.probability == (X + 1) / 2).all()
 
 
 def test_entries_that_are_not_observed_have_no_effect(X: np.ndarray) -> None:
