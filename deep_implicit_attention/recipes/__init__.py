@@ -1,5 +1,6 @@
 """Floor 6: named runs. A recipe's dataclass is its flags, its settings and its saved file."""
 
+from ._boltzmann import Boltzmann, run_boltzmann
 from ._compare import run_ising
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, ImageRecipe, Mnist, SiteRecipe
@@ -11,6 +12,7 @@ from ._saved import agree, evaluate_run, generate_run, load_recipe
 from ._shakespeare import Shakespeare
 
 __all__ = [
+    "Boltzmann",
     "Digits",
     "ImageRecipe",
     "Ising",
@@ -23,6 +25,7 @@ __all__ = [
     "evaluate_run",
     "generate_run",
     "load_recipe",
+    "run_boltzmann",
     "run_images",
     "run_ising",
     "run_shakespeare",
