@@ -26,6 +26,7 @@ bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/
 	$(BIN)/python -m benchmarks.evaluations
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.response
+	$(BIN)/python -m benchmarks.boltzmann
 
 docs: $(DEV)  ## check that the code in README and docs runs
 	$(BIN)/python -m pytest -q tests/docs

@@ -1,7 +1,7 @@
 """MNIST: a trained vision transformer as explicit networks of every depth, and at equilibrium.
 
-    python examples/mnist.py --data DATA --seed 0 --out FOLDER
-    python -m benchmarks.horizon FOLDER --data DATA
+    dia train mnist-vit --data-dir DATA --seed 0 --run-dir RUN
+    python -m benchmarks.horizon RUN
 
 prints the table of relaxation horizons in docs/results.md, over the 10,000 test images.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from deep_implicit_attention.models import DeepImplicitAttentionViT
-from deep_implicit_attention.training import Split, mnist
+from deep_implicit_attention.recipes import MnistViT, load_recipe
+from deep_implicit_attention.training import Run, Split
 
 HORIZONS = (1, 2, 4, 8, 16, None)
 
@@ -41,15 +42,18 @@ def row(model: DeepImplicitAttentionViT, split: Split, steps: int | None) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path)
-    flags = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="a finished run of mnist-vit")
+    run = Run(parser.parse_args().folder)
+    recipe = load_recipe(run)
+    if not isinstance(recipe, MnistViT):
+        parser.error(f"{run.folder} is not a run of mnist-vit")
     torch.set_num_threads(1)
-    model = DeepImplicitAttentionViT.from_pretrained(flags.folder)
-    test = mnist(flags.data, 1 / 12, 0).test
+    data = recipe.load()
+    model = recipe.model(data).eval()
+    run.load_weights(model)
     print("| steps | accuracy | loss | median residual | largest residual |\n|---|---|---|---|---|")
     for steps in HORIZONS:
-        print(row(model, test, steps), flush=True)
+        print(row(model, data.test, steps), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
   dia train digits       a minute on a laptop, nothing to download
   dia train mnist        the 2021 project's task, at its size and schedule
+  dia train mnist-vit    a vision transformer on MNIST, by any of the mechanisms
   dia train shakespeare  a language model of characters, of Tiny Shakespeare or a text of your own
   dia evaluate RUN       measures a finished run again, from its folder
   dia generate RUN       continues a text with the language model of a run
   dia ising              mean-field methods beside the exact answer, on a system drawn or your own
+  dia boltzmann          machines that learn binarised digits, and complete the lower half
 """
 
 
@@ -33,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     digits = Annotated[recipes.Digits, tyro.conf.subcommand("digits")]
     mnist = Annotated[recipes.Mnist, tyro.conf.subcommand("mnist")]
     shakespeare = Annotated[recipes.Shakespeare, tyro.conf.subcommand("shakespeare")]
-    every = digits | mnist | shakespeare
+    mnist_vit = Annotated[recipes.MnistViT, tyro.conf.subcommand("mnist-vit")]
+    every = digits | mnist | mnist_vit | shakespeare
 
     def train(recipe: tyro.conf.OmitSubcommandPrefixes[every]) -> int:  # type: ignore
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
@@ -100,11 +103,22 @@ def main(arguments: list[str] | None = None) -> int:
         recipes.run_ising(recipe)
         return 0
 
+    def boltzmann(recipe: tyro.conf.OmitArgPrefixes[recipes.Boltzmann]) -> int:  # type: ignore
+        """Let Boltzmann machines learn binarised digits by several methods, complete the lower half
+        of held-out ones, and draw digits.
+
+        The folder of the run holds config.json, metrics.jsonl (one line a method), machine.npz
+        (couplings and fields of the best machine), completions.png and samples.png.
+        """
+        recipes.run_boltzmann(recipe)
+        return 0
+
     app = tyro.extras.SubcommandApp()
     app.command(train)
     app.command(evaluate)
     app.command(generate)
     app.command(ising)
+    app.command(boltzmann)
     try:
         return app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
     except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:

@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/methods: `make pictures`, or `python docs/pictures.py [NAME ...]`.
+"""Makes the pictures of docs/: `make pictures`, or `python docs/pictures.py [NAME ...]`.
 
 Every number in them is computed here, with fixed seeds. Errors are medians over the eight reference
 systems of `sherrington_kirkpatrick(12, beta, 0.3, seed)`, seeds 0 to 7, against enumeration. All
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from deep_implicit_attention.boltzmann import BoltzmannMachine
 from deep_implicit_attention.deq import fixed_point
-from deep_implicit_attention.plots import Panel, curves
+from deep_implicit_attention.plots import Panel, curves, image_rows
+from deep_implicit_attention.recipes import Boltzmann
+from deep_implicit_attention.recipes._boltzmann import KNOWN, digit_halves, neighbours
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
@@ -368,6 +372,35 @@ def gibbs() -> Figure:
     return curves(*panels)
 
 
+def boltzmann() -> Figure:
+    """Lower halves of held-out digits by several methods, and digits that a machine draws."""
+    recipe = Boltzmann()
+    data = digit_halves(recipe)
+    shown = slice(0, 12)
+    rows = {"image": data.test[shown], "given": np.where(KNOWN, data.test[shown], np.nan)}
+    rows["nearest image"] = neighbours(data.both, data.test[shown], 1)
+    machine = BoltzmannMachine()
+    for name, l2 in (
+        ("independent", 0.0),
+        ("tap", 0.001),
+        ("pseudolikelihood", 0.1),
+        ("pcd", 0.001),
+    ):
+        machine = BoltzmannMachine(
+            name,
+            l2=l2,
+            num_hidden=recipe.num_hidden if name == "pcd" else 0,  # type: ignore[arg-type]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pixels at the edge never change
+            machine.fit(data.both)
+            rows[name] = machine.complete(data.test[shown], KNOWN).X
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chains of different digits
+        rows["drawn by pcd"] = machine.sample(12)
+    return image_rows({name: flat.reshape(-1, 8, 8) for name, flat in rows.items()})
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "overview": overview,
     "priors": priors,
@@ -378,6 +411,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "expectation-propagation": expectation_propagation,
     "exact": exact,
     "gibbs": gibbs,
+    "boltzmann": boltzmann,
 }
 
 

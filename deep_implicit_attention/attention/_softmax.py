@@ -28,8 +28,11 @@ from ._parts import (
 from ._pooling import Couplings, couple
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
-# Of the weights behind a normalised state at the start, relative to a Linear's own.
+# Of the weights behind a normalised state at the start, relative to a Linear's own; below 16
+# components smaller, in proportion. The fewer there are, the more often those of a site happen to
+# lie close together, and the more normalisation then magnifies a change of the state.
 _START = 0.5
+_NARROW = 16
 
 
 class _Context(NamedTuple):
@@ -119,7 +122,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             outer = [self.to_out] + ([] if self.correction is None else [self.correction.contract])
             with torch.no_grad():
                 for layer in outer:
-                    layer.weight.mul_(_START)
+                    layer.weight.mul_(_START * min(1.0, dim / _NARROW))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, scale={self.scale:g}, causal={self.causal}"

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attention import DEQMeanFieldAttention
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
 from ..solvers._validate import check_count
-from ._count import count_params
+from ._image_classifier import ImageClassifier
 
 
-class SiteClassifier(nn.Module):
+class SiteClassifier(ImageClassifier):
     """Image → class scores by the mean-field response of a small spin system.
 
     1. Convolutions with normalisation and GELU; each of `strides` that is 2 halves the map. A
@@ -40,6 +39,8 @@ class SiteClassifier(nn.Module):
         symmetric: J_ij = J_ji, so that the spins are a Boltzmann system but for f.
         **options: options of `DEQFixedPoint`.
     """
+
+    token: nn.Parameter
 
     def __init__(
         self,
@@ -91,30 +92,17 @@ class SiteClassifier(nn.Module):
 
     def sources(self, images: Tensor) -> Tensor:
         """The fields `(B, sites, dim)` that an image applies."""
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.dim() != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images must have shape (batch, {', '.join(map(str, expected))}), "
-                f"got {tuple(images.shape)}"
-            )
+        self.check_images(images)
         patches = self.stem(images).flatten(2).mT
         x = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
         return self.norm(x) / math.sqrt(self.dim)
 
     def forward(self, images: Tensor, *, return_solution: bool = False, **overrides: Any) -> Any:
-        """Scores, or with `return_solution` a pair of scores and the layer's `Solution`."""
+        """Scores; with `return_solution` also the layer's `Solution`, as a tuple of one."""
         solution = self.attention(self.sources(images), return_solution=True, **overrides)
         scores = self.head(self.dropout(solution.value[:, 0]))
-        return (scores, solution) if return_solution else scores
+        return (scores, (solution,)) if return_solution else scores
 
-    def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats."""
-        return F.cross_entropy(scores, labels, label_smoothing=smoothing)
-
-    def couplings(self) -> Tensor:
-        """‖J_ij‖_F between the sites, `(N, N)`; site 0 is the class token."""
-        return torch.linalg.matrix_norm(self.attention.fun.weight()).detach()
-
-    def count_params(self) -> int:
-        """Effective number of parameters, with the symmetries of the couplings."""
-        return count_params(self)
+    def block_fields(self, images: Tensor, solutions: Sequence[Any]) -> list[Tensor]:
+        """`sources`, of the one layer there is."""
+        return [self.sources(images)]

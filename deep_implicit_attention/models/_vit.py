@@ -19,8 +19,8 @@ from ..attention import (
 )
 from ..deq import DEQModule
 from ..solvers._validate import check_count, check_number
-from ._count import count_params
 from ._equilibrium import check_name, equilibrium, value_of
+from ._image_classifier import ImageClassifier
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
@@ -43,7 +43,7 @@ _HEADS = 4
 _START = 0.02  # standard deviation of learned positions
 
 
-class DeepImplicitAttentionViT(Pretrained, nn.Module):
+class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
     """Images → class scores, by the response of a system of vector spins, one per patch.
 
     1. The stem maps the image to `dim` channels on a grid of patches; a class token is one more
@@ -137,7 +137,7 @@ class DeepImplicitAttentionViT(Pretrained, nn.Module):
                 f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
             )
         _check_combination(attention, heads, stem, widths, positions, weight_norm)
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.channels, self.dim = image_size, channels, dim
         self.grid = image_size // patch_size
         if stem == "patch":
             self.stem: nn.Module = nn.Conv2d(channels, dim, patch_size, patch_size)
@@ -193,7 +193,7 @@ class DeepImplicitAttentionViT(Pretrained, nn.Module):
 
     def sites(self, images: Tensor) -> Tensor:
         """Class token and patches with their positions, `(B, N, dim)`."""
-        self._check(images)
+        self.check_images(images)
         x = self.stem(images).flatten(2).mT
         if self.token is not None:
             x = torch.cat([self.token.expand(len(x), -1, -1).to(x), x], dim=1)
@@ -203,40 +203,10 @@ class DeepImplicitAttentionViT(Pretrained, nn.Module):
         """The fields x `(B, N, dim)` of a block that `z` enters: the sites, or what was before."""
         return self.dropout(self.norms[block](z) * self.field_scale)
 
-    def couplings(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
-        """J_ij of every block, `(depth, B, heads, N, N)`, for looking; site 0 is the class token.
-
-        The softmax couplings of each head; ‖J_ij‖_F, as of one head, where they are matrices. For
-        the mixer, whose couplings depend on the state, those at z = x. `solutions` are those that
-        ``forward(images, return_solution=True)`` returned. Costs no solve.
-        """
-        sources = [self.sites(images), *(value_of(part) for part in solutions[:-1])]
-        pairs = zip(self.blocks, sources, strict=True)
-        found = [
-            block.fun.couplings(self.fields(z, number))  # type: ignore
-            for number, (block, z) in enumerate(pairs)
-        ]
-        return torch.stack(found).detach()
-
-    def loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats."""
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-
-    def count_params(self) -> int:
-        """Effective number of parameters, with the symmetries of the couplings."""
-        return count_params(self)
-
-    def _check(self, images: Tensor) -> None:
-        """Raise unless images are what this model takes."""
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a tensor of floating point numbers, got {kind}")
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.dim() != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images must have shape (batch, {', '.join(map(str, expected))}), "
-                f"got {tuple(images.shape)}"
-            )
+    def block_fields(self, images: Tensor, solutions: Sequence[Any]) -> list[Tensor]:
+        """The fields x `(B, N, dim)` of each block; `solutions` are those of a forward pass."""
+        entering = [self.sites(images), *(value_of(part) for part in solutions[:-1])]
+        return [self.fields(z, number) for number, z in enumerate(entering)]
 
 
 def _convolutions(

@@ -3,6 +3,7 @@
 from ._curves import Panel, curves
 from ._figures import confusion_matrix, convergence, coupling_graph, learning_curves
 from ._inference import approximation_errors
+from ._spin_images import image_rows
 
 __all__ = [
     "Panel",
@@ -11,5 +12,6 @@ __all__ = [
     "convergence",
     "coupling_graph",
     "curves",
+    "image_rows",
     "learning_curves",
 ]

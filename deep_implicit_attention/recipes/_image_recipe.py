@@ -1,13 +1,14 @@
-"""Settings of the recipes that train a `SiteClassifier`: `digits` and `mnist`."""
+"""Settings of the recipes that learn from images: `digits`, `mnist` and `mnist-vit`."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import training
-from ..models import SiteClassifier
+from ..models import ImageClassifier, SiteClassifier
 from ..training import Device, ImageData, Measured, Run, Schedule
 from ._flags import TrainingFlags
 
@@ -32,34 +33,24 @@ class ImageRecipe(TrainingFlags):
     """augmentation: largest zoom, as a fraction"""
     validation: float
     """part of the training images set aside to choose the best epoch"""
-    dim: int
-    """components of a spin"""
-    widths: tuple[int, ...]
-    """channels of the convolutions"""
-    strides: tuple[int, ...]
-    """their strides"""
-    dropout: float
-    """dropout before the linear head"""
 
     def load(self) -> ImageData:
         """The data of this recipe."""
         raise NotImplementedError
 
-    def model(self, data: ImageData) -> SiteClassifier:
+    def model(self, data: ImageData) -> ImageClassifier:
         """The untrained model."""
-        return SiteClassifier(
-            image_size=data.train.images.shape[-1],
-            num_classes=10,
-            widths=self.widths,
-            strides=self.strides,
-            dim=self.dim,
-            dropout=self.dropout,
-            on_failure="ignore",  # the training loop reports residuals itself
-            solver_fwd_tol=self.tol,
-            solver_fwd_max_iter=self.max_iter,
-            solver_bwd_tol=self.tol,
-            solver_bwd_max_iter=self.max_iter,
-        )
+        raise NotImplementedError
+
+    def solver_options(self) -> dict[str, Any]:
+        """The options of the equilibrium layers."""
+        return {
+            "on_failure": "ignore",  # the training loop reports residuals itself
+            "solver_fwd_tol": self.tol,
+            "solver_fwd_max_iter": self.max_iter,
+            "solver_bwd_tol": self.tol,
+            "solver_bwd_max_iter": self.max_iter,
+        }
 
     def schedule(self) -> Schedule:
         """The part of the settings that the training loop needs."""
@@ -75,7 +66,32 @@ class ImageRecipe(TrainingFlags):
 
 
 @dataclass(frozen=True)
-class Digits(ImageRecipe):
+class SiteRecipe(ImageRecipe):
+    """What recipes that train a `SiteClassifier` share."""
+
+    dim: int
+    """components of a spin"""
+    widths: tuple[int, ...]
+    """channels of the convolutions"""
+    strides: tuple[int, ...]
+    """their strides"""
+    dropout: float
+    """dropout before the linear head"""
+
+    def model(self, data: ImageData) -> SiteClassifier:
+        return SiteClassifier(
+            image_size=data.train.images.shape[-1],
+            num_classes=10,
+            widths=self.widths,
+            strides=self.strides,
+            dim=self.dim,
+            dropout=self.dropout,
+            **self.solver_options(),
+        )
+
+
+@dataclass(frozen=True)
+class Digits(SiteRecipe):
     """Train on the 1,797 digits of 8×8 pixels bundled with scikit-learn (no download).
 
     A fifth of the images is held out for the test; of the rest a part is set aside to choose the
@@ -108,7 +124,7 @@ class Digits(ImageRecipe):
 
 
 @dataclass(frozen=True)
-class Mnist(ImageRecipe):
+class Mnist(SiteRecipe):
     """Train on MNIST at the size and schedule of the 2021 project: 26,000 parameters at most, 20
     epochs.
 

@@ -1,4 +1,4 @@
-"""What the recipes `digits` and `mnist` do: train, test the best epoch once, draw."""
+"""What the recipes that learn from images do: train, test the best epoch once, draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import training
-from ..models import SiteClassifier
+from ..models import ImageClassifier
 from ..solvers import Solution
 from ..training import Devices, ImageData, Measured, Progress, Run
 from ._frame import Work, run_recipe
@@ -37,7 +37,7 @@ def _work(recipe: ImageRecipe) -> Work:
         title=(
             f"{len(data.train)} training, {len(data.validation)} validation and "
             f"{len(data.test)} test images; {model.count_params()} effective parameters; "
-            f"{model.grid**2 + 1} sites of {model.dim} components"
+            f"{len(_sites(model)[1])} sites of {model.dim} components"
         ),
         train=train,
         test=lambda run, history: _test(recipe, run, data, history),
@@ -80,7 +80,7 @@ def _report(recipe: ImageRecipe, result: dict[str, Any], images: int) -> list[st
 
 def _draw(
     run: Run,
-    model: SiteClassifier,
+    model: ImageClassifier,
     data: ImageData,
     history: list[dict[str, Any]],
     test: Measured,
@@ -94,8 +94,6 @@ def _draw(
     names = [str(digit) for digit in range(10)]
     counts = np.zeros((10, 10), dtype=int)
     np.add.at(counts, (data.test.labels.numpy(), test.predictions.numpy()), 1)
-    with torch.no_grad():
-        _, solution = model(data.test.images[:200], return_solution=True)
     figures = {
         "learning_curves": plots.learning_curves(
             [record["epoch"] for record in history],
@@ -107,13 +105,21 @@ def _draw(
         "confusion_matrix": plots.confusion_matrix(
             counts, names, f"test images, accuracy {test.accuracy:.2%}"
         ),
-        "convergence": plots.convergence(
-            _until_solved(solution), tol, "equilibria of 200 test images"
-        ),
-        "couplings": plots.coupling_graph(
-            model.couplings().numpy(), *_sites(model.grid), "learned couplings"
-        ),
     }
+    some = data.test.images[:200]
+    with torch.no_grad():
+        _, solutions = model(some, return_solution=True)
+        # Of every block, the mean over images and heads.
+        couplings = model.couplings(some, solutions).mean(dim=(1, 2))
+    for number, solution in enumerate(solutions):
+        block = f"_{number + 1}" if len(solutions) > 1 else ""
+        figures[f"convergence{block}"] = plots.convergence(
+            _until_solved(solution), tol, f"equilibria of {len(some)} test images"
+        )
+        if couplings.shape[-1] > 1:
+            figures[f"couplings{block}"] = plots.coupling_graph(
+                couplings[number].numpy(), *_sites(model), "learned couplings"
+            )
     for name, figure in figures.items():
         figure.savefig(run.folder / f"{name}.png", dpi=130)
 
@@ -125,9 +131,12 @@ def _until_solved(solution: Solution) -> np.ndarray:
     return trace.masked_fill(rows >= solution.steps, torch.nan).numpy()
 
 
-def _sites(grid: int) -> tuple[np.ndarray, list[str]]:
+def _sites(model: ImageClassifier) -> tuple[np.ndarray, list[str]]:
     """Places and names of the sites: the class token to the left of the grid of patches."""
+    grid = model.grid
     rows, columns = np.divmod(np.arange(grid**2), grid)
-    patches = np.stack([columns, rows], axis=1)
-    places = np.concatenate([[[-1.5, (grid - 1) / 2]], patches])
-    return places, ["class", *(f"{r},{c}" for r, c in zip(rows, columns, strict=True))]
+    places = np.stack([columns, rows], axis=1)
+    names = [f"{r},{c}" for r, c in zip(rows, columns, strict=True)]
+    if model.token is None:
+        return places, names
+    return np.concatenate([[[-1.5, (grid - 1) / 2]], places]), ["class", *names]

@@ -11,11 +11,13 @@ from ..training import Devices, Run
 from ..training._run import plain
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
+from ._mnist_vit import MnistViT
 from ._shakespeare import Shakespeare
 
 RECIPES: dict[str, type[Any]] = {
     "digits": Digits,
     "mnist": Mnist,
+    "mnist-vit": MnistViT,
     "shakespeare": Shakespeare,
 }
 

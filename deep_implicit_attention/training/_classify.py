@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq import spectral_radius
-from ..models import SiteClassifier
+from ..models import ImageClassifier
 from ..solvers._validate import check_count, check_number
 from ._data import ImageData, Split
 from ._devices import Devices
@@ -99,10 +99,10 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
         """Cross-entropy with smoothed labels, and the accuracy."""
         images, labels = batch
-        scores, solution = model(images, return_solution=True)
+        scores, solutions = model(images, return_solution=True)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.schedule.smoothing)
         right = (scores.argmax(dim=1) == labels).float().mean()
-        return Outcome(loss, {"accuracy": right}, (solution,))
+        return Outcome(loss, {"accuracy": right}, solutions)
 
     def state(self) -> dict[str, Tensor]:
         """The order of the images in this epoch."""
@@ -114,7 +114,7 @@ class Classification(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy on the validation images; spectral radius on the first 32 of them."""
-        classifier = cast(SiteClassifier, model)
+        classifier = cast(ImageClassifier, model)
         measured = measure(classifier, self.data.validation)
         return {
             "validation_loss": measured.loss,
@@ -124,7 +124,7 @@ class Classification(Task):
 
 
 def train_classifier(
-    model: SiteClassifier,
+    model: ImageClassifier,
     data: ImageData,
     schedule: Schedule,
     run: Run,
@@ -172,19 +172,20 @@ def train_classifier(
 
 
 @torch.no_grad()
-def measure(model: SiteClassifier, split: Split, batch_size: int = 500) -> Measured:
-    """Loss, accuracy, predictions and the solver's work on `split`."""
+def measure(model: ImageClassifier, split: Split, batch_size: int = 500) -> Measured:
+    """Loss, accuracy and predictions on `split`; mean solver steps of a layer, worst residual."""
     if not len(split):
         raise ValueError("split must hold at least one image, got none")
     model.eval()
-    device = model.token.device
+    device = _device(model)
     scores, steps, worst = [], 0.0, 0.0
     for start in range(0, len(split), batch_size):
         images = split.images[start : start + batch_size].to(device)
-        some, solution = model(images, return_solution=True)
+        some, solutions = model(images, return_solution=True)
         scores.append(some.cpu())
-        steps += solution.steps.sum().item()
-        worst = max(worst, solution.residual.max().item())
+        for solution in solutions:
+            steps += solution.steps.sum().item() / len(solutions)
+            worst = max(worst, solution.residual.max().item())
     every = torch.cat(scores)
     predictions = every.argmax(dim=1)
     return Measured(
@@ -196,16 +197,16 @@ def measure(model: SiteClassifier, split: Split, batch_size: int = 500) -> Measu
     )
 
 
-def batch_spectral_radius(model: SiteClassifier, images: Tensor) -> float:
-    """Mean spectral radius of the layer's update at the equilibria of `images`."""
+@torch.no_grad()
+def batch_spectral_radius(model: ImageClassifier, images: Tensor) -> float:
+    """Spectral radius of the update at the equilibria of `images`: the mean over them, of the
+    layer in which it is largest. Layers that are solved in closed form iterate nothing: 0."""
     model.eval()
-    layer = model.attention
-    with torch.no_grad():
-        x = layer.fun.sources(model.sources(images.to(model.token.device)))
-        context = layer.fun.prepare(x)
-        z = layer(x)
-    radii = spectral_radius(lambda state: layer.fun.update(state, context), z)
-    return radii.mean().item()
+    images = images.to(_device(model))
+    _, solutions = model(images, return_solution=True)
+    pairs = zip(model.equilibria(), model.maps(images, solutions), strict=True)
+    radii = [spectral_radius(*at).mean() for layer, at in pairs if not hasattr(layer.fun, "solve")]
+    return torch.stack(radii).max().item() if radii else 0.0
 
 
 def augment(
@@ -229,8 +230,8 @@ def augment(
     return moved + background
 
 
-def _optimizer(model: SiteClassifier, schedule: Schedule) -> torch.optim.Optimizer:
-    inside = list(model.attention.parameters())
+def _optimizer(model: ImageClassifier, schedule: Schedule) -> torch.optim.Optimizer:
+    inside = [p for layer in model.equilibria() for p in layer.parameters()]
     known = {id(p) for p in inside}
     outside = [p for p in model.parameters() if id(p) not in known]
     rate = schedule.learning_rate
@@ -239,3 +240,7 @@ def _optimizer(model: SiteClassifier, schedule: Schedule) -> torch.optim.Optimiz
         {"params": inside, "lr": rate * schedule.coupling_rate},
     ]
     return torch.optim.AdamW(groups, lr=rate, weight_decay=schedule.weight_decay)
+
+
+def _device(model: ImageClassifier) -> torch.device:
+    return next(model.parameters()).device

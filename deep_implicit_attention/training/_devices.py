@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._extras import require
+from ._files import write_whole
 from ._plan import Plan
+
+_WANDB_ID = "wandb-id.txt"
 
 
 class Devices:
@@ -28,7 +32,7 @@ class Devices:
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.trackers = folder, plan.trackers
         accelerate = require("accelerate", "train")
         for name in plan.trackers:
             if importlib.util.find_spec(name) is None:
@@ -153,15 +157,26 @@ class Devices:
                 module.reshard()  # type: ignore[operator]
 
     def start_trackers(self, config: Mapping[str, Any], step: int) -> None:
-        """Begin to track; steps after `step` that were tracked before a crash are replaced."""
+        """Begin to track, or go on after `step`.
+
+        Steps after it that were tracked before a crash come again, the same. TensorBoard replaces
+        them; Weights & Biases keeps the first ones, in the run whose id is kept in the folder.
+        """
         plain = {
             k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()
         }
-        options = {
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {"dir": str(self.folder), "name": self.folder.name},
-        }
+        options: dict[str, Any] = {"tensorboard": {"purge_step": step + 1}}
+        if "wandb" in self.trackers:
+            own = {"id": self._wandb_id(new=step == 0), "resume": "allow"}
+            options["wandb"] = {"dir": str(self.folder), "name": self.folder.name, **own}
         self.accelerator.init_trackers("deep-implicit-attention", plain, options)
+
+    def _wandb_id(self, new: bool) -> str:
+        """The id kept in the folder, for a training that goes on; else a new one."""
+        path = self.folder / _WANDB_ID
+        if new or not path.exists():
+            write_whole(path, f"{uuid.uuid4().hex}\n".encode())
+        return path.read_text().strip()
 
     def track(self, record: Mapping[str, Any], step: int) -> None:
         """Send numbers and texts to the trackers."""

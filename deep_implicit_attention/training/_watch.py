@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,12 +20,14 @@ class Watch:
 
     - More than half of the solves end above the tolerance, after 3 steps or more.
     - The loss is a tenth above its mean over the first 20 steps, or has lost half of what it had
-      gained since, where that was more than a fifth.
+      gained since, where that was more than a fifth; or the loss of a single step is more than ten
+      times that of the first, for a training may blow up within a few steps.
     - The spectral radius at an evaluation is above 0.98: at 1 plain iteration no longer contracts
       and the gradient, which holds (1 − ∂F/∂z)⁻¹, can grow without bound.
     """
 
     count: int = 0
+    start: float = math.inf
     loss: float = 0.0
     first: float = 0.0
     lowest: float = 0.0
@@ -33,12 +36,15 @@ class Watch:
 
     MEMORY = 20
     FIRST_STEPS = 3
+    LARGEST_JUMP = 10
     LARGEST_FAILED = 0.5
     LARGEST_RADIUS = 0.98
 
     def step(self, loss: float, failed: float) -> str | None:
         """Take in a step; a sentence if there is a sign of divergence."""
         self.count += 1
+        if self.count == 1:
+            self.start = loss
         weight = 1 / min(self.count, self.MEMORY)
         self.loss += (loss - self.loss) * weight
         self.failed += (failed - self.failed) * weight
@@ -50,6 +56,11 @@ class Watch:
                 "failed",
                 f"{self.failed:.0%} of the equilibria of the last "
                 f"{min(self.count, self.MEMORY)} steps were not found to the tolerance",
+            )
+        if loss - self.start > (self.LARGEST_JUMP - 1) * abs(self.start):
+            return self._tell(
+                "loss",
+                f"the training loss jumps to {loss:.4g}, it was {self.start:.4g} in the first step",
             )
         if self.count <= self.MEMORY:
             return None

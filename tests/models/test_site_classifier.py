@@ -42,7 +42,7 @@ def test_shapes_with_colour_odd_sizes_and_several_strides() -> None:
     assert model(x).shape == (2, 5)
     assert model.sources(x).shape == (2, 1 + 2 * 2, 3)  # 7 -> 4 -> 4 -> 2 on each side
     assert model.grid == 2
-    assert model.couplings().shape == (5, 5)
+    assert model.couplings(x, model(x, return_solution=True)[1]).shape == (1, 2, 1, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_scores_read_the_self_consistent_magnetization_of_site_0(symmetric: bool
     model = build(dim=4, symmetric=symmetric, **EXACT).double().eval()
     x = images(3).double()
     with torch.no_grad():
-        scores, solution = model(x, return_solution=True)
+        scores, (solution,) = model(x, return_solution=True)
         fields, z = model.sources(x), solution.value
         layer = model.attention.fun
         raw = layer._weight
@@ -130,10 +130,12 @@ def test_scores_read_the_self_consistent_magnetization_of_site_0(symmetric: bool
 def test_couplings_are_frobenius_norms(symmetric: bool) -> None:
     model = build(symmetric=symmetric)
     j = couplings_by_hand(model.attention.fun._weight.detach(), symmetric)
-    shown = model.couplings()
-    torch.testing.assert_close(shown, j.square().sum(dim=(2, 3)).sqrt())
-    assert torch.equal(shown, shown.T) == symmetric
-    assert not shown.requires_grad
+    every = model.couplings(images(2), model(images(2), return_solution=True)[1])
+    assert every.shape == (1, 2, 1, 17, 17)
+    assert not every.requires_grad
+    for shown in every.flatten(0, 2):
+        torch.testing.assert_close(shown, j.square().sum(dim=(2, 3)).sqrt())
+        assert torch.equal(shown, shown.T) == symmetric
 
 
 def test_scores_do_not_depend_on_batch_mates() -> None:

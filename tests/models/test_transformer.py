@@ -296,20 +296,58 @@ def test_embedding_is_tied_and_parameters_count_once() -> None:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize(("dim", "heads", "depth", "length"), [(8, 2, 3, 9), (64, 4, 1, 64)])
+@pytest.mark.parametrize(
+    ("dim", "heads", "depth", "length"),
+    [(4, 1, 2, 8), (8, 2, 3, 9), (32, 4, 2, 33), (64, 4, 1, 64)],
+)
 @pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_converges_as_initialised(
-    attention: str, positions: str, dim: int, heads: int, depth: int, length: int, weight_norm: bool
+    attention: str,
+    positions: str,
+    dim: int,
+    heads: int,
+    depth: int,
+    length: int,
+    weight_norm: bool,
+    dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
     model = DeepImplicitAttentionTransformer(
         num_tokens=65, max_seq_len=length, dim=dim, heads=heads, depth=depth, attention=attention,
         positions=positions, weight_norm=weight_norm, on_failure="raise",
-    )  # fmt: skip
-    logits, solutions = model(torch.randint(65, (4, length)), return_solution=True)
+    ).to(dtype)  # fmt: skip
+    ids = torch.randint(65, (4, length))
+    with torch.no_grad():
+        logits, solutions = model(ids, return_solution=True)
     assert all(bool(solution.converged.all()) for solution in solutions)
     # No more certain of anything than a fair guess.
     assert F.cross_entropy(logits.flatten(0, 1), torch.randint(65, (4 * length,))) < 5.0
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_plain_iteration_converges_as_initialised(attention: str, positions: str) -> None:
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(
+        num_tokens=65, max_seq_len=33, dim=32, attention=attention, positions=positions, depth=2,
+        solver="picard", solver_fwd_max_iter=60, on_failure="raise",
+    )  # fmt: skip
+    with torch.no_grad():
+        model(torch.randint(65, (4, 33)))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize(("dim", "heads"), [(4, 1), (8, 2), (16, 2)])
+def test_narrow_models_converge_from_every_seed(positions: str, dim: int, heads: int) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = DeepImplicitAttentionTransformer(
+            num_tokens=65, max_seq_len=16, dim=dim, heads=heads, positions=positions,
+            on_failure="raise",
+        )  # fmt: skip
+        with torch.no_grad():
+            model(torch.randint(65, (8, 16)))
 
 
 def test_diagnostics_against_the_jacobian() -> None:

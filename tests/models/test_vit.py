@@ -237,8 +237,15 @@ def test_images_of_a_batch_do_not_touch(attention: str, stem: str) -> None:
 )
 @pytest.mark.parametrize(
     ("image_size", "patch_size", "dim", "depth", "stem"),
-    [(8, 4, 16, 3, "patch"), (28, 7, 10, 1, "convolution"), (32, 4, 16, 2, "patch")],
+    [
+        (8, 4, 4, 2, "patch"),
+        (8, 4, 16, 3, "patch"),
+        (28, 7, 10, 1, "convolution"),
+        (32, 4, 16, 2, "patch"),
+        (16, 8, 64, 4, "convolution"),
+    ],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_converges_as_initialised(
     attention: str,
     image_size: int,
@@ -247,17 +254,32 @@ def test_converges_as_initialised(
     depth: int,
     stem: str,
     weight_norm: bool,
+    dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
     model = DeepImplicitAttentionViT(
         image_size=image_size, patch_size=patch_size, num_classes=10, dim=dim, depth=depth,
-        attention=attention, heads=2 if attention in SOFTMAX else None, stem=stem,
+        attention=attention, heads=max(1, dim // 8) if attention in SOFTMAX else None, stem=stem,
         weight_norm=weight_norm, on_failure="raise",
-    )  # fmt: skip
-    logits, solutions = model(torch.randn(4, 3, image_size, image_size), return_solution=True)
+    ).to(dtype)  # fmt: skip
+    batch = torch.randn(4, 3, image_size, image_size, dtype=dtype)
+    with torch.no_grad():
+        logits, solutions = model(batch, return_solution=True)
     assert all(bool(solution.converged.all()) for solution in solutions)
     # No more certain of anything than a fair guess.
     assert model.loss(logits, torch.randint(10, (4,))) < 4.0
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTION if name != "adaptive-tap"])
+def test_plain_iteration_converges_as_initialised(attention: str) -> None:
+    """But for adaptive TAP, which is solved in closed form."""
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionViT(
+        image_size=28, patch_size=7, num_classes=10, dim=12, attention=attention, depth=2,
+        solver="picard", solver_fwd_max_iter=60, on_failure="raise",
+    )  # fmt: skip
+    with torch.no_grad():
+        model(torch.randn(4, 3, 28, 28))
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(28, 7), (16, 4), (6, 6), (5, 1)])
@@ -315,6 +337,58 @@ def test_free_couplings_are_norms_of_the_jacobian(attention: str) -> None:
 
     jacobian = torch.autograd.functional.jacobian(update, x)[0, :, :, 0].permute(0, 2, 1, 3)
     torch.testing.assert_close(shown[1, 0, 0], torch.linalg.matrix_norm(jacobian))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_maps_are_the_steps_of_the_blocks(attention: str) -> None:
+    model = build(attention, depth=2).eval()
+    with torch.no_grad():
+        _, solutions = model(images(), return_solution=True)
+        pairs = model.maps(images(), solutions)
+        entering = (model.sites(images()), solutions[0].value)
+        for number, (f, state) in enumerate(pairs):
+            assert torch.equal(mean(state), solutions[number].value)
+            for image, part in zip(parts(f(state)), parts(state), strict=True):
+                torch.testing.assert_close(image, part, rtol=0, atol=1e-8)
+            far = mean(state) + 0.1 * torch.randn_like(mean(state))
+            x = model.fields(entering[number], number)
+            step = model.blocks[number](x, state=far, steps=1)
+            whole = far if isinstance(state, Tensor) else (far, torch.zeros_like(state[1]))
+            torch.testing.assert_close(mean(f(whole)), step)
+    assert len(pairs) == 2
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_spectral_radius_against_eigenvalues(attention: str) -> None:
+    model = build(attention, depth=2, dim=6).eval()
+    batch = images(2)
+    _, solutions = model(batch, return_solution=True)
+    radii = model.spectral_radius(batch, solutions)
+    assert radii.shape == (2, 2)
+    for row in range(2):
+        one = batch[row : row + 1]
+        _, alone = model(one, return_solution=True)
+        for number, (f, state) in enumerate(model.maps(one, alone)):
+            sizes = [part.numel() for part in parts(state)]
+
+            def flat(z: Tensor, f=f, state=state, sizes=sizes) -> Tensor:
+                cut = zip(z.split(sizes), parts(state), strict=True)
+                pieces = [piece.view_as(part) for piece, part in cut]
+                image = f(pieces[0] if isinstance(state, Tensor) else tuple(pieces))
+                return torch.cat([part.flatten() for part in parts(image)])
+
+            at = torch.cat([part.detach().flatten() for part in parts(state)])
+            jacobian = torch.autograd.functional.jacobian(flat, at)
+            expected = torch.linalg.eigvals(jacobian).abs().max()  # type: ignore[arg-type]
+            torch.testing.assert_close(radii[number, row], expected, rtol=1e-3, atol=0)
+
+
+def parts(state: Any) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def mean(state: Any) -> Tensor:
+    return parts(state)[0]
 
 
 def test_parameters_count_with_their_symmetries() -> None:

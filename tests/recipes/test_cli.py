@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from deep_implicit_attention import recipes, training
 from deep_implicit_attention.cli import main
-from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist
+from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, MnistViT
 from deep_implicit_attention.training import ImageData, Progress, Run, _data, measure
 
 Dia = Callable[..., Any]
@@ -286,9 +286,9 @@ def test_a_run_folder_that_is_a_file(dia: Dia, tmp_path: Path) -> None:
 
 
 def test_training_that_blows_up(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = ImageRecipe.model
+    build = Digits.model
 
-    def broken(self: ImageRecipe, data: ImageData) -> Any:
+    def broken(self: Digits, data: ImageData) -> Any:
         model = build(self, data)
         torch.nn.init.constant_(model.head[1].bias, torch.nan)
         return model
@@ -323,17 +323,24 @@ def test_a_missing_library_is_named_with_its_remedy(
 # --- the command line -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [Digits, Mnist])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("digits", Digits), ("mnist", Mnist), ("mnist-vit", MnistViT)]
+)
 def test_help_names_every_setting(
-    recipe: type[ImageRecipe], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    recipe: type[ImageRecipe],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        main(["train", recipe.__name__.lower(), "--help"])
+        main(["train", name, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(recipe):
-        assert re.search(rf"--{field.name.replace('_', '-')}\b", text), field.name
+        flag = re.escape("--" + field.name.replace("_", "-"))
+        # The flag, what it takes or its negation, and then words on it.
+        assert re.search(rf"{flag}\b[^\n]*\n?[^\n]*[a-z]{{2,}} [a-z]{{2,}}", text), field.name
     assert "MNIST" in text or "scikit-learn" in text
 
 

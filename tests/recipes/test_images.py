@@ -13,7 +13,14 @@ import torch
 from matplotlib.figure import Figure
 
 from deep_implicit_attention import plots, training
-from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, _images, run_images
+from deep_implicit_attention.models import DeepImplicitAttentionViT
+from deep_implicit_attention.recipes import (
+    Digits,
+    Mnist,
+    SiteRecipe,
+    _images,
+    run_images,
+)
 from deep_implicit_attention.training import ImageData
 
 SMALL: dict[str, Any] = {
@@ -28,7 +35,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.parametrize("recipe", [Digits, Mnist])
 def test_settings_reach_the_model_and_the_schedule(
-    recipe: type[ImageRecipe], few_digits: Callable[..., ImageData]
+    recipe: type[SiteRecipe], few_digits: Callable[..., ImageData]
 ) -> None:
     own = {"learning_rate": 0.123, "coupling_rate": 0.7, "smoothing": 0.01, "shift": 0.25}
     settings = recipe(
@@ -51,13 +58,13 @@ def test_settings_reach_the_model_and_the_schedule(
         assert options[f"solver_{direction}_tol"] == 1e-2
         assert options[f"solver_{direction}_max_iter"] == 7
     with torch.no_grad():
-        _, solution = model(few_digits(0, 0).test.images[:9], return_solution=True)
+        _, (solution,) = model(few_digits(0, 0).test.images[:9], return_solution=True)
     assert solution.steps.max() <= 7
     assert solution.residual[solution.converged].max() <= 1e-2
 
 
 def test_every_setting_is_a_shared_one_but_the_data_folder() -> None:
-    shared = {field.name for field in dataclasses.fields(ImageRecipe)}
+    shared = {field.name for field in dataclasses.fields(SiteRecipe)}
     assert {field.name for field in dataclasses.fields(Digits)} == shared
     assert {field.name for field in dataclasses.fields(Mnist)} == shared | {"data_dir"}
 
@@ -83,9 +90,9 @@ def test_the_figures_show_the_run(
         monkeypatch.setattr(
             plots, name, lambda *a, name=name: drawn.update({name: a}) or Figure((1, 1))
         )
-    build = ImageRecipe.model
+    build = Digits.model
 
-    def noted(self: ImageRecipe, some: ImageData) -> Any:
+    def noted(self: Digits, some: ImageData) -> Any:
         models.append(build(self, some))
         return models[-1]
 
@@ -101,7 +108,7 @@ def test_the_figures_show_the_run(
 
     model = models[-1].eval()  # the one that was tested
     with torch.no_grad():
-        scores, solution = model(data.test.images, return_solution=True)
+        scores, (solution,) = model(data.test.images, return_solution=True)
     expected = np.zeros((10, 10), dtype=int)
     for true, predicted in zip(data.test.labels.tolist(), scores.argmax(1).tolist(), strict=True):
         expected[true, predicted] += 1
@@ -117,18 +124,27 @@ def test_the_figures_show_the_run(
     np.testing.assert_array_equal(np.isfinite(trace).sum(axis=0), solution.steps.numpy())
 
     strengths, places, sites = drawn["coupling_graph"][:3]
-    np.testing.assert_allclose(strengths, model.couplings().numpy())
+    norms = torch.linalg.matrix_norm(model.attention.fun.weight().detach())
+    np.testing.assert_allclose(strengths, norms.numpy(), rtol=1e-5)
     assert strengths.shape == (17, 17)
     assert len(places) == len(sites) == 17
 
 
 @pytest.mark.parametrize("grid", [2, 3])
-def test_sites_lie_as_their_names_say(grid: int) -> None:
-    places, names = _images._sites(grid)
-    assert names[0] == "class"
-    for k, (place, name) in enumerate(zip(places[1:], names[1:], strict=True)):
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_sites_lie_as_their_names_say(grid: int, pooling: str) -> None:
+    model = DeepImplicitAttentionViT(
+        image_size=2 * grid, patch_size=2, num_classes=2, dim=3, pooling=pooling
+    )
+    places, names = _images._sites(model)
+    places, names = list(places), list(names)
+    assert len(places) == len(names) == model.sites(torch.zeros(1, 3, 2 * grid, 2 * grid)).shape[1]
+    if pooling == "token":
+        place, name = places.pop(0), names.pop(0)
+        assert name == "class"
+        assert place[0] < 0  # outside the grid
+        assert place[1] == (grid - 1) / 2
+    for k, (place, name) in enumerate(zip(places, names, strict=True)):
         row, column = divmod(k, grid)  # the order in which the patches are flattened
         assert name == f"{row},{column}"
         assert tuple(place) == (column, row)
-    assert places[0][0] < 0  # outside the grid
-    assert places[0][1] == (grid - 1) / 2

@@ -199,6 +199,30 @@ def test_relaxation_and_learning_see_the_same_dropout() -> None:
     assert solution.residual.max() < 1e-4  # under another draw the state is no equilibrium
 
 
+@pytest.mark.parametrize(
+    "flags", ["--attention softmax", "--attention vector-spin", "--relax 0 --learn 0"]
+)
+def test_divergence_is_told_before_the_loss_is_no_number(flags: str, train: Dia) -> None:
+    long = ["--iterations", "60", "--evaluate-every", "60", "--max-iter", "20"]
+    run = train(*long, "--learning-rate", "1000", *flags.split())
+    ended = re.search(r"not finite in step (\d+) .*--learning-rate", run.complaint())
+    told = re.search(r"step (\d+) \(epoch .*lower --learning-rate", run.out)
+    assert ended
+    assert told
+    assert int(told[1]) < int(ended[1])
+
+
+def test_divergence_can_end_the_training(train: Dia) -> None:
+    flags = "--learning-rate 30 --on-divergence stop --evaluate-every 1 --iterations 60"
+    run = train(*flags.split())
+    assert run.status == 0, run.err
+    *lines, last = records(run.folder)
+    assert last["ending"] == "diverged"
+    assert len(lines) < 30
+    assert lines[-1]["signs_of_divergence"]
+    assert "the training diverges and is ended" in run.out
+
+
 def test_learning_rates() -> None:
     plan = Shakespeare().plan()
     assert plan.rate(0) == pytest.approx(0.01)

@@ -335,7 +335,7 @@ def test_measure_against_one_image_at_a_time(
     right, loss, steps, worst, predictions = 0, 0.0, 0.0, 0.0, []
     with torch.no_grad():
         for image, label in zip(split.images, split.labels.tolist(), strict=True):
-            scores, solution = model(image[None], return_solution=True)
+            scores, (solution,) = model(image[None], return_solution=True)
             values = scores[0].tolist()
             predictions.append(values.index(max(values)))
             right += predictions[-1] == label
@@ -381,7 +381,7 @@ def test_spectral_radius_against_eigenvalues(
         couplings[site, site] = 0
     radii = []
     with torch.no_grad():
-        solution = model(images, return_solution=True)[1]
+        _, (solution,) = model(images, return_solution=True)
     for z in solution.value:
 
         def update(state: Tensor) -> Tensor:  # but for the field, which is constant

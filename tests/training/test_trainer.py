@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import math
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,7 +209,7 @@ def test_divergence_is_told_before_the_loss_is_no_number(
     task = Rising.of(regression, base=3.0)
     build = trainer(task, steps=6000, evaluate_every=25)
     with (
-        pytest.warns(DivergenceWarning, match=r"step \d+ .*rises.*lower the learning rate"),
+        pytest.warns(DivergenceWarning, match=r"step \d+ .*jumps.*lower the learning rate"),
         pytest.raises(
             FloatingPointError, match=r"not finite in step \d+ .*lower the learning rate"
         ),
@@ -344,3 +347,51 @@ def test_trackers_get_every_record(
     assert [step for step, _ in memory.records] == [3, 6, 9, 12]
     assert [r for _, r in memory.records] == Run(tmp_path).metrics()
     assert memory.ended
+
+
+def test_a_resumed_training_goes_on_in_its_wandb_run(
+    regression: Build, trainer: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    asked: list[dict[str, Any]] = []
+    logged: dict[str, list[int]] = {}
+
+    class Tracked:
+        def __init__(self, options: dict[str, Any]) -> None:
+            self.id = options["id"]
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.setdefault(self.id, []).append(step)
+
+        def finish(self) -> None:
+            pass
+
+    def init(**options: Any) -> Tracked:
+        asked.append(options)
+        return Tracked(options)
+
+    fake: Any = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = init
+    fake.config = types.SimpleNamespace(update=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
+
+    class Stopped(regression):  # type: ignore[valid-type, misc]
+        def batch(self, epoch: int, index: int, generator: torch.Generator) -> Any:
+            if 6 * epoch + index == 7:
+                raise KeyboardInterrupt
+            return super().batch(epoch, index, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(Stopped(), trackers=("wandb",)).train()
+    trainer(regression(), trackers=("wandb",)).train(resume=True)
+    first, second = asked
+    assert first == second
+    assert (first["resume"], first["dir"], first["name"]) == ("allow", str(tmp_path), tmp_path.name)
+    assert logged == {first["id"]: [3, 6, 9, 12]}
+    trainer(regression(), trackers=("wandb",)).train()  # anew, in the same folder
+    assert asked[2]["id"] != first["id"]
+    assert logged[asked[2]["id"]] == [3, 6, 9, 12]

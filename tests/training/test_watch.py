@@ -52,6 +52,14 @@ def test_a_loss_that_loses_what_it_had_gained() -> None:
     assert (fall + rise)[step] < 2.0  # before it is back where it began
 
 
+@pytest.mark.parametrize("level", [2.3, -40.0])
+def test_a_loss_that_blows_up_in_the_first_steps(level: float) -> None:
+    rise = [level + abs(level) * factor for factor in (0.0, 1.0, 8.9, 9.1, 500.0)]
+    ((step, sign),) = signs(rise)
+    assert step == 3
+    assert "jumps" in sign
+
+
 def test_more_than_half_of_the_solves_fail() -> None:
     shares = [0.0] * 100 + [0.9] * 100
     ((step, sign),) = signs([1.0] * 200, shares)

@@ -1,0 +1,108 @@
+"""Gradient ascent on the likelihood: averages of the clamped phase minus those of the free one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..deq import ConvergenceWarning
+from ._data import Data
+from ._parameters import Learned, is_coupling
+from ._warnings import warn
+
+# From parameters to second moments (N+1, N+1), or None where the response has no answer; the
+# clamped phase is told which rows are its batch.
+FreePhase = Callable[[Tensor], Tensor | None]
+ClampedPhase = Callable[[Tensor, Data, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the ascent goes.
+
+    Attributes:
+        updates: of the parameters.
+        learning_rate: of Adam; constant in the first half, then falling to 0 linearly.
+        l2: of the penalty (l2/2) Σ_{i<j} J_ij².
+        batch_size: rows an update; None for all.
+    """
+
+    updates: int
+    learning_rate: float
+    l2: float
+    batch_size: int | None
+
+
+def ascend(
+    data: Data,
+    start: Tensor,
+    clamped: ClampedPhase,
+    free: FreePhase,
+    schedule: Schedule,
+    generator: Generator,
+) -> Learned:
+    """Parameters after the ascent from `start`.
+
+        dJ_ij ∝ ⟨S_i S_j⟩_clamped − ⟨S_i S_j⟩_free − l2 J_ij,   dh_i ∝ ⟨S_i⟩_clamped − ⟨S_i⟩_free
+
+    (Ackley, Hinton, Sejnowski 1985, Cogn. Sci. 9, 147), with steps by Adam (Kingma, Ba 2015). Where
+    `data` have fewer columns than there are spins, the others are hidden units, which have no
+    couplings among each other.
+    """
+    n, visible = len(start) - 1, data.spins.shape[1]
+    penalty = schedule.l2 * is_coupling(n + 1, start)
+    allowed = 1 - torch.eye(n + 1).to(start)
+    allowed[visible + 1 :, visible + 1 :] = 0
+    theta = start.clone()
+    optimizer = torch.optim.Adam([theta], lr=schedule.learning_rate, betas=(0.9, 0.99))
+    constant = None
+    if n == visible and data.observed is None:
+        constant = clamped(theta, data, None)  # nothing in it depends on the parameters
+    order, position = torch.empty(0, dtype=torch.long), 0
+    residual, last = torch.nan, start
+    for update in range(schedule.updates):
+        left = 1 - update / schedule.updates
+        optimizer.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, 2 * left)
+        second = constant
+        if second is None:
+            rows = None
+            if schedule.batch_size is not None and schedule.batch_size < len(data):
+                if position + schedule.batch_size > len(order):
+                    order = torch.randperm(len(data), generator=generator, device=theta.device)
+                    position = 0
+                rows = order[position : position + schedule.batch_size]
+                position += schedule.batch_size
+            second = clamped(theta, data if rows is None else data[rows], rows)
+        average = free(theta)
+        if average is None:
+            _report(update)
+            return Learned(last, steps=max(update, 1), residual=residual)
+        last = theta.clone()
+        gradient = (second - average - penalty * theta) * allowed
+        theta.grad = -gradient
+        optimizer.step()
+        residual = gradient.abs().max().item()
+    return Learned(theta, steps=schedule.updates, residual=residual)
+
+
+def _report(update: int) -> None:
+    warn(
+        f"the response that stands for the free averages has no stable solution after {update} "
+        "updates: the couplings have become too strong for it. The parameters are those before. "
+        "Set l2, or choose method='pcd' or 'exact'.",
+        ConvergenceWarning,
+    )
+
+
+def with_hidden(theta: Tensor, hidden: int, generator: Generator) -> Tensor:
+    """`theta` of visible spins with `hidden` more, weakly and randomly coupled to them."""
+    n = len(theta) - 1
+    out = theta.new_zeros(n + hidden + 1, n + hidden + 1)
+    out[: n + 1, : n + 1] = theta
+    weak = torch.randn(n, hidden, generator=generator, dtype=theta.dtype, device=theta.device)
+    out[1 : n + 1, n + 1 :] = 0.1 / n**0.5 * weak
+    out[n + 1 :, 1 : n + 1] = out[1 : n + 1, n + 1 :].mT
+    return out

@@ -1,0 +1,103 @@
+"""What image classifiers have in common, and what their training relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..deq import DEQFixedPoint, spectral_radius
+from ..deq._state import State
+from ._count import count_params
+from ._equilibrium import value_of
+
+
+class ImageClassifier(nn.Module):
+    """Images → class scores, by equilibrium layers that act one after the other.
+
+    A subclass sets the attributes below and has `block_fields` and ``forward(images, *,
+    return_solution=False, **overrides)``, which returns the scores `(B, num_classes)`; with
+    `return_solution` also the layers' `Solution`s, as a tuple.
+
+    Attributes:
+        image_size: height and width of the images.
+        channels: their channels.
+        grid: patches on a side.
+        dim: components of a site.
+        token: the class token, which is site 0, or None; the other sites are the patches.
+    """
+
+    image_size: int
+    channels: int
+    grid: int
+    dim: int
+    token: nn.Parameter | None
+
+    def block_fields(self, images: Tensor, solutions: Sequence[Any]) -> list[Tensor]:
+        """The fields x `(B, N, dim)` of each layer; `solutions` are those of a forward pass."""
+        raise NotImplementedError
+
+    def equilibria(self) -> list[DEQFixedPoint]:
+        """The equilibrium layers, in their order."""
+        return [module for module in self.modules() if isinstance(module, DEQFixedPoint)]
+
+    def maps(
+        self, images: Tensor, solutions: Sequence[Any]
+    ) -> list[tuple[Callable[[State], State], State]]:
+        """Each layer's update z ↦ F(z; x) and its equilibrium, for the diagnostics of `deq`.
+
+        `solutions` are those that ``forward(images, return_solution=True)`` returned. Costs no
+        solve, but for adaptive TAP, whose state is (z, V): there V is computed. Dropout is drawn
+        anew.
+        """
+        layers, fields = self.equilibria(), self.block_fields(images, solutions)
+        return [
+            (layer.map(x), _whole_state(layer, x, value_of(part)))
+            for layer, x, part in zip(layers, fields, solutions, strict=True)
+        ]
+
+    def spectral_radius(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
+        """Spectral radius of ∂F/∂z of each layer, `(depth, B)`: iteration contracts below 1."""
+        return torch.stack([spectral_radius(f, z) for f, z in self.maps(images, solutions)])
+
+    def couplings(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
+        """J_ij of every layer, `(depth, B, heads, N, N)`, for looking; site 0 is the class token.
+
+        The softmax couplings of each head; ‖J_ij‖_F, as of one head, where they are matrices. For
+        the mixer, whose couplings depend on the state, those at z = x. `solutions` are those that
+        ``forward(images, return_solution=True)`` returned. Costs no solve.
+        """
+        pairs = zip(self.equilibria(), self.block_fields(images, solutions), strict=True)
+        return torch.stack([layer.fun.couplings(x) for layer, x in pairs]).detach()
+
+    def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats."""
+        return F.cross_entropy(scores, labels, label_smoothing=smoothing)
+
+    def count_params(self) -> int:
+        """Effective number of parameters, with the symmetries of the couplings."""
+        return count_params(self)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `TypeError` or `ValueError` unless images are what this model takes."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a tensor of floating point numbers, got {kind}")
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.dim() != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images must have shape (batch, {', '.join(map(str, expected))}), "
+                f"got {tuple(images.shape)}"
+            )
+
+
+def _whole_state(layer: DEQFixedPoint, x: Tensor, value: Tensor) -> State:
+    """The state at the equilibrium of which `layer` returned `value`."""
+    elements = layer.fun.initial_state(x)
+    if isinstance(elements, Tensor):
+        return value
+    every = tuple(range(len(elements)))
+    return DEQFixedPoint(layer.fun, output_elements=every, on_failure="ignore")(x)

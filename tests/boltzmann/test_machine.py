@@ -1,0 +1,450 @@
+"""The estimator: codings, weights, gaps, batches, likelihoods, samples, completions."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deep_implicit_attention.boltzmann import BoltzmannMachine, EstimateWarning, FitWarning
+from deep_implicit_attention.boltzmann._enumeration import Enumeration
+from deep_implicit_attention.boltzmann._likelihood import log_partition
+from deep_implicit_attention.boltzmann._parameters import pack
+from deep_implicit_attention.deq import ConvergenceWarning
+from deep_implicit_attention.spins import Exact, IsingPrior, SpinSystem, sherrington_kirkpatrick
+
+DIRECT = ["exact", "independent", "naive", "tap", "adaptive_tap"]
+ALL = [*DIRECT, "pseudolikelihood", "pcd"]
+ROOT = Path(__file__).parents[2]
+
+
+def states(n: int) -> np.ndarray:
+    return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+
+
+def weights(machine: BoltzmannMachine, S: np.ndarray) -> np.ndarray:
+    J, h = machine.couplings_, machine.fields_
+    return np.exp(0.5 * np.einsum("ki,ij,kj->k", S, J, S) + S @ h)
+
+
+# --- codings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", ["spins", "binary", "boolean"])
+@pytest.mark.parametrize("method", ALL)
+def test_codings_are_the_same_spins(method: str, coding: str, X: np.ndarray) -> None:
+    data = {"spins": X.astype(int), "binary": (X + 1) / 2, "boolean": X > 0}[coding]
+    machine = BoltzmannMachine(method, num_updates=5).fit(data)
+    same = BoltzmannMachine(method, num_updates=5).fit(X)
+    assert machine.coding_ == coding
+    assert (machine.couplings_ == same.couplings_).all()
+    assert (machine.fields_ == same.fields_).all()
+    drawn = machine.sample(20)
+    assert set(np.unique(drawn)) == set(np.unique(data))
+    assert (drawn.dtype == bool) == (coding == "boolean")
+    assert machine.score(data) == same.score(X)
+    observed = np.array([True] * 3 + [False] * 3)
+    completed = machine.complete(data, observed).X
+    assert set(np.unique(completed)) <= set(np.unique(data))
+    assert (completed[:, :3] == data[:, :3]).all()
+
+
+def test_parameters_of_zeros_and_ones_are_the_same_distribution(X: np.ndarray) -> None:
+    machine = BoltzmannMachine("exact").fit(X)
+    W, b = machine.binary_parameters()
+    S = states(6)
+    x = (S + 1) / 2
+    log = 0.5 * np.einsum("ki,ij,kj->k", x, W, x) + x @ b
+    assert log - np.logaddexp.reduce(log) == pytest.approx(machine.score_samples(S), abs=1e-10)
+
+
+def test_lists_frames_and_tensors(X: np.ndarray) -> None:
+    expected = BoltzmannMachine().fit(X).couplings_
+    assert (BoltzmannMachine().fit(X.tolist()).couplings_ == expected).all()
+    assert (BoltzmannMachine().fit(torch.from_numpy(X)).couplings_ == expected).all()
+    assert BoltzmannMachine().fit(X.astype(np.int8)).couplings_ == pytest.approx(expected)
+
+
+# --- weights, batches, gaps ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_weight_is_a_repetition(method: str, X: np.ndarray) -> None:
+    repeats = np.arange(len(X)) % 3
+    X[5, 2] = np.nan if method in DIRECT else X[5, 2]  # the others draw it, for each row anew
+    options = {"pseudocount": 2.0, "num_updates": 20}
+    weighed = BoltzmannMachine(method, **options).fit(X, sample_weight=repeats)
+    repeated = BoltzmannMachine(method, **options).fit(np.repeat(X, repeats, axis=0))
+    assert weighed.couplings_ == pytest.approx(repeated.couplings_, abs=1e-6)
+    assert weighed.fields_ == pytest.approx(repeated.fields_, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [*DIRECT, "pcd"])
+def test_batches_give_the_fit_of_all(method: str, X: np.ndarray) -> None:
+    machine = BoltzmannMachine(method, num_updates=5)
+    for part in np.array_split(X, 3):
+        machine.partial_fit(part)
+    whole = BoltzmannMachine(method, num_updates=5).fit(X)
+    assert machine.couplings_ == pytest.approx(whole.couplings_, abs=1e-7)
+    assert machine.fields_ == pytest.approx(whole.fields_, abs=1e-7)
+
+
+def test_gaps_are_filled_to_the_maximum_of_the_likelihood_of_what_is_seen(X: np.ndarray) -> None:
+    """Expectation maximisation of the exact method: no other parameters are better nearby."""
+    rng = np.random.default_rng(0)
+    X = X[:, :4].copy()
+    X[rng.random(X.shape) < 0.2] = np.nan
+    machine = BoltzmannMachine("exact", max_iter=500).fit(X)
+    S = states(4)
+
+    def likelihood(J: np.ndarray, h: np.ndarray) -> float:
+        p = np.exp(0.5 * np.einsum("ki,ij,kj->k", S, J, S) + S @ h)
+        p /= p.sum()
+        fits = ((X[:, None] == S) | np.isnan(X)[:, None]).all(axis=2)
+        return np.log(fits @ p).mean()
+
+    best = likelihood(machine.couplings_, machine.fields_)
+    assert best == pytest.approx(machine.score(X), abs=1e-10)
+    for i, j in itertools.combinations(range(4), 2):
+        for step in (-0.01, 0.01):
+            J = machine.couplings_.copy()
+            J[[i, j], [j, i]] += step
+            assert likelihood(J, machine.fields_) < best
+    for i, step in itertools.product(range(4), (-0.01, 0.01)):
+        h = machine.fields_.copy()
+        h[i] += step
+        assert likelihood(machine.couplings_, h) < best
+
+
+@pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap", "pseudolikelihood", "pcd"])
+def test_gaps_bias_little(method: str, X: np.ndarray) -> None:
+    """A fifth of the entries missing at random: nearer to the fit of all than ones in the gaps."""
+    X = X[:300, :4]
+    holes = X.copy()
+    holes[np.random.default_rng(0).random(X.shape) < 0.2] = np.nan
+    options = {"num_updates": 500, "num_chains": 2000, "l2": 0.1}
+    full = BoltzmannMachine(method, **options).fit(X)
+    seen = BoltzmannMachine(method, **options).fit(holes)
+    ones = BoltzmannMachine(method, **options).fit(np.where(np.isnan(holes), 1, holes))
+    error = np.abs(seen.couplings_ - full.couplings_).mean()
+    assert error < 0.5 * np.abs(ones.couplings_ - full.couplings_).mean()
+
+
+def test_columns_of_gaps_only(X: np.ndarray) -> None:
+    X[:, 3] = np.nan
+    with pytest.raises(ValueError, match="no entry in column 3"):
+        BoltzmannMachine().fit(X)
+
+
+def test_batches_go_on_from_a_fit_and_not_from_one_that_kept_no_sums(X: np.ndarray) -> None:
+    machine = BoltzmannMachine().fit(X[:200]).partial_fit(X[200:])
+    assert machine.couplings_ == pytest.approx(BoltzmannMachine().fit(X).couplings_)
+    X[0, 0] = np.nan
+    machine = BoltzmannMachine().fit(X)
+    with pytest.raises(ValueError, match="no sums are kept"):
+        machine.partial_fit(X[1:])
+
+
+def test_the_coding_is_decided_by_the_first_batch_that_shows_it(X: np.ndarray) -> None:
+    ones = np.ones((20, 6))
+    with pytest.warns(FitWarning, match="never change"):
+        machine = BoltzmannMachine().partial_fit(ones)
+    assert machine.coding_ is None
+    assert machine.partial_fit((X + 1) / 2).coding_ == "binary"
+    with pytest.raises(ValueError, match="fitted on"):
+        machine.partial_fit(X)
+
+
+# --- likelihoods --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_scores_are_normalised(method: str, X: np.ndarray) -> None:
+    machine = BoltzmannMachine(method, num_updates=10).fit(X)
+    S = states(6)
+    p = weights(machine, S)
+    assert np.exp(machine.score_samples(S)) == pytest.approx(p / p.sum(), rel=1e-9)
+    assert machine.score(X) == pytest.approx(machine.score_samples(X).mean())
+
+
+def test_scores_with_hidden_units_and_gaps(X: np.ndarray) -> None:
+    machine = BoltzmannMachine("exact", num_hidden=2, num_updates=20, learning_rate=0.1).fit(X)
+    S = states(8)
+    p = weights(machine, S)
+    p /= p.sum()
+    row = np.array([[1.0, np.nan, -1.0, np.nan, np.nan, 1.0]])
+    seen = np.isfinite(row[0])
+    alike = (S[:, :6][:, seen] == row[0, seen]).all(axis=1)
+    assert machine.score_samples(row) == pytest.approx(np.log(p[alike].sum()), rel=1e-10)
+    whole = np.exp(machine.score_samples(states(6))).sum()
+    assert whole == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_enumeration_is_that_of_the_spin_systems(n: int) -> None:
+    J, h = sherrington_kirkpatrick(n, 1.0, 0.3, 0)
+    theta, exact = pack(J, h), Exact()(SpinSystem(J, IsingPrior()), h)
+    whole = Enumeration(n)
+    log, p = whole.distribution(theta)
+    assert log.item() == pytest.approx(exact.log_partition.item() + n * np.log(2))
+    assert whole.log_partition(theta).item() == pytest.approx(log.item())
+    second = whole.second_moments(p)
+    C = exact.covariance + torch.outer(exact.magnetization, exact.magnetization)
+    assert second[1:, 1:].numpy() == pytest.approx(C.numpy())
+    assert second[0, 1:].numpy() == pytest.approx(exact.magnetization.numpy())
+    assert (whole.states(torch.arange(2**n)) @ h).numpy() == pytest.approx(
+        (torch.from_numpy(states(n)) @ h).numpy()
+    )
+
+
+def test_annealing_estimates_log_z_within_its_error() -> None:
+    errors = []
+    for seed in range(6):
+        J, h = sherrington_kirkpatrick(26, 0.8, 0.3, seed)
+        J[:3] = J[:, :3] = 0  # three spins apart, so that the rest can be enumerated
+        estimate = log_partition(
+            pack(J, h), torch.zeros(26).double(), particles=200, steps=100, seed=seed
+        )
+        assert estimate.method == "annealed importance sampling"
+        assert not estimate.exact
+        rest = Enumeration(23).log_partition(pack(J[3:, 3:], h[3:]))
+        exact = rest + torch.logaddexp(h[:3], -h[:3]).sum()
+        errors.append((estimate.value - exact.item()) / estimate.standard_error)
+        assert estimate.standard_error < 0.2
+    assert 0.2 < np.sqrt(np.mean(np.square(errors))) < 2.0
+
+
+def test_an_estimated_score_says_so() -> None:
+    X = np.where(np.random.default_rng(0).normal(size=(200, 30)) > 0, 1, -1)
+    machine = BoltzmannMachine().fit(X)
+    log_z = machine.log_partition(particles=50, steps=20)
+    with pytest.warns(EstimateWarning, match=r"annealed importance sampling, standard error"):
+        score = machine.score(X)
+    rows = 0.5 * np.einsum("ki,ij,kj->k", X, machine.couplings_, X) + X @ machine.fields_
+    assert score == pytest.approx(rows.mean() - log_z.value)
+
+
+# --- samples and completions --------------------------------------------------------------------
+
+
+def test_samples_have_the_moments_of_the_machine(X: np.ndarray) -> None:
+    machine = BoltzmannMachine("exact").fit(X)
+    drawn = machine.sample(40_000)
+    assert drawn.shape == (40_000, 6)
+    assert np.abs(drawn.T @ drawn / 40_000 - X.T @ X / 500).max() < 5 / 200
+    assert np.abs(drawn.mean(axis=0) - X.mean(axis=0)).max() < 5 / 200
+
+
+def test_samples_of_many_spins_come_from_chains() -> None:
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(5000, 1))
+    X = np.where(rng.normal(size=(5000, 22)) + 0.7 * common > 0.2, 1, -1)
+    machine = BoltzmannMachine("pseudolikelihood").fit(X)
+    drawn = machine.sample(2000)
+    assert drawn.shape == (2000, 22)
+    assert np.abs(drawn.mean(axis=0) - X.mean(axis=0)).max() < 0.15
+    assert np.abs(np.cov(drawn.T) - np.cov(X.T)).max() < 0.15
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("method", ["exact", "adaptive_tap", "tap", "naive", "pcd"])
+def test_completions_are_conditional_distributions(
+    method: str, shared: bool, X: np.ndarray
+) -> None:
+    machine = BoltzmannMachine(method, num_updates=100, l2=0.05).fit(X)
+    rows = X[:40]
+    observed = np.array([True, False, True, False, True, False])
+    if not shared:
+        observed = np.random.default_rng(0).random(rows.shape) < 0.6
+    completion = machine.complete(rows, observed)
+    mask = np.broadcast_to(observed, rows.shape)
+    S = states(6)
+    p = weights(machine, S)
+    for row, seen, probability, value in zip(rows, mask, *completion[::-1], strict=True):
+        q = p * (S[:, seen] == row[seen]).all(axis=1)
+        expected = q @ (S + 1) / 2 / q.sum()
+        tolerance = 1e-10 if method == "exact" else {"naive": 0.4}.get(method, 0.08)
+        assert np.abs(probability - expected).max() < tolerance
+        assert (value[seen] == row[seen]).all()
+        assert (value[~seen] == np.where(probability[~seen] > 0.5, 1, -1)).all()
+
+
+def test_nothing_to_complete(X: np.ndarray) -> None:
+    completion = BoltzmannMachine().fit(X).complete(X)
+    assert (completion.X == X).all()
+    assert (completion.probability == (X + 1) / 2).all()
+
+
+def test_entries_that_are_not_observed_have_no_effect(X: np.ndarray) -> None:
+    machine = BoltzmannMachine().fit(X)
+    observed = np.arange(6) < 3
+    holes = X.copy()
+    holes[:, 3:] = np.nan
+    first, second = (
+        machine.complete(X, observed),
+        machine.complete(-X * (1 - 2 * observed), observed),
+    )
+    assert (first.probability == second.probability).all()
+    assert (machine.complete(holes).probability == first.probability).all()
+
+
+# --- regularisation that is said ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_constant_column_is_named_and_left_alone(method: str, X: np.ndarray) -> None:
+    X[:, 2] = -1.0
+    with pytest.warns(FitWarning, match=r"2 \(always down\)"):
+        machine = BoltzmannMachine(method, num_updates=5).fit(X)
+    others = [0, 1, 3, 4, 5]
+    alone = BoltzmannMachine(method, num_updates=5).fit(X[:, others])
+    assert machine.couplings_[others][:, others] == pytest.approx(alone.couplings_)
+    assert not machine.couplings_[2].any()
+    assert machine.fields_[2] == pytest.approx(np.arctanh(-500 / 501))
+    assert machine.constant_columns_.tolist() == [False, False, True, False, False, False]
+
+
+def test_a_constant_column_by_name(X: np.ndarray) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(X, columns=list("abcdef"))
+    frame["c"] = 1.0
+    with pytest.warns(FitWarning, match=r"c \(always up\)"):
+        BoltzmannMachine().fit(frame)
+
+
+def test_with_a_pseudocount_nothing_is_constant(X: np.ndarray) -> None:
+    X[:, 4] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regular = BoltzmannMachine(pseudocount=1.0).fit(X)
+    assert np.isfinite(regular.fields_).all()
+
+
+@pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap"])
+def test_fewer_rows_than_spins_are_shrunk_and_said(method: str) -> None:
+    X = np.where(np.random.default_rng(0).normal(size=(15, 20)) > 0, 1, -1)
+    with pytest.warns(FitWarning, match="singular; it is shrunk by"):
+        machine = BoltzmannMachine(method).fit(X)
+    assert 0 < machine.shrinkage_ <= 1
+    assert np.isfinite(machine.couplings_).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BoltzmannMachine(method, l2=0.1).fit(X)
+        BoltzmannMachine(method, pseudocount=5).fit(X)
+        fixed = BoltzmannMachine("adaptive_tap", shrinkage=machine.shrinkage_).fit(X)
+    C = np.cov(X.T, bias=True)
+    shrunk = (1 - fixed.shrinkage_) * C + fixed.shrinkage_ * np.diag(C.diagonal())
+    J = -np.linalg.inv(shrunk)
+    assert fixed.couplings_[0, 1:] == pytest.approx(J[0, 1:])
+
+
+@pytest.mark.parametrize("method", ["exact", "pseudolikelihood"])
+def test_a_maximum_at_infinity_is_reported(method: str) -> None:
+    X = np.where(np.random.default_rng(0).normal(size=(8, 9)) > 0, 1, -1)
+    with (
+        pytest.warns(FitWarning, match="8 rows are too few for 9 spins"),
+        pytest.warns(ConvergenceWarning, match="no finite maximum"),
+    ):
+        BoltzmannMachine(method).fit(X)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda X: X * 2, r"X\[0, 0\] is"),
+        (lambda X: X * (np.arange(6) > 2), r"X\[0, 0\] is"),
+        (lambda X: np.where(np.arange(6) == 2, np.inf, X), "inf"),
+        (lambda X: X[0], "1D array"),
+        (lambda X: X[:0], "0 sample"),
+    ],
+)
+def test_data_that_are_no_spins(change, message: str, X: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=message):
+        BoltzmannMachine().fit(change(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"method": "tapp"}, ValueError),
+        ({"num_hidden": -1}, ValueError),
+        ({"num_hidden": 1.5}, TypeError),
+        ({"l2": -0.1}, ValueError),
+        ({"pseudocount": float("nan")}, ValueError),
+        ({"shrinkage": 1.5}, ValueError),
+        ({"max_iter": 0}, ValueError),
+        ({"num_updates": 0}, ValueError),
+        ({"num_chains": "many"}, TypeError),
+        ({"batch_size": 0}, ValueError),
+        ({"method": "pseudolikelihood", "num_hidden": 2}, ValueError),
+        ({"method": "independent", "num_hidden": 2}, ValueError),
+    ],
+)
+def test_parameters_out_of_range(options, error: type, X: np.ndarray) -> None:
+    with pytest.raises(error, match=list(options)[-1]):
+        BoltzmannMachine(**options).fit(X)
+
+
+def test_weights_that_are_none(X: np.ndarray) -> None:
+    for bad in (np.ones(3), -np.ones(500), np.zeros(500), np.full(500, np.nan)):
+        with pytest.raises(ValueError, match="sample_weight"):
+            BoltzmannMachine().fit(X, sample_weight=bad)
+
+
+def test_masks_that_do_not_fit(X: np.ndarray) -> None:
+    machine = BoltzmannMachine().fit(X)
+    with pytest.raises(ValueError, match=r"observed must have shape \(500, 6\) or \(6,\)"):
+        machine.complete(X, np.ones((6, 500), dtype=bool))
+    with pytest.raises(TypeError, match="observed must be boolean"):
+        machine.complete(X, np.ones(6))
+    X[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"X\[3, 1\] is nan"):
+        machine.complete(X, np.ones(6, dtype=bool))
+
+
+def test_other_data_than_were_learned(X: np.ndarray) -> None:
+    machine = BoltzmannMachine().fit(X)
+    with pytest.raises(ValueError, match=r"X holds \{0, 1\}"):
+        machine.score((X + 1) / 2)
+    with pytest.raises(ValueError, match="boolean"):
+        machine.score(X > 0)
+    with pytest.raises(ValueError, match="features"):
+        machine.score(X[:, :5])
+
+
+def test_what_has_to_be_fitted_as_a_whole(X: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="need all rows"):
+        BoltzmannMachine("pseudolikelihood").partial_fit(X)
+    with pytest.raises(ValueError, match="need all rows"):
+        BoltzmannMachine("pcd", num_hidden=2).partial_fit(X)
+    X[0, 0] = np.nan
+    with pytest.raises(ValueError, match="missing entries"):
+        BoltzmannMachine().partial_fit(X)
+
+
+def test_too_many_spins_to_enumerate() -> None:
+    X = np.where(np.random.default_rng(0).normal(size=(60, 21)) > 0, 1, -1)
+    with pytest.raises(ValueError, match="up to 20 spins"):
+        BoltzmannMachine("exact").fit(X)
+
+
+def test_without_scikit_learn_the_line_that_installs_it() -> None:
+    program = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "import deep_implicit_attention.spins, deep_implicit_attention.recipes\n"
+        "import deep_implicit_attention.boltzmann"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "pip install 'deep-implicit-attention[boltzmann]'" in done.stderr.splitlines()[-1]
