@@ -1,9 +1,9 @@
 """How softmax couplings act on a state: by their matrix, or without one where there are many sites.
 
 The matrix is made once for a solve and costs O(N²) memory. Fused attention
-(`scaled_dot_product_attention`) makes it anew in every update, in blocks that stay in the cache, and
-takes O(N). Which of them is the faster depends on N, on the number of updates and on whether a
-gradient follows; `couple` chooses.
+(`scaled_dot_product_attention`) makes it anew in every update, in blocks that stay in the cache,
+and takes O(N). Which of them is the faster depends on N, on the number of updates and on whether
+a gradient follows; `couple` chooses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Couplings(NamedTuple):
         if self.matrix is not None:
             matrix = self.matrix.mT
             return lambda v: matrix @ v.contiguous()
-        assert self.queries is not None and self.keys is not None
+        assert self.queries is not None
+        assert self.keys is not None
         q, k = self.queries.detach(), self.keys.detach()
         with torch.enable_grad():
             z = torch.zeros_like(q).requires_grad_()
@@ -78,29 +79,32 @@ def softmax_couplings(
 
     Rows sum to one, or to zero where a query sees no key at all.
     """
+    allowed = _allowed(q, mask, causal)
+    # The lowest number, not −inf: a row without keys must not become 0/0.
+    lowest = torch.finfo(q.dtype).min
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         logits = (q * scale) @ k.mT
-    else:
-        fresh = empty(*q.shape[:-1], k.shape[-2], like=q)
-        logits = torch.matmul(q * scale, k.mT, out=fresh)
-    sites = logits.shape[-1]
+        if allowed is None:
+            return logits.softmax(dim=-1)
+        return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)
+    # In place: fresh memory for matrices of this size costs more than the exponentials.
+    logits = torch.matmul(q * scale, k.mT, out=empty(*q.shape[:-1], k.shape[-2], like=q))
+    if allowed is None:
+        return torch.softmax(logits, dim=-1, out=logits)
+    torch.softmax(logits.masked_fill_(~allowed, lowest), dim=-1, out=logits)
+    return logits.masked_fill_(~allowed, 0.0)
+
+
+def _allowed(q: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Which keys a query may see, broadcast over `(B, h, N, N)`; None if all."""
     allowed = None
     if causal:
+        sites = q.shape[2]
         allowed = torch.ones(sites, sites, dtype=torch.bool, device=q.device).tril()[None, None]
     if mask is not None:
         keys = mask[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
-    if not logits.requires_grad:
-        # In place: fresh memory for a matrix of this size costs more than the exponentials.
-        if allowed is not None:
-            logits.masked_fill_(~allowed, torch.finfo(logits.dtype).min)
-        torch.softmax(logits, dim=-1, out=logits)
-        return logits if mask is None else logits.masked_fill_(~allowed, 0.0)
-    if allowed is None:
-        return logits.softmax(dim=-1)
-    # The lowest number, not −inf: a row without keys must not become 0/0.
-    lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)
+    return allowed
 
 
 def _fused(q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool) -> Tensor:

@@ -224,7 +224,9 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         field = F.linear(merge_heads(pooled), context.w_out)
         if kept is not None:
             field = kept[0] * field
-        return context._replace(x=x_new + field, couplings=Couplings(own), mask=None, kept=kept, memory=memory)
+        return context._replace(
+            x=x_new + field, couplings=Couplings(own), mask=None, kept=kept, memory=memory
+        )
 
     def _acting(self, z: Tensor) -> Tensor:
         """What the couplings and f act on."""

@@ -83,7 +83,8 @@ class TracedMap:
         leaves = list(self._leaves)
         for slot, tensor in zip(self._slots, tensors, strict=False):
             leaves[slot] = full_precision(tensor.detach())
-        product = self.f.vjp(self.layout.unpack(z), *pytree.tree_unflatten(leaves, self._tree))
+        args = pytree.tree_unflatten(leaves, self._tree)
+        product: Any = self.f.vjp(self.layout.unpack(z), *args)  # type: ignore[operator]
         return lambda v: self.layout.pack(product(self.layout.unpack(v)))
 
     def _fill(self, tensors: Any) -> None:

@@ -57,7 +57,11 @@ def gmres(
     scale = torch.where(b_norm > 0, b_norm, 1)
 
     def product(v: Tensor) -> Tensor:
-        return matvec(v if preconditioner is None else preconditioner(v))
+        if preconditioner is None:
+            return matvec(v)
+        image = preconditioner(v)
+        check_same_shape(image, v, "the preconditioner")
+        return matvec(image)
 
     x, r = torch.zeros_like(b), b
     norm = b_norm

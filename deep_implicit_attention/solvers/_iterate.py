@@ -108,8 +108,15 @@ def iterate(
     codes = xp.where(broken & ~grown, Status.NONFINITE.code, codes)
     codes = xp.where(converged, Status.CONVERGED.code, codes)
     rows = int(steps.max()) if len(steps) else 0
-    evidence = [residual, steps, converged, codes, xp.stack(trace)[:rows], residual_norm]
-    return Solution(best, *[torch.as_tensor(e) for e in evidence])
+    return Solution(
+        value=best,
+        residual=torch.as_tensor(residual),
+        steps=torch.as_tensor(steps),
+        converged=torch.as_tensor(converged),
+        codes=torch.as_tensor(codes),
+        trace=torch.as_tensor(xp.stack(trace)[:rows]),
+        residual_norm=torch.as_tensor(residual_norm),
+    )
 
 
 def _on_host(numbers: Tensor) -> np.ndarray:
