@@ -79,6 +79,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             bounded whatever the size of z. Sources should have components of order one.
         correction_width: hidden width of f, default 4d.
         rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
+            only near sites matter.
         dropout: of the components of the pooled states and of f(z_i), while training. Drawn once
             for a solve, in which the update stays a function.
 
@@ -98,6 +100,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         normalize: bool = False,
         correction_width: int | None = None,
         rotary: bool = False,
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
         check_positive(num_spins=num_spins, dim=dim, heads=heads)
@@ -111,7 +114,9 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
                 raise ValueError(
                     "correction_width is the width of f, which lin_response=False drops"
                 )
-        super().__init__(dim, heads, dim_head, scale, causal, normalize, rotary, dropout)
+        super().__init__(
+            dim, heads, dim_head, scale, causal, normalize, rotary, rotary_base, dropout
+        )
         self.num_spins = num_spins
         self.to_out = nn.Linear(dim, dim)
         self.lin_response = lin_response

@@ -43,16 +43,19 @@ class SoftmaxCouplings(DEQModule):
         causal: bool,
         normalize: bool,
         rotary: bool,
+        rotary_base: float,
         dropout: float,
     ) -> None:
         super().__init__()
         if scale is not None:
             check_number("scale", scale, minimum=-math.inf)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
+        check_number("rotary_base", rotary_base, minimum=1.0)
         if rotary and dim_head % 2:
             raise ValueError(f"rotary needs an even width of a head, got {dim_head}")
         self.dim, self.heads, self.causal = dim, heads, causal
         self.normalize, self.rotary, self.dropout = normalize, rotary, float(dropout)
+        self.rotary_base = float(rotary_base)
         self.scale = dim_head**-0.5 if scale is None else float(scale)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
@@ -74,7 +77,9 @@ class SoftmaxCouplings(DEQModule):
             x = normalized(x)
         q = split_heads(project(self.to_q, x), self.heads)
         k = split_heads(project(self.to_k, x), self.heads)
-        return (rotate(q, first), rotate(k, first)) if self.rotary else (q, k)
+        if not self.rotary:
+            return q, k
+        return rotate(q, self.rotary_base, first), rotate(k, self.rotary_base, first)
 
     def one_more(
         self, memory: Memory | None, state: Tensor, x_new: Tensor

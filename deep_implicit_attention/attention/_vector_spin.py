@@ -47,6 +47,8 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             Then `append` adds sites one by one.
         normalize: queries, keys and f of the normalised x (mean 0, variance 1 over components).
         rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
+            only near sites matter.
         dropout: of the components of f(x_i), while training.
 
     Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
@@ -62,6 +64,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         causal: bool = False,
         normalize: bool = False,
         rotary: bool = False,
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
         check_positive(dim=dim, heads=heads)
@@ -72,7 +75,9 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             )
         if not 0 < beta < math.inf:
             raise ValueError(f"beta must be positive and finite, got {beta}")
-        super().__init__(dim, heads, dim // heads, scale, causal, normalize, rotary, dropout)
+        super().__init__(
+            dim, heads, dim // heads, scale, causal, normalize, rotary, rotary_base, dropout
+        )
         self.beta = float(beta)
         self.radius = (dim // heads / 2 - 1) ** 0.5
         self.source = FeedForward(dim)

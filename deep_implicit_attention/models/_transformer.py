@@ -23,9 +23,8 @@ from ._pretrained import Pretrained
 
 _POSITIONS = ("learned", "sinusoidal", "rotary")
 # The embeddings start small, so that the logits that share them do, and are scaled up to fields.
-_START = 0.02
-_FIELD_SCALE = 25.0
-
+_START = 0.05
+_FIELD_SCALE = 10.0
 
 _ATTENTION: dict[str, Callable[..., DEQModule]] = {
     "softmax": partial(DEQVanillaSoftmaxAttention, 1, normalize=True, causal=True),
@@ -61,6 +60,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             which contracts whatever its weights.
         positions: ``"learned"`` or ``"sinusoidal"`` (added to x), or ``"rotary"`` (in the
             couplings only).
+        rotary_base: of rotary positions: pairs of components turn by 1 to about 1 / base a site.
         dropout: of the components of x and, in every block, of what the sum over couplings and f
             add, while training; drawn once for a solve.
         weight_norm: magnitude and direction of every weight that acts on x or z apart
@@ -82,6 +82,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         heads: int = 4,
         attention: str = "softmax",
         positions: str = "learned",
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
         weight_norm: bool = False,
         solver: str = "anderson",
@@ -113,7 +114,11 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(depth):
             mechanism = _ATTENTION[attention](
-                dim=dim, heads=heads, rotary=positions == "rotary", dropout=dropout
+                dim=dim,
+                heads=heads,
+                rotary=positions == "rotary",
+                rotary_base=rotary_base,
+                dropout=dropout,
             )
             self.blocks.append(equilibrium(mechanism, solver, weight_norm, options))
         self.norm = nn.LayerNorm(dim)

@@ -315,7 +315,7 @@ def test_couplings_are_those_that_the_blocks_use(attention: str) -> None:
     shown = model.couplings(images(), solutions)
     assert shown.shape == (2, 3, 2, 5, 5)
     for number, z in enumerate((model.sites(images()), solutions[0].value)):
-        used = model.blocks[number].fun.prepare(model.fields(z, number)).couplings
+        used = model.blocks[number].fun.prepare(model.fields(z, number)).couplings.matrix
         torch.testing.assert_close(shown[number], used.detach())
 
 
