@@ -15,9 +15,8 @@ BATCH, LENGTH, RATE, WARMUP = 12, 64, 1e-3, 100
 def train(model, ids, iterations, seed, relax=8, learn=4, penalty=0.0):
     """AdamW, warm-up, cosine; up to `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    kinds = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
+    groups = [{"params": p, "weight_decay": w} for p, w in zip(kinds, (0.1, 0.0), strict=True)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
     for i in range(1, iterations + 1):
         cosine = math.cos(math.pi * max(0, i - WARMUP) / max(1, iterations - WARMUP))

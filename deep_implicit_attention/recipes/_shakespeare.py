@@ -69,7 +69,7 @@ class Shakespeare(TrainingFlags):
     """learn magnitude and direction of the weights apart"""
     solver: Literal["anderson", "broyden", "newton_krylov", "picard"] = "picard"
     """solver of the equilibria"""
-    tol: float = 1e-2
+    tol: float = 1e-3
     max_iter: int = 100
     evaluate_every: int = 250
     """iterations between evaluations, each of which says a sample"""
