@@ -185,12 +185,15 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
         return product
 
-    def preconditioner(self, context: _Context) -> LinearMap:
+    def preconditioner(self, context: _Context) -> LinearMap | None:
         """r ↦ P r with f linearised where its hidden units are at their biases, D = ∂f/∂z.
 
         Rows of J sum to one, so it maps what is common to all sites to itself: there P is
-        (1 + D − W_O)⁻¹. What couplings average out is left to (1 + D)⁻¹.
+        (1 + D − W_O)⁻¹. What couplings average out is left to (1 + D)⁻¹. None with `normalize`,
+        where slopes depend on the size of z.
         """
+        if self.normalize:
+            return None
         one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
         if context.correction is not None:
             one = one + feed_forward_slope(context.correction)

@@ -58,7 +58,7 @@ def anderson(
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         nonlocal history
-        if history is None:
+        if k == 0 or history is None:
             # No more columns than steps or unknowns can fill.
             size = max(1, min(m, max_iter - 2, z.shape[1]))
             history = _History(fz, g, size, ridge)
@@ -122,7 +122,8 @@ class _History:
         gram = self.gram[:, :used, :used]
         gram[:, slot] = row.squeeze(2)
         gram[:, :, slot] = row.squeeze(2)
-        gram[:, slot, slot] += self.ridge
+        # A column that is left out decouples, with γ = 0.
+        gram[:, slot, slot] += torch.where(scale > 0, self.ridge, 1).squeeze(1)
         gamma, failed = torch.linalg.solve_ex(gram, target)
         solved = (failed[:, None, None] == 0) & torch.isfinite(gamma).all(dim=1, keepdim=True)
         gamma = torch.where(solved, gamma, 0).mT

@@ -45,7 +45,7 @@ def broyden(
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         nonlocal history
-        if history is None:
+        if k == 0 or history is None:
             history = _Inverse(z, g, max(1, min(memory, max_iter - 2)))
         else:
             history.update(z, g)

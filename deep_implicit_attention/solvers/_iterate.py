@@ -24,6 +24,9 @@ Propose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # it merely ran out of steps.
 _GROWTH = 10.0
 
+# A preconditioner that helps takes more than this off the residual in its first step.
+_HELPS = 0.5
+
 # On an accelerator asking "is everybody done?" stalls the queue, so ask only now and then.
 _STEPS_BETWEEN_SYNCS = 4
 
@@ -46,7 +49,10 @@ def iterate(
     long its batch mates take.
 
     With a `preconditioner` P, `propose` is given z + P (f(z) − z) in the place of f(z), a map with
-    the same fixed points; residuals are those of f.
+    the same fixed points; residuals are those of f. A sample whose residual the first step does
+    not halve goes back to where it was and goes on without P, so that an approximation which is
+    bad there costs one evaluation and not the solution. `propose` is told of a new beginning by
+    k = 0.
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner)
     on_host = z0.device.type == "cpu"
@@ -95,9 +101,21 @@ def iterate(
         if last or ((k + 1) % sync_every == 0 and not active.any()):
             break
         if preconditioner is not None:
-            g = preconditioner(g)
+            plain = g
+            if k < 2 or not on_host or kept.any():
+                g = preconditioner(g)
             if k == 0:
                 check_same_shape(g, z, "the preconditioner")
+                start, kept = (z, g, plain), active
+            elif k == 1:
+                before, g_start, plain_start = start
+                kept = kept & (g_norm <= _HELPS * first_norm)
+                if not on_host or not kept.all():
+                    g_start = select(kept, g_start, plain_start)
+                    propose(0, before, before + g_start, g_start)
+                    z, plain = select(kept, z, before), select(kept, plain, plain_start)
+                del start, before, g_start, plain_start
+            g = select(kept, g, plain)
             fz = z + g
         z = select(active, propose(k, z, fz, g), best)
 

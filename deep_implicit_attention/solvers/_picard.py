@@ -33,7 +33,8 @@ def picard(
         stop_mode: ``"rel"``, ‖f(z) − z‖ / ‖f(z)‖, or ``"abs"``, ‖f(z) − z‖.
         damping: part of the old state kept at each step.
         preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹: f(z) − z is
-            replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f.
+            replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. A
+            sample whose residual the first step does not halve goes on without P.
 
     Returns:
         `Solution`. Cost: one evaluation and O(B n) a step; memory O(B n).

@@ -64,3 +64,23 @@ def test_bad_preconditioners(solver, make_problem):
         solver(problem.f, problem.z0, preconditioner=3)
     with pytest.raises(ValueError, match="shape"):
         solver(problem.f, problem.z0, preconditioner=lambda r: r[:, :2])
+
+
+@pytest.mark.parametrize("scale", [-1.0, 5.0])
+def test_a_bad_preconditioner_is_dropped_where_it_does_not_help(solver, make_problem, scale):
+    if solver is newton_krylov:
+        pytest.skip("its linear solves take any regular P")
+    problem = make_problem(norm=0.6)
+    good = torch.arange(len(problem.z0)) % 2 == 0
+
+    def mixed(r):
+        return torch.where(good[:, None], r, scale * r)
+
+    plain = solver(problem.f, problem.z0, **SOLVE)
+    found = solver(problem.f, problem.z0, preconditioner=mixed, **SOLVE)
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.value, problem.solution, rtol=1e-8, atol=1e-8)
+    # Where P is 1 nothing changes, whatever becomes of the others; there one evaluation is lost.
+    assert torch.equal(found.value[good], plain.value[good])
+    assert torch.equal(found.steps[~good], plain.steps[~good] + 1)
+    torch.testing.assert_close(found.value[~good], plain.value[~good], rtol=0, atol=1e-12)
