@@ -71,6 +71,7 @@ def iterate(
     steps = numbers(nothing.long())
     residual = residual_norm = first_norm = last_norm = numbers(nothing + torch.inf)
     trace: list[Any] = []
+    guard = None if preconditioner is None else _Guard(preconditioner, select)
 
     for k in range(max_iter):
         fz = f(z)
@@ -100,22 +101,8 @@ def iterate(
         last = k + 1 == max_iter
         if last or ((k + 1) % sync_every == 0 and not active.any()):
             break
-        if preconditioner is not None:
-            plain = g
-            if k < 2 or not on_host or kept.any():
-                g = preconditioner(g)
-            if k == 0:
-                check_same_shape(g, z, "the preconditioner")
-                start, kept = (z, g, plain), active
-            elif k == 1:
-                before, g_start, plain_start = start
-                kept = kept & (g_norm <= _HELPS * first_norm)
-                if not on_host or not kept.all():
-                    g_start = select(kept, g_start, plain_start)
-                    propose(0, before, before + g_start, g_start)
-                    z, plain = select(kept, z, before), select(kept, plain, plain_start)
-                del start, before, g_start, plain_start
-            g = select(kept, g, plain)
+        if guard is not None:
+            z, g = guard(k, z, g, g_norm, propose)
             fz = z + g
         z = select(active, propose(k, z, fz, g), best)
 
@@ -135,6 +122,44 @@ def iterate(
         trace=torch.as_tensor(xp.stack(trace)[:rows]),
         residual_norm=torch.as_tensor(residual_norm),
     )
+
+
+class _Guard:
+    """P (f(z) − z) where P helps, f(z) − z elsewhere, and where to go on from."""
+
+    def __init__(self, preconditioner: Map, select: Callable[[Any, Tensor, Tensor], Tensor]):
+        self.preconditioner, self.select = preconditioner, select
+        self.start: tuple[Tensor, Tensor, Tensor] | None = None
+        self.first_norm: Any = None
+        self.helps: Any = None
+
+    def __call__(
+        self, k: int, z: Tensor, g: Tensor, g_norm: Any, propose: Propose
+    ) -> tuple[Tensor, Tensor]:
+        if k == 0:
+            changed = self.preconditioner(g)
+            check_same_shape(changed, z, "the preconditioner")
+            self.start, self.first_norm = (z, g, changed), g_norm
+            return z, changed
+        if self.start is not None:
+            before, plain, changed = self.start
+            self.start = None
+            self.helps = g_norm <= _HELPS * self.first_norm
+            if not self._everywhere():
+                z, g = self.select(self.helps, z, before), self.select(self.helps, g, plain)
+                first = self.select(self.helps, changed, plain)
+                propose(0, before, before + first, first)
+        if self._nowhere():
+            return z, g
+        return z, self.select(self.helps, self.preconditioner(g), g)
+
+    # Asked of numpy only: on an accelerator the answer would stall the queue.
+
+    def _everywhere(self) -> bool:
+        return isinstance(self.helps, np.ndarray) and bool(self.helps.all())
+
+    def _nowhere(self) -> bool:
+        return isinstance(self.helps, np.ndarray) and not self.helps.any()
 
 
 def _on_host(numbers: Tensor) -> np.ndarray:
