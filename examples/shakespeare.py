@@ -9,10 +9,10 @@ import torch
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer
 from deep_implicit_attention.training import random_batch, shakespeare, windows
 
-BATCH, LENGTH, RATE, WARMUP = 12, 64, 1e-3, 100
+BATCH, LENGTH, RATE, WARMUP = 12, 64, 2e-3, 100
 
 
-def train(model, ids, iterations, seed, relax=8, learn=4, penalty=0.0):
+def train(model, ids, iterations, seed, relax=4, learn=4, penalty=0.0, rate=RATE):
     """AdamW, warm-up, cosine; up to `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
@@ -21,7 +21,7 @@ def train(model, ids, iterations, seed, relax=8, learn=4, penalty=0.0):
     for i in range(1, iterations + 1):
         cosine = math.cos(math.pi * max(0, i - WARMUP) / max(1, iterations - WARMUP))
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(i / WARMUP, 0.55 + 0.45 * cosine)
+            group["lr"] = rate * min(i / WARMUP, 0.55 + 0.45 * cosine)
         inputs, targets = random_batch(ids, LENGTH, BATCH, generator)
         drawn = int(torch.randint(relax + 1, (1,), generator=generator))
         with torch.no_grad():

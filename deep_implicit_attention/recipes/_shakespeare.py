@@ -40,12 +40,12 @@ class Shakespeare(TrainingFlags):
     """stretches of text in a batch"""
     length: int = 64
     """characters of a stretch, and of the window of text that the model sees"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: int = 100
     """iterations in which the learning rate rises; then it falls by a cosine to a tenth"""
     weight_decay: float = 0.1
     clip: float | None = 1.0
-    relax: int = 8
+    relax: int = 4
     """steps towards equilibrium without a gradient, at most: each batch draws from 0 to this"""
     learn: int = 4
     """steps after them with a gradient; 0 is the equilibrium with its exact implicit gradient"""
