@@ -9,8 +9,9 @@
     python -m benchmarks.language generation
 
 KIND is one of `MODELS`. The second line is nanoGPT's recipe; the third learns by the exact implicit
-gradient, the others through the last steps. All models are trained by the loop of `examples/shakespeare.py`, on one thread.
-Losses are over the whole validation split, in windows of 64 characters that do not overlap.
+gradient, the others through the last steps. All models are trained by the loop of
+`examples/shakespeare.py`, on one thread. Losses are over the whole validation split, in windows of
+64 characters that do not overlap.
 """
 
 from __future__ import annotations
