@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
 from ..attention._softmax_couplings import check_key_mask
-from ..deq import DEQModule, StateCache, jacobian_penalty, spectral_radius
+from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
 from ..solvers._validate import check_count, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
-from ._equilibrium import check_name, equilibrium, value_of
+from ._equilibrium import check_name, equilibrium, penalty_of, value_of
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
@@ -290,9 +290,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
 
         Hutchinson's estimate with one vector (see `deq.jacobian_penalty`).
         """
-        pairs = self.maps(ids, solutions, mask)
-        sums = [jacobian_penalty(f, z, generator=generator) / z[0].numel() for f, z in pairs]
-        return torch.stack(sums).mean()
+        return penalty_of(self.maps(ids, solutions, mask), generator)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token; targets of −100 do not count."""
