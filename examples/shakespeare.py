@@ -9,23 +9,23 @@ import torch
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer
 from deep_implicit_attention.training import random_batch, shakespeare, windows
 
-BATCH, LENGTH, RATE, WARMUP = 12, 64, 1e-3, 100
+BATCH, LENGTH, RATE, WARMUP = 12, 64, 2e-3, 100
 
 
-def train(model, ids, iterations, seed, relax=14, learn=4, penalty=0.1):
-    """AdamW with warm-up and a cosine; `relax` steps towards equilibrium, `learn` with a graph."""
+def train(model, ids, iterations, seed, relax=4, learn=4, penalty=0.0, rate=RATE):
+    """AdamW, warm-up, cosine; up to `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    kinds = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
+    groups = [{"params": p, "weight_decay": w} for p, w in zip(kinds, (0.1, 0.0), strict=True)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
     for i in range(1, iterations + 1):
         cosine = math.cos(math.pi * max(0, i - WARMUP) / max(1, iterations - WARMUP))
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(i / WARMUP, 0.55 + 0.45 * cosine)
+            group["lr"] = rate * min(i / WARMUP, 0.55 + 0.45 * cosine)
         inputs, targets = random_batch(ids, LENGTH, BATCH, generator)
+        drawn = int(torch.randint(relax + 1, (1,), generator=generator))
         with torch.no_grad():
-            states = model(inputs, steps=relax, return_solution=True)[1] if relax else None
+            states = model(inputs, steps=drawn, return_solution=True)[1] if drawn else None
         logits, states = model(inputs, state=states, steps=learn, return_solution=True)
         loss = model.loss(logits, targets)
         extra = penalty * model.jacobian_penalty(inputs, states) if penalty else 0.0
@@ -47,8 +47,8 @@ if __name__ == "__main__":
     text = shakespeare(flags.data)
     torch.manual_seed(flags.seed)
     model = DeepImplicitAttentionTransformer(
-        num_tokens=len(text.vocabulary), max_seq_len=LENGTH, dim=256, heads=8, positions="rotary",
-        solver="picard", solver_fwd_tol=1e-2, solver_fwd_max_iter=100,
+        num_tokens=len(text.vocabulary), max_seq_len=LENGTH, dim=128, depth=4, heads=4,
+        positions="rotary", rotary_base=100.0, solver="picard", solver_fwd_tol=1e-3,
     )  # fmt: skip
     train(model, text.train, flags.iterations, flags.seed)
     model.eval().save_pretrained(flags.out)

@@ -28,7 +28,6 @@ class _Gaussian(NamedTuple):
     x: Tensor  # (B, N, d), the fields, x + Pμ
     couplings: Tensor  # (N·d, N·d)
     precision: Tensor  # (N, d, d), P_i
-    covariance: Tensor  # (N, d, d), P_i⁻¹
     operator: Tensor  # (N·d, N·d), blockdiag P − J
     factor: Factor  # of the operator
 
@@ -130,12 +129,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(couplings)
             x = x + precision @ self.prior.location.to(couplings)
             precision = precision.expand(self.num_spins, -1, -1)
-        operator = -couplings
-        blocks = operator.view(self.num_spins, self.dim, self.num_spins, self.dim)
-        blocks.diagonal(dim1=0, dim2=2).add_(precision.permute(1, 2, 0))
-        factor = factorise(operator, self.symmetric)
-        covariance = torch.linalg.inv_ex(precision.detach()).inverse
-        return _Gaussian(x, couplings, precision, covariance, operator, factor)
+        operator = _Operator.apply(couplings, precision)
+        return _Gaussian(x, couplings, precision, operator, factorise(operator, self.symmetric))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -181,7 +176,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         # The fast product is that with the matrix as it lies in memory.
         incoming = context.couplings if self.symmetric else context.couplings.mT
         field = (context.x.flatten(1) + z.flatten(1) @ incoming).view_as(z)
-        image = torch.einsum("nij,bnj->bni", context.covariance, field)
+        image = torch.linalg.solve_ex(context.precision, field.permute(1, 2, 0)).result
+        image = image.permute(2, 0, 1)
         norm = torch.linalg.vector_norm((image - z).flatten(1), dim=1)
         size = torch.linalg.vector_norm(image.flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
@@ -299,6 +295,22 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if isinstance(context, Matched):
             x = _matched.coordinates(x, context)
         return context._replace(x=x + context.x)
+
+
+class _Operator(torch.autograd.Function):
+    """blockdiag P − J `(N·d, N·d)`, from J and P `(N, d, d)`, with one copy each way."""
+
+    @staticmethod
+    def forward(ctx: Any, couplings: Tensor, precision: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.sites, dim, _ = precision.shape
+        operator = -couplings
+        blocks = operator.view(ctx.sites, dim, ctx.sites, dim).diagonal(dim1=0, dim2=2)
+        blocks.add_(precision.permute(1, 2, 0))
+        return operator
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return -g, diagonal_blocks(g, ctx.sites) if ctx.needs_input_grad[1] else None
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..deq._linear_map import LinearMap
 from ..deq._state import full_precision
 from ..solvers._validate import check_count
 
@@ -65,12 +68,54 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     return F.linear(hidden, weights.w_out, weights.b_out)
 
 
+def feed_forward_vjp(z: Tensor, weights: Weights) -> Callable[[Tensor], Tensor]:
+    """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once."""
+    slope = _gelu_slope(F.linear(z, weights.w_in, weights.b_in))
+    return lambda v: ((v @ weights.w_out) * slope) @ weights.w_in
+
+
+def feed_forward_slope(weights: Weights) -> Tensor:
+    """∂f/∂z `(d, d)` where the hidden units are at their biases, as they are at z = 0."""
+    return (weights.w_out * _gelu_slope(weights.b_in)) @ weights.w_in
+
+
+def _gelu_slope(h: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(torch.ones_like(h), h)
+
+
+def inverse_or_identity(matrix: Tensor) -> Tensor:
+    """The inverse `(d, d)`; the identity where there is none to be had."""
+    inverse, failed = torch.linalg.inv_ex(matrix)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    sound = (failed == 0) & torch.isfinite(inverse).all()
+    return torch.where(sound, inverse, identity)
+
+
+def on_sites(matrix: Tensor) -> LinearMap:
+    """r ↦ A r_i for every site of `(B, N, d)`."""
+    return LinearMap(lambda r: r @ matrix.mT, lambda r: r @ matrix)
+
+
 def normalized(x: Tensor) -> Tensor:
     """`x` with mean 0 and variance 1 over its last axis; zero stays zero.
 
     Gains and offsets of a LayerNorm would be absorbed by the linear layers that follow.
     """
     return F.layer_norm(x, x.shape[-1:])
+
+
+def normalized_vjp(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`normalized(x)`, and v ↦ its transposed Jacobian at `x` times v."""
+    shape = x.shape[-1:]
+    value, mean, rstd = torch.native_layer_norm(x, shape, None, None, 1e-5)
+
+    def product(v: Tensor) -> Tensor:
+        mask = [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(
+            v.contiguous(), x, shape, mean, rstd, None, None, mask
+        )[0]
+
+    return value, product
 
 
 def check_positive(**sizes: int) -> None:

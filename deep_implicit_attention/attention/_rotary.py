@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BASE = 10_000.0
 
-
-def rotate(x: Tensor, first: int = 0) -> Tensor:
-    """`x` `(..., N, k)`, component pairs (a, a + k/2) turned by i · 10000^(−2a/k) at site i.
+def rotate(x: Tensor, base: float, first: int = 0) -> Tensor:
+    """`x` `(..., N, k)`, component pairs (a, a + k/2) turned by i · base^(−2a/k) at site i.
 
     Sites count from `first`. The product of a query at i and a key at j then depends on i − j
     only (Su et al. 2021, arXiv:2104.09864).
@@ -17,7 +15,7 @@ def rotate(x: Tensor, first: int = 0) -> Tensor:
     sites, width = x.shape[-2:]
     # In float64: far sites turn by large angles.
     options = {"dtype": torch.float64, "device": x.device if x.device.type != "mps" else "cpu"}
-    rates = _BASE ** (-torch.arange(0, width, 2, **options) / width)
+    rates = base ** (-torch.arange(0, width, 2, **options) / width)
     angles = torch.outer(torch.arange(first, first + sites, **options), rates)
     cos, sin = angles.cos().to(x), angles.sin().to(x)
     a, b = x.chunk(2, dim=-1)

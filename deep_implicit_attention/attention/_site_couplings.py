@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
+from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 
 
@@ -55,13 +56,10 @@ class SiteCouplings(DEQModule):
         `weight_sym_internal` makes each J_ij a symmetric matrix, `weight_sym_sites` makes
         J_ij = J_ji; together J_ij = J_jiᵀ, as a spin system needs.
         """
-        weight, scale = full_precision(self._weight), 1.0
-        if self.weight_sym_internal:
-            weight, scale = weight + weight.transpose(2, 3), 0.5 * scale
-        if self.weight_sym_sites:
-            weight, scale = weight + weight.transpose(0, 1), 0.5 * scale
+        symmetries = self.weight_sym_internal, self.weight_sym_sites
+        weight = _symmetrised(full_precision(self._weight), *symmetries)
         apart = 1 - torch.eye(self.num_spins, dtype=weight.dtype, device=weight.device)
-        return weight * (scale * apart)[:, :, None, None]
+        return weight * apart[:, :, None, None]
 
     def count_params(self) -> int:
         """Number of free parameters in the couplings, which symmetries and J_ii = 0 reduce."""
@@ -76,7 +74,8 @@ class SiteCouplings(DEQModule):
     def coupling_matrix(self) -> Tensor:
         """`weight()` as one matrix `(N·d, N·d)` that acts on flattened states."""
         size = self.num_spins * self.dim
-        return self.weight().permute(0, 2, 1, 3).reshape(size, size)
+        symmetries = self.weight_sym_internal, self.weight_sym_sites
+        return _Matrix.apply(full_precision(self._weight), *symmetries).view(size, size)
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -88,3 +87,48 @@ class SiteCouplings(DEQModule):
         check_no_inputs(self, inputs)
         check_sources(x, self.dim, self.num_spins, self._weight)
         return x
+
+
+class _Matrix(torch.autograd.Function):
+    """`weight()` of the raw `(N, N, d, d)` in the order `(N, d, N, d)`.
+
+    Couplings can be most of the memory there is, so they are copied once, and not masked, permuted
+    and reshaped one after the other. Symmetrising and masking are their own transposes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
+        ctx.symmetries = internal, sites
+        return _free(_symmetrised(weight, internal, sites).transpose(1, 2), (0, 2))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        return _Raw.apply(g, *ctx.symmetries), None, None
+
+
+class _Raw(torch.autograd.Function):
+    """The transpose of `_Matrix`."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
+        ctx.symmetries = internal, sites
+        return _free(_symmetrised(g.transpose(1, 2), internal, sites), (0, 1))
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
+        return _Matrix.apply(h, *ctx.symmetries), None, None
+
+
+def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
+    """`weight` `(N, N, d, d)` with each J_ij symmetric, and J_ij = J_ji."""
+    if internal:
+        weight = 0.5 * (weight + weight.transpose(2, 3))
+    return 0.5 * (weight + weight.transpose(0, 1)) if sites else weight
+
+
+def _free(matrix: Tensor, sites: tuple[int, int]) -> Tensor:
+    """A contiguous copy without self-couplings; i and j are the axes `sites`."""
+    # A copy: where N or d is 1 the axes may have been exchanged without moving anything.
+    matrix = empty(*matrix.shape, like=matrix).copy_(matrix)
+    matrix.diagonal(dim1=sites[0], dim2=sites[1]).zero_()
+    return matrix

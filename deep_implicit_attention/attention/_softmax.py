@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..deq._linear_map import LinearMap
 from ._parts import (
     FeedForward,
     Weights,
     check_positive,
     feed_forward,
+    feed_forward_slope,
+    feed_forward_vjp,
     hide,
+    inverse_or_identity,
     linear_weights,
     merge_heads,
     normalized,
+    normalized_vjp,
     split_heads,
 )
-from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+from ._pooling import Couplings, couple
+from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 16
 # components smaller, in proportion. The fewer there are, the more often those of a site happen to
@@ -30,7 +37,7 @@ _NARROW = 16
 
 class _Context(NamedTuple):
     x: Tensor  # (B, N, d), with the field of sites whose states are known
-    couplings: Tensor  # (B, h, N, N)
+    couplings: Couplings
     w_out: Tensor
     b_out: Tensor
     correction: Weights | None
@@ -72,6 +79,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             bounded whatever the size of z. Sources should have components of order one.
         correction_width: hidden width of f, default 4d.
         rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
+            only near sites matter.
         dropout: of the components of the pooled states and of f(z_i), while training. Drawn once
             for a solve, in which the update stays a function.
 
@@ -91,6 +100,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         normalize: bool = False,
         correction_width: int | None = None,
         rotary: bool = False,
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
         check_positive(num_spins=num_spins, dim=dim, heads=heads)
@@ -104,7 +114,9 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
                 raise ValueError(
                     "correction_width is the width of f, which lin_response=False drops"
                 )
-        super().__init__(dim, heads, dim_head, scale, causal, normalize, rotary, dropout)
+        super().__init__(
+            dim, heads, dim_head, scale, causal, normalize, rotary, rotary_base, dropout
+        )
         self.num_spins = num_spins
         self.to_out = nn.Linear(dim, dim)
         self.lin_response = lin_response
@@ -124,7 +136,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         q, k = self.queries_and_keys(x)
         return _Context(
             x,
-            softmax_couplings(q, k, self.scale, mask, self.causal),
+            couple(q, k, self.dim // self.heads, self.scale, mask, self.causal),
             *linear_weights(self.to_out),
             None if self.correction is None else self.correction.weights(),
             mask,
@@ -134,7 +146,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
         acting = self._acting(z)
-        pooled = merge_heads(context.couplings @ split_heads(acting, self.heads))
+        pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
         response = F.linear(pooled, context.w_out, context.b_out)
         if context.kept is not None:
             response = context.kept[0] * response
@@ -143,6 +155,64 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             correction = feed_forward(acting, context.correction)
             field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
+
+    def first_step(self, context: _Context) -> Tensor:
+        """x + b_O − f(0), the update from z = 0, which needs no couplings."""
+        response = context.b_out.expand_as(context.x)
+        if context.kept is not None:
+            response = context.kept[0] * response
+        field = response + context.x
+        if context.correction is not None:
+            correction = feed_forward(torch.zeros_like(context.b_out), context.correction)
+            field = field - (correction if context.kept is None else context.kept[1] * correction)
+        return hide(field, context.mask)
+
+    def vjp(self, z: Tensor, context: _Context) -> Callable[[Tensor], Tensor]:
+        """v ↦ (∂F/∂z)ᵀ v at `z`."""
+        acting, back = normalized_vjp(z) if self.normalize else (z, None)
+        correct = None
+        if context.correction is not None:
+            correct = feed_forward_vjp(acting, context.correction)
+        transposed = context.couplings.transposed()
+
+        def product(v: Tensor) -> Tensor:
+            v = hide(v, context.mask)
+            pooled = v if context.kept is None else context.kept[0] * v
+            out = merge_heads(transposed(split_heads(pooled @ context.w_out, self.heads)))
+            if correct is not None:
+                out = out - correct(v if context.kept is None else context.kept[1] * v)
+            return out if back is None else back(out)
+
+        return product
+
+    def preconditioner(self, context: _Context) -> LinearMap | None:
+        """r ↦ P r with f linearised where its hidden units are at their biases, D = ∂f/∂z.
+
+        Rows of J sum to one, so it maps what is common to all sites to itself: there P is
+        (1 + D − W_O)⁻¹. What couplings average out is left to (1 + D)⁻¹. None with `normalize`,
+        where slopes depend on the size of z.
+        """
+        if self.normalize:
+            return None
+        one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
+        if context.correction is not None:
+            one = one + feed_forward_slope(context.correction)
+        apart = inverse_or_identity(one)
+        common = inverse_or_identity(one - context.w_out) - apart
+        kept = None if context.mask is None else context.mask.to(one)[:, :, None]
+
+        def averaged(r: Tensor) -> Tensor:
+            if kept is None:
+                return r.mean(dim=1, keepdim=True)
+            return r.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(1)
+
+        def spread(r: Tensor) -> Tensor:
+            return r if kept is None else kept * r
+
+        return LinearMap(
+            lambda r: r @ apart.mT + spread(averaged(r) @ common.mT),
+            lambda r: r @ apart + spread(averaged(r) @ common),
+        )
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium of those before it.
@@ -162,7 +232,9 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         field = F.linear(merge_heads(pooled), context.w_out)
         if kept is not None:
             field = kept[0] * field
-        return context._replace(x=x_new + field, couplings=own, mask=None, kept=kept, memory=memory)
+        return context._replace(
+            x=x_new + field, couplings=Couplings(own), mask=None, kept=kept, memory=memory
+        )
 
     def _acting(self, z: Tensor) -> Tensor:
         """What the couplings and f act on."""

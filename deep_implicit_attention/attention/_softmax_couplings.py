@@ -13,6 +13,7 @@ from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
 from ._parts import check_sources, hide, normalized, project, split_heads
+from ._pooling import softmax_couplings
 from ._rotary import rotate
 
 
@@ -42,16 +43,19 @@ class SoftmaxCouplings(DEQModule):
         causal: bool,
         normalize: bool,
         rotary: bool,
+        rotary_base: float,
         dropout: float,
     ) -> None:
         super().__init__()
         if scale is not None:
             check_number("scale", scale, minimum=-math.inf)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
+        check_number("rotary_base", rotary_base, minimum=1.0)
         if rotary and dim_head % 2:
             raise ValueError(f"rotary needs an even width of a head, got {dim_head}")
         self.dim, self.heads, self.causal = dim, heads, causal
         self.normalize, self.rotary, self.dropout = normalize, rotary, float(dropout)
+        self.rotary_base = float(rotary_base)
         self.scale = dim_head**-0.5 if scale is None else float(scale)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
@@ -73,7 +77,9 @@ class SoftmaxCouplings(DEQModule):
             x = normalized(x)
         q = split_heads(project(self.to_q, x), self.heads)
         k = split_heads(project(self.to_k, x), self.heads)
-        return (rotate(q, first), rotate(k, first)) if self.rotary else (q, k)
+        if not self.rotary:
+            return q, k
+        return rotate(q, self.rotary_base, first), rotate(k, self.rotary_base, first)
 
     def one_more(
         self, memory: Memory | None, state: Tensor, x_new: Tensor
@@ -123,25 +129,3 @@ def check_key_mask(mask: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"mask must have shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}, x is on {x.device}")
-
-
-def softmax_couplings(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool
-) -> Tensor:
-    """J = softmax(scale · q kᵀ) over the keys that a query may see, `(B, h, N, N)`.
-
-    Rows sum to one, or to zero where a query sees no key at all.
-    """
-    logits = (q * scale) @ k.mT
-    sites = logits.shape[-1]
-    allowed = None
-    if causal:
-        allowed = torch.ones(sites, sites, dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        keys = mask[:, None, None, :]
-        allowed = keys if allowed is None else allowed & keys
-    if allowed is None:
-        return logits.softmax(dim=-1)
-    # The lowest number, not −inf: a row without keys must not become 0/0.
-    lowest = torch.finfo(logits.dtype).min
-    return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)

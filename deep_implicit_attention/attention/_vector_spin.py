@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._parts import FeedForward, check_positive, hide, merge_heads, normalized, split_heads
-from ._softmax_couplings import Memory, SoftmaxCouplings, softmax_couplings
+from ._pooling import Couplings, couple
+from ._softmax_couplings import Memory, SoftmaxCouplings
 
 
 class _Context(NamedTuple):
     fields: Tensor  # (B, h, N, k): x + f(x), by heads
-    couplings: Tensor  # (B, h, N, N)
+    couplings: Couplings
     mask: Tensor | None  # (B, N), True = keep
     memory: Memory | None
 
@@ -46,6 +47,8 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             Then `append` adds sites one by one.
         normalize: queries, keys and f of the normalised x (mean 0, variance 1 over components).
         rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
+        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
+            only near sites matter.
         dropout: of the components of f(x_i), while training.
 
     Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
@@ -61,6 +64,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         causal: bool = False,
         normalize: bool = False,
         rotary: bool = False,
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
         check_positive(dim=dim, heads=heads)
@@ -71,7 +75,9 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             )
         if not 0 < beta < math.inf:
             raise ValueError(f"beta must be positive and finite, got {beta}")
-        super().__init__(dim, heads, dim // heads, scale, causal, normalize, rotary, dropout)
+        super().__init__(
+            dim, heads, dim // heads, scale, causal, normalize, rotary, rotary_base, dropout
+        )
         self.beta = float(beta)
         self.radius = (dim // heads / 2 - 1) ** 0.5
         self.source = FeedForward(dim)
@@ -86,12 +92,12 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
 
     def prepare(self, x: Tensor, mask: Tensor | None = None) -> _Context:
         q, k = self.queries_and_keys(x)
-        couplings = softmax_couplings(q, k, self.scale, mask, self.causal)
+        couplings = couple(q, k, self.dim // self.heads, self.scale, mask, self.causal)
         memory = Memory(k, None, mask) if self.causal else None
         return _Context(self._fields(x), couplings, mask, memory)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        field = context.fields + context.couplings @ split_heads(z, self.heads)
+        field = context.fields + context.couplings.act(split_heads(z, self.heads))
         field = self.beta * field
         stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
         return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
@@ -102,7 +108,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         Arguments and cost as in `DEQVanillaSoftmaxAttention.append`.
         """
         pooled, own, memory = self.one_more(context.memory, state, x_new)
-        return _Context(self._fields(x_new) + pooled, own, None, memory)
+        return _Context(self._fields(x_new) + pooled, Couplings(own), None, memory)
 
     def _fields(self, x: Tensor) -> Tensor:
         """x + f(x) by heads, `(B, h, N, k)`."""

@@ -9,7 +9,7 @@ aliases, and solves its linear equation by a fixed point that is itself differen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch.autograd import Function
 
 from ..solvers import Solution, gmres
 from ..solvers._gmres import power_of_two
-from ..solvers._validate import check_count, check_number, check_options
+from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
+from ._linear_map import transpose
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
 
@@ -43,6 +44,7 @@ class Adjoint:
         tol: float,
         max_iter: int,
         on_failure: str,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """`z` `(B, n)`, bit for bit, as a differentiable function of what `f` depends on."""
         raise NotImplementedError
@@ -107,13 +109,23 @@ class Implicit(Adjoint):
             object.__setattr__(self, name, value)
 
     def attach(
-        self, f: TracedMap, z: Tensor, *, tol: float, max_iter: int, on_failure: str
+        self,
+        f: TracedMap,
+        z: Tensor,
+        *,
+        tol: float,
+        max_iter: int,
+        on_failure: str,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        if not takes(self.solver, "preconditioner") or "preconditioner" in self.options:
+            preconditioner = None
         equation = _Equation(
             self,
             tol if self.tol is None else self.tol,
             max_iter if self.max_iter is None else self.max_iter,
             on_failure,
+            preconditioner,
         )
         tape = None
         if f.closes_over:
@@ -142,7 +154,14 @@ class Phantom(Adjoint):
         check_number("damping", self.damping, minimum=0.0, below=1.0)
 
     def attach(
-        self, f: TracedMap, z: Tensor, *, tol: float, max_iter: int, on_failure: str
+        self,
+        f: TracedMap,
+        z: Tensor,
+        *,
+        tol: float,
+        max_iter: int,
+        on_failure: str,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         unrolled = z
         for _ in range(self.steps):
@@ -166,23 +185,30 @@ class OneStep(Phantom):
 
 @dataclass(frozen=True)
 class _Equation:
-    """How the linear equation u = (∂f/∂z)ᵀ u + g of one backward pass is solved."""
+    """How the linear equation u = (∂f/∂z)ᵀ u + g of one backward pass is solved.
+
+    `preconditioner` is that of the forward equation, whose transpose serves here.
+    """
 
     adjoint: Implicit
     tol: float
     max_iter: int
     on_failure: str
+    preconditioner: Callable[[Tensor], Tensor] | None = None
 
     def solve(self, product: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
         solver, settings = self.adjoint.solver, self.adjoint.options
         settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
+        if self.preconditioner is not None:
+            settings["preconditioner"] = transpose(self.preconditioner, g)
         # The equation is linear: at order one, small gradients do not underflow in the solver.
         unit = power_of_two(g)
         g = g / unit
         if solver is gmres:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
-            solution = solver(lambda u: product(u) + g, g, **settings)
+            start = g if self.preconditioner is None else settings["preconditioner"](g)
+            solution = solver(lambda u: product(u) + g, start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
         # A gradient that was not finite when it came is not the solve's failure.
@@ -222,7 +248,8 @@ class _Attach(Function):
         u = _solve_adjoint(ctx.f, ctx.equation, z, tensors, needed, g)
         if torch.is_grad_enabled():
             transposed = _Transposed(ctx.f)
-            u = _attach(transposed, ctx.equation, u.value, None, (g, z, *tensors))
+            plain = replace(ctx.equation, preconditioner=None)
+            u = _attach(transposed, plain, u.value, None, (g, z, *tensors))
             grads = _products(ctx.f, z, tensors, needed, u)
             if tape is not None:
                 # What f closes over has no alias, so whoever differentiates these products with
@@ -267,7 +294,8 @@ def _solve_adjoint(
         return _vjp(image, z, v, create_graph=False)
 
     with torch.no_grad(), without_autocast(z):
-        u = equation.solve(product, g.detach())
+        by_hand = f.vjp(z.detach(), aliases) if isinstance(f, TracedMap) else None
+        u = equation.solve(by_hand or product, g.detach())
     return _Adjoined(u, image, aliases, needed)
 
 

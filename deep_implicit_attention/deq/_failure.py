@@ -40,8 +40,10 @@ def report(
     stacklevel: int = 3,
 ) -> None:
     """Warn or raise, as `on_failure` says, if any sample of `solution` failed."""
-    solution = solution.accepting(solution.codes == Status.FIXED_STEPS.code)
     if on_failure == "ignore" or bool(solution.converged.all()):
+        return
+    solution = solution.accepting(solution.codes == Status.FIXED_STEPS.code)
+    if bool(solution.converged.all()):
         return
     failed = [status for status in solution.status if status is not Status.CONVERGED]
     kinds = [status for status in Status if status in failed]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ..solvers import Solution, anderson, gmres
-from ..solvers._validate import check_options
+from ..solvers._validate import check_options, takes
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
-from ._map import TracedMap, without_autocast
+from ._linear_map import on_vectors
+from ._map import TracedMap, is_plain, untraced, without_autocast
 from ._state import Layout, State, full_precision, widen
 
 
@@ -92,9 +95,13 @@ def solve_and_attach(
     on_failure: str,
     tol: float,
     max_iter: int,
+    state_preconditioner: Callable[[State], State] | None = None,
     **solver_options: Any,
 ) -> Solution:
-    """`fixed_point` without its report on the forward solve."""
+    """`fixed_point` without its report on the forward solve.
+
+    `state_preconditioner` is for solvers that take a preconditioner, forward and backward.
+    """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
     if not isinstance(args, tuple | list):
@@ -107,6 +114,16 @@ def solve_and_attach(
     z0 = widen(z0)
     layout = Layout.of(z0)
     flat = layout.pack(z0).detach()
+    flat_preconditioner = None
+    if state_preconditioner is not None:
+        flat_preconditioner = on_vectors(state_preconditioner, layout)
+        if takes(solver, "preconditioner"):
+            solver_options = {"preconditioner": flat_preconditioner, **solver_options}
+    solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
+    if not torch.is_grad_enabled() and is_plain(f, args):
+        with without_autocast(flat):
+            solution = solve(untraced(f, layout, args), flat)
+        return solution.with_value(layout.unpack(solution.value))
     traced = TracedMap(f, layout, args)
     if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):
         raise RuntimeError(
@@ -115,23 +132,31 @@ def solve_and_attach(
         )
     differentiable = torch.is_grad_enabled()
 
-    with torch.no_grad(), without_autocast(flat):
-        constants: list[Tensor] | None = None
+    with torch.no_grad(), without_autocast(flat), ExitStack() as stack:
+        bound: Callable[[Tensor], Tensor] | None = None
 
         def step(z: Tensor) -> Tensor:
-            nonlocal constants
-            if constants is not None:
-                return traced(z, constants)
-            image = traced.trace(z) if differentiable else traced(z, traced.tensors)
+            nonlocal bound
+            if bound is not None:
+                return bound(z)
+            image = traced.trace(z) if differentiable else None
             constants = [full_precision(t.detach()) for t in traced.tensors]
-            return image
+            bound = stack.enter_context(traced.bound(constants))
+            return bound(z) if image is None else image
 
-        solution = solver(step, flat, tol=tol, max_iter=max_iter, **solver_options)
+        solution = solve(step, flat)
 
     value = solution.value
     depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)
     if differentiable and depends:
         with without_autocast(flat):
-            value = adjoint.attach(traced, value, tol=tol, max_iter=max_iter, on_failure=on_failure)
+            value = adjoint.attach(
+                traced,
+                value,
+                tol=tol,
+                max_iter=max_iter,
+                on_failure=on_failure,
+                preconditioner=flat_preconditioner,
+            )
     traced.tensors = []  # from here on what autograd saved is all that is held
     return solution.with_value(layout.unpack(value))

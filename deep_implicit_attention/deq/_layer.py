@@ -169,7 +169,7 @@ class DEQFixedPoint(nn.Module):
             fields = self._fields(x, inputs)
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             broken = solution.codes == Status.NONFINITE.code
-            poisoned = bool(broken.any())
+            poisoned = not bool(solution.converged.all()) and bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.
@@ -213,6 +213,13 @@ class DEQFixedPoint(nn.Module):
     def _prepare(self, fields: Tensor, inputs: tuple) -> Any:
         return self.fun.prepare(fields, *inputs) if hasattr(self.fun, "prepare") else fields
 
+    @torch.no_grad()
+    def _preconditioner(self, context: Any, settings: Settings) -> Any:
+        """That of the mechanism, unless the caller has given one to the solver, or None."""
+        if "preconditioner" in settings.solver_options or not hasattr(self.fun, "preconditioner"):
+            return None
+        return self.fun.preconditioner(context)
+
     def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
         """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
         if full_precision(x) is x or in_autocast(x):
@@ -240,6 +247,11 @@ class DEQFixedPoint(nn.Module):
         if settings.steps is None and hasattr(fun, "solve"):
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         if settings.steps is None:
+            preconditioner = self._preconditioner(context, settings)
+            if settings.initial_state == "zeros" and state is None and hasattr(fun, "first_step"):
+                with torch.no_grad():
+                    start = fun.first_step(context)
+                    start = start if preconditioner is None else preconditioner(start)
             solution = solve_and_attach(
                 _Update(fun),
                 start,
@@ -249,6 +261,7 @@ class DEQFixedPoint(nn.Module):
                 on_failure=settings.on_failure,
                 tol=settings.tol,
                 max_iter=settings.max_iter,
+                state_preconditioner=preconditioner,
                 **settings.solver_options,
             )
             value = solution.value
@@ -311,6 +324,11 @@ class _Update(nn.Module):
 
     def forward(self, z: State, context: Any) -> State:
         return self.fun.update(z, context)  # type: ignore[operator]
+
+    @property
+    def vjp(self) -> Any:
+        """That of `fun`; where it has none, neither has this."""
+        return self.fun.vjp
 
 
 class _Poison(torch.autograd.Function):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
@@ -56,6 +57,12 @@ class TracedMap:
         self.closes_over = False
 
     def __call__(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        with self.bound(tensors) as f:
+            return f(z)
+
+    @contextmanager
+    def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """f as a function of z alone, with `tensors` put in once for many evaluations."""
         leaves = list(self._leaves)
         given = len(self._slots)
         for slot, tensor in zip(self._slots, tensors[:given], strict=True):
@@ -63,16 +70,22 @@ class TracedMap:
         args = pytree.tree_unflatten(leaves, self._tree)
         self._fill(map(full_precision, tensors[given:]))
         try:
-            version = None if z.is_inference() else z._version
             with _uncached():
-                image = self.f(self.layout.unpack(z), *args)
-            if version is not None and z._version != version:
-                raise RuntimeError("f must not change its state in place: return a new tensor")
+                yield lambda z: _flat_image(self.f, self.layout, z, args)
         finally:
-            # Held by nobody between calls, so that what autograd saves is all that is kept.
+            # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
-        self.layout.check_image(image)
-        return self.layout.pack(image).to(z.dtype)
+
+    def vjp(self, z: Tensor, tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`."""
+        if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
+            return None
+        leaves = list(self._leaves)
+        for slot, tensor in zip(self._slots, tensors, strict=False):
+            leaves[slot] = full_precision(tensor.detach())
+        args = pytree.tree_unflatten(leaves, self._tree)
+        product: Any = self.f.vjp(self.layout.unpack(z), *args)  # type: ignore[operator]
+        return lambda v: self.layout.pack(product(self.layout.unpack(v)))
 
     def _fill(self, tensors: Any) -> None:
         for places, tensor in zip(self._places, tensors, strict=True):
@@ -88,6 +101,36 @@ class TracedMap:
             image = self(z.detach(), [t.detach() for t in self.tensors])
             self.closes_over = image.requires_grad
         return image.detach()
+
+
+def is_plain(f: Callable, args: Sequence[Any]) -> bool:
+    """Whether f is a module that can be called as it is: nothing needs widening or a derivative."""
+    if not isinstance(f, nn.Module):
+        return False
+    leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
+    if any(unpack_dual(leaf).tangent is not None for leaf in leaves):
+        return False
+    owned = (*leaves, *f.parameters(), *f.buffers())
+    return all(tensor is full_precision(tensor) for tensor in owned)
+
+
+def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """f(z, *args) on flat states, for solves that no derivative is wanted of."""
+
+    def step(z: Tensor) -> Tensor:
+        return _flat_image(f, layout, z, args)
+
+    return step
+
+
+def _flat_image(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
+    version = None if z.is_inference() else z._version
+    image = f(layout.unpack(z), *args)
+    if version is not None and z._version != version:
+        raise RuntimeError("f must not change its state in place: return a new tensor")
+    layout.check_image(image)
+    flat = layout.pack(image)
+    return flat if flat.dtype == z.dtype else flat.to(z.dtype)
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from .. import solvers
-from ..deq import DEQFixedPoint, DEQModule
+from ..deq import DEQFixedPoint, DEQModule, jacobian_penalty
+from ..deq._state import Layout, State
 from ..solvers import Solution
 
 _SOLVERS = ("anderson", "broyden", "newton_krylov", "picard")
@@ -33,6 +35,14 @@ def equilibrium(
 def value_of(part: Any) -> Any:
     """The state in a `Solution`, or the state itself."""
     return part.value if isinstance(part, Solution) else part
+
+
+def penalty_of(
+    maps: Iterable[tuple[Callable[[State], State], State]], generator: torch.Generator | None
+) -> Tensor:
+    """Mean over samples and blocks of ‖∂F/∂z‖_F² per component, from pairs of map and state."""
+    parts = [jacobian_penalty(f, z, generator=generator) / sum(Layout.of(z).sizes) for f, z in maps]
+    return torch.stack(parts).mean()
 
 
 def check_name(what: str, name: Any, known: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..deq import DEQFixedPoint, spectral_radius
 from ..deq._state import State
 from ._count import count_params
-from ._equilibrium import value_of
+from ._equilibrium import penalty_of, value_of
 
 
 class ImageClassifier(nn.Module):
@@ -62,6 +62,19 @@ class ImageClassifier(nn.Module):
     def spectral_radius(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
         """Spectral radius of ∂F/∂z of each layer, `(depth, B)`: iteration contracts below 1."""
         return torch.stack([spectral_radius(f, z) for f, z in self.maps(images, solutions)])
+
+    def jacobian_penalty(
+        self,
+        images: Tensor,
+        solutions: Sequence[Any],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean over samples and layers of ‖∂F/∂z‖_F² per component: a term for the loss.
+
+        Hutchinson's estimate with one vector (see `deq.jacobian_penalty`).
+        """
+        return penalty_of(self.maps(images, solutions), generator)
 
     def couplings(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
         """J_ij of every layer, `(depth, B, heads, N, N)`, for looking; site 0 is the class token.

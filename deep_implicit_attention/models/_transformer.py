@@ -12,20 +12,19 @@ from torch.nn import functional as F
 
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
 from ..attention._softmax_couplings import check_key_mask
-from ..deq import DEQModule, StateCache, jacobian_penalty, spectral_radius
+from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
 from ..solvers._validate import check_count, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
-from ._equilibrium import check_name, equilibrium, value_of
+from ._equilibrium import check_name, equilibrium, penalty_of, value_of
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
 _POSITIONS = ("learned", "sinusoidal", "rotary")
 # The embeddings start small, so that the logits that share them do, and are scaled up to fields.
-_START = 0.02
-_FIELD_SCALE = 25.0
-
+_START = 0.05
+_FIELD_SCALE = 10.0
 
 _ATTENTION: dict[str, Callable[..., DEQModule]] = {
     "softmax": partial(DEQVanillaSoftmaxAttention, 1, normalize=True, causal=True),
@@ -61,6 +60,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             which contracts whatever its weights.
         positions: ``"learned"`` or ``"sinusoidal"`` (added to x), or ``"rotary"`` (in the
             couplings only).
+        rotary_base: of rotary positions: pairs of components turn by 1 to about 1 / base a site.
         dropout: of the components of x and, in every block, of what the sum over couplings and f
             add, while training; drawn once for a solve.
         weight_norm: magnitude and direction of every weight that acts on x or z apart
@@ -82,6 +82,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         heads: int = 4,
         attention: str = "softmax",
         positions: str = "learned",
+        rotary_base: float = 10_000.0,
         dropout: float = 0.0,
         weight_norm: bool = False,
         solver: str = "anderson",
@@ -113,7 +114,11 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(depth):
             mechanism = _ATTENTION[attention](
-                dim=dim, heads=heads, rotary=positions == "rotary", dropout=dropout
+                dim=dim,
+                heads=heads,
+                rotary=positions == "rotary",
+                rotary_base=rotary_base,
+                dropout=dropout,
             )
             self.blocks.append(equilibrium(mechanism, solver, weight_norm, options))
         self.norm = nn.LayerNorm(dim)
@@ -285,9 +290,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
 
         Hutchinson's estimate with one vector (see `deq.jacobian_penalty`).
         """
-        pairs = self.maps(ids, solutions, mask)
-        sums = [jacobian_penalty(f, z, generator=generator) / z[0].numel() for f, z in pairs]
-        return torch.stack(sums).mean()
+        return penalty_of(self.maps(ids, solutions, mask), generator)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token; targets of −100 do not count."""

@@ -23,9 +23,9 @@ _VOCABULARY = "vocabulary.json"
 class Shakespeare(TrainingFlags):
     """Train a language model on the characters of Tiny Shakespeare, or of a text of your own.
 
-    The last tenth of the text is for validation. A batch relaxes a few steps without a gradient,
-    then takes a few with one. Evaluations are at equilibrium: of some windows of the validation
-    text on the way, of all of them at the end.
+    The last tenth of the text is for validation. A batch relaxes a few steps without a gradient, a
+    number drawn anew for each, then takes a few with one. Evaluations are at equilibrium: of some
+    windows of the validation text on the way, of all of them at the end.
     """
 
     text: Path | None = None
@@ -40,34 +40,36 @@ class Shakespeare(TrainingFlags):
     """stretches of text in a batch"""
     length: int = 64
     """characters of a stretch, and of the window of text that the model sees"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: int = 100
     """iterations in which the learning rate rises; then it falls by a cosine to a tenth"""
     weight_decay: float = 0.1
     clip: float | None = 1.0
-    relax: int = 14
-    """steps towards equilibrium without a gradient"""
+    relax: int = 4
+    """steps towards equilibrium without a gradient, at most: each batch draws from 0 to this"""
     learn: int = 4
     """steps after them with a gradient; 0 is the equilibrium with its exact implicit gradient"""
-    jacobian_penalty: float = 0.1
+    jacobian_penalty: float = 0.0
     """weight in the loss of |dF/dz|^2 per component, which makes equilibria easier to find"""
-    dim: int = 256
+    dim: int = 128
     """components of a site"""
-    depth: int = 1
+    depth: int = 4
     """blocks, each solved to equilibrium"""
-    heads: int = 8
+    heads: int = 4
     """heads of the couplings"""
     attention: Literal["softmax", "softmax-plain", "vector-spin"] = "softmax"
     """softmax couplings of a normalised state, of a plain one, or spins on a sphere"""
     positions: Literal["learned", "sinusoidal", "rotary"] = "rotary"
     """how sites know where they are; rotary in the couplings only"""
+    rotary_base: float = 100.0
+    """of rotary positions: components turn by 1 to about 1 / this a site; low for short windows"""
     dropout: float = 0.0
     """dropout of fields and updates, drawn once for a batch"""
     weight_norm: bool = False
     """learn magnitude and direction of the weights apart"""
     solver: Literal["anderson", "broyden", "newton_krylov", "picard"] = "picard"
     """solver of the equilibria"""
-    tol: float = 1e-2
+    tol: float = 1e-3
     max_iter: int = 100
     evaluate_every: int = 250
     """iterations between evaluations, each of which says a sample"""
@@ -104,6 +106,7 @@ class Shakespeare(TrainingFlags):
             heads=self.heads,
             attention=self.attention,
             positions=self.positions,
+            rotary_base=self.rotary_base,
             dropout=self.dropout,
             weight_norm=self.weight_norm,
             solver=self.solver,

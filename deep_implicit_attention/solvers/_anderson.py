@@ -9,6 +9,9 @@ from ._iterate import Map, iterate
 from ._solution import Solution
 from ._validate import check_count, check_number
 
+# A sample whose residual falls at least by this factor at every step gains nothing from a history.
+_FAST = 0.3
+
 
 def anderson(
     f: Map,
@@ -20,6 +23,7 @@ def anderson(
     m: int = 6,
     ridge: float = 1e-3,
     damping: float = 0.0,
+    preconditioner: Map | None = None,
 ) -> Solution:
     """Solve z = f(z) by Anderson acceleration (type II) with window `m`, each sample by itself.
 
@@ -30,10 +34,11 @@ def anderson(
     (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715). The ridge is relative to the residual
     differences themselves, so it does not stall the iteration as they shrink, and it keeps the
     problem solvable where they are dependent (m > n, equal iterates); a sample whose problem
-    still cannot be solved takes a Picard step.
+    still cannot be solved takes a Picard step. So does one whose residual has fallen more than
+    threefold at every step so far, which acceleration would not help.
 
     Args:
-        f, z0, tol, max_iter, stop_mode: as for `picard`.
+        f, z0, tol, max_iter, stop_mode, preconditioner: as for `picard`.
         m: length of the history.
         ridge: regularisation relative to ‖Δg_j‖². The default costs no evaluations where the
             differences are independent and keeps noise out of γ where they nearly are not.
@@ -53,51 +58,77 @@ def anderson(
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         nonlocal history
-        if history is None:
+        if k == 0 or history is None:
             # No more columns than steps or unknowns can fill.
             size = max(1, min(m, max_iter - 2, z.shape[1]))
             history = _History(fz, g, size, ridge)
             return fz - damping * g if damping else fz
-        return history.accelerate(k, fz, g, damping)
+        return history.accelerate(fz, g, damping)
 
-    return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode=stop_mode)
+    return iterate(
+        f,
+        z0,
+        propose,
+        tol=tol,
+        max_iter=max_iter,
+        stop_mode=stop_mode,
+        preconditioner=preconditioner,
+    )
 
 
 class _History:
-    """The last differences of f and g, scaled to ‖Δg‖ = 1, and the Gram matrix of the Δg."""
+    """The last differences of f and g, scaled to ‖Δg‖ = 1, and the Gram matrix of the Δg.
+
+    A sample's history begins when its residual first falls too slowly.
+    """
 
     def __init__(self, fz: Tensor, g: Tensor, size: int, ridge: float) -> None:
-        batch, n = fz.shape
-        self.size = size
+        self.size, self.ridge, self.steps = size, ridge, 0
         self.f, self.g = fz, g
-        self.delta_f = fz.new_zeros(batch, size, n)
-        self.delta_g = fz.new_zeros(batch, size, n)
-        self.gram = fz.new_zeros(batch, size, size)
-        self.ridge = ridge * torch.eye(size, dtype=fz.dtype, device=fz.device)
+        self.norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        self.slow = torch.zeros_like(self.norm, dtype=torch.bool)
+        self.delta_f = self.delta_g = self.gram = g[:0]
 
-    def accelerate(self, k: int, fz: Tensor, g: Tensor, damping: float) -> Tensor:
-        slot = (k - 1) % self.size
-        delta_g, delta_f = g - self.g, fz - self.f
+    def _allocate(self) -> None:
+        batch, n = self.g.shape
+        self.delta_f = self.g.new_zeros(batch, self.size, n)
+        self.delta_g = torch.zeros_like(self.delta_f)
+        identity = torch.eye(self.size, dtype=self.g.dtype, device=self.g.device)
+        self.gram = (self.ridge * identity).repeat(batch, 1, 1)
+
+    def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
+        f_before, g_before, norm_before = self.f, self.g, self.norm
         self.f, self.g = fz, g
-        norm = torch.linalg.vector_norm(delta_g, dim=1, keepdim=True)
-        scale = torch.where(norm > 0, 1 / norm, 0)
-        self.delta_g[:, slot] = delta_g * scale
-        self.delta_f[:, slot] = delta_f * scale
+        self.norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        # Not `>`: what is not finite is not fast.
+        self.slow = self.slow | ~(self.norm <= _FAST * norm_before)
+        if self.steps == 0:
+            if g.device.type == "cpu" and not self.slow.any():
+                return fz - damping * g if damping else fz
+            self._allocate()
+        slot = self.steps % self.size
+        self.steps += 1
+        used = min(self.steps, self.size)
+        delta_g = g - g_before
+        length = torch.linalg.vector_norm(delta_g, dim=1, keepdim=True)
+        scale = torch.where(self.slow & (length > 0), 1 / length, 0)
+        columns_g, columns_f = self.delta_g[:, :used], self.delta_f[:, :used]
+        torch.mul(delta_g, scale, out=columns_g[:, slot])
+        torch.mul(fz - f_before, scale, out=columns_f[:, slot])
 
         # One pass over the history gives the new row of the Gram matrix and the right-hand side.
-        used = min(k, self.size)
-        columns_g, columns_f = self.delta_g[:, :used], self.delta_f[:, :used]
-        right = torch.stack([self.delta_g[:, slot], g], dim=2)
-        row, target = (columns_g @ right).unbind(dim=2)
-        self.gram[:, slot, :used] = row
-        self.gram[:, :used, slot] = row
-        gram = self.gram[:, :used, :used] + self.ridge[:used, :used]
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        gamma = torch.cholesky_solve(target.unsqueeze(2), factor).squeeze(2)
-        solved = (failed == 0) & torch.isfinite(gamma).all(dim=1)
-        gamma = torch.where(solved[:, None], gamma, 0).unsqueeze(1)
+        right = torch.stack([columns_g[:, slot], g], dim=2)
+        row, target = (columns_g @ right).split(1, dim=2)
+        gram = self.gram[:, :used, :used]
+        gram[:, slot] = row.squeeze(2)
+        gram[:, :, slot] = row.squeeze(2)
+        # A column that is left out decouples, with γ = 0.
+        gram[:, slot, slot] += torch.where(scale > 0, self.ridge, 1).squeeze(1)
+        gamma, failed = torch.linalg.solve_ex(gram, target)
+        solved = (failed[:, None, None] == 0) & torch.isfinite(gamma).all(dim=1, keepdim=True)
+        gamma = torch.where(solved, gamma, 0).mT
 
-        z = fz - (gamma @ columns_f).squeeze(1)
+        z = torch.baddbmm(fz.unsqueeze(1), gamma, columns_f, alpha=-1).squeeze(1)
         if damping:
-            z = z - damping * (g - (gamma @ columns_g).squeeze(1))
+            z = z - damping * torch.baddbmm(g.unsqueeze(1), gamma, columns_g, alpha=-1).squeeze(1)
         return z

@@ -18,6 +18,7 @@ def broyden(
     max_iter: int = 50,
     stop_mode: str = "rel",
     memory: int = 20,
+    preconditioner: Map | None = None,
 ) -> Solution:
     """Solve g(z) = f(z) − z = 0 by Broyden's good method, each sample by itself.
 
@@ -30,7 +31,7 @@ def broyden(
     vanishes is skipped. Converges superlinearly near a solution, also where f does not contract.
 
     Args:
-        f, z0, tol, max_iter, stop_mode: as for `picard`.
+        f, z0, tol, max_iter, stop_mode, preconditioner: as for `picard`.
         memory: rank-one corrections kept.
 
     Returns:
@@ -44,13 +45,21 @@ def broyden(
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         nonlocal history
-        if history is None:
+        if k == 0 or history is None:
             history = _Inverse(z, g, max(1, min(memory, max_iter - 2)))
         else:
             history.update(z, g)
         return z - history.apply(g)
 
-    return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode=stop_mode)
+    return iterate(
+        f,
+        z0,
+        propose,
+        tol=tol,
+        max_iter=max_iter,
+        stop_mode=stop_mode,
+        preconditioner=preconditioner,
+    )
 
 
 class _Inverse:

@@ -20,6 +20,7 @@ def gmres(
     tol: float = 1e-4,
     max_iter: int = 50,
     restart: int | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
     """Solve A x = b from x = 0 by restarted GMRES, each sample by itself.
 
@@ -32,6 +33,8 @@ def gmres(
         tol: bound on ‖b − A x‖ / ‖b‖ of each sample.
         max_iter: Krylov vectors at most, over all restarts.
         restart: vectors after which the space is dropped and built anew; by default never.
+        preconditioner: r ↦ P r, linear, an approximation of A⁻¹: the space is that of A P, and
+            residuals stay those of A x = b (Saad 2003, *Iterative Methods*, section 9.3.2).
 
     Returns:
         `Solution`; a sample with b = 0 has x = 0, one that met NaN or infinity has x = NaN.
@@ -42,7 +45,7 @@ def gmres(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
-    check_arguments(matvec, b, "b", tol, max_iter)
+    check_arguments(matvec, b, "b", tol, max_iter, preconditioner=preconditioner)
     if restart is not None:
         check_count("restart", restart)
     batch, n = b.shape
@@ -52,6 +55,13 @@ def gmres(
     b = b / unit
     b_norm = torch.linalg.vector_norm(b, dim=1)
     scale = torch.where(b_norm > 0, b_norm, 1)
+
+    def product(v: Tensor) -> Tensor:
+        if preconditioner is None:
+            return matvec(v)
+        image = preconditioner(v)
+        check_same_shape(image, v, "the preconditioner")
+        return matvec(image)
 
     x, r = torch.zeros_like(b), b
     norm = b_norm
@@ -65,8 +75,10 @@ def gmres(
         if not active.any():
             break
         correction, used, stuck, rows = _cycle(
-            matvec, r, active, tol * scale, size, max_iter - steps
+            product, r, active, tol * scale, size, max_iter - steps
         )
+        if preconditioner is not None:
+            correction = preconditioner(correction)
         for j, row in enumerate(rows):
             place = torch.where(used > j, steps + j, max_iter)
             trace.scatter_(0, place[None], (row / scale)[None])

@@ -8,7 +8,9 @@ its next iterate.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,35 +24,54 @@ Propose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # it merely ran out of steps.
 _GROWTH = 10.0
 
+# A preconditioner that helps takes more than this off the residual in its first step.
+_HELPS = 0.5
+
 # On an accelerator asking "is everybody done?" stalls the queue, so ask only now and then.
 _STEPS_BETWEEN_SYNCS = 4
 
 
 @torch.no_grad()
 def iterate(
-    f: Map, z0: Tensor, propose: Propose, *, tol: float, max_iter: int, stop_mode: str
+    f: Map,
+    z0: Tensor,
+    propose: Propose,
+    *,
+    tol: float,
+    max_iter: int,
+    stop_mode: str,
+    preconditioner: Map | None = None,
 ) -> Solution:
     """Iterate `z ← propose(k, z, f(z), f(z) − z)` until each sample's residual is within `tol`.
 
     The value returned is, per sample, the iterate with the smallest residual seen. A sample that
     is done (converged or no longer finite) is frozen: its value does not change any more, however
     long its batch mates take.
-    """
-    check_arguments(f, z0, "z0", tol, max_iter, stop_mode)
-    batch = z0.shape[0]
-    tiny = torch.finfo(z0.dtype).tiny
-    sync_every = 1 if z0.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
 
-    z = z0.detach()
-    best = z.clone()
-    active = torch.ones(batch, dtype=torch.bool, device=z.device)
-    converged = torch.zeros_like(active)
-    broken = torch.zeros_like(active)
-    steps = torch.zeros(batch, dtype=torch.long, device=z.device)
-    residual = torch.full((batch,), torch.inf, dtype=z.dtype, device=z.device)
-    residual_norm = residual.clone()
-    first_norm = last_norm = residual
-    trace: list[Tensor] = []
+    With a `preconditioner` P, `propose` is given z + P (f(z) − z) in the place of f(z), a map with
+    the same fixed points; residuals are those of f. A sample whose residual the first step does
+    not halve goes back to where it was and goes on without P, so that an approximation which is
+    bad there costs one evaluation and not the solution. `propose` is told of a new beginning by
+    k = 0.
+    """
+    check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner)
+    on_host = z0.device.type == "cpu"
+    # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
+    # than torch, and which case holds may be asked; elsewhere they stay on the device.
+    xp: Any = np if on_host else torch
+    numbers, select = (_on_host, _select_on_host) if on_host else (_in_place, _select)
+    sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
+    tiny = torch.finfo(z0.dtype).tiny
+
+    z = z0.detach().clone()
+    best = z
+    nothing = z.new_zeros(len(z))
+    active = numbers(nothing == 0)
+    converged = broken = ~active
+    steps = numbers(nothing.long())
+    residual = residual_norm = first_norm = last_norm = numbers(nothing + torch.inf)
+    trace: list[Any] = []
+    guard = None if preconditioner is None else _Guard(preconditioner, select)
 
     for k in range(max_iter):
         fz = f(z)
@@ -59,36 +80,103 @@ def iterate(
         g = fz - z
         g_norm = torch.linalg.vector_norm(g, dim=1)
         f_norm = torch.linalg.vector_norm(fz, dim=1)
-        now = g_norm / f_norm.clamp_min(tiny) if stop_mode == "rel" else g_norm
-        finite = torch.isfinite(g_norm) & torch.isfinite(f_norm)
+        now = numbers(g_norm / f_norm.clamp_min(tiny) if stop_mode == "rel" else g_norm)
+        g_norm, f_norm = numbers(g_norm), numbers(f_norm)
+        finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
         if k == 0:
             first_norm = last_norm = g_norm
 
         usable = active & finite
         better = usable & (now < residual) if k else usable
-        best = torch.where(better[:, None], z, best)
-        residual = torch.where(better, now, residual)
-        residual_norm = torch.where(better, g_norm, residual_norm)
-        last_norm = torch.where(usable, g_norm, last_norm)
-        trace.append(torch.where(usable, now, residual))
-        steps += active
-        broken |= active & ~finite
-        converged |= usable & (now <= tol)
+        best = select(better, z, best)
+        residual = xp.where(better, now, residual)
+        residual_norm = xp.where(better, g_norm, residual_norm)
+        last_norm = xp.where(usable, g_norm, last_norm)
+        trace.append(xp.where(usable, now, residual))
+        steps = steps + active
+        broken = broken | (active & ~finite)
+        converged = converged | (usable & (now <= tol))
         active = usable & ~converged
 
         last = k + 1 == max_iter
         if last or ((k + 1) % sync_every == 0 and not active.any()):
             break
-        z = torch.where(active[:, None], propose(k, z, fz, g), best)
+        if guard is not None:
+            z, g = guard(k, z, g, g_norm, propose)
+            fz = z + g
+        z = select(active, propose(k, z, fz, g), best)
 
     # A map that was never finite has no best iterate; the start would look like an answer.
-    best = torch.where(torch.isinf(residual_norm)[:, None], torch.nan, best)
+    best = select(xp.isinf(residual_norm), torch.full_like(best, torch.nan), best)
     grown = last_norm > _GROWTH * first_norm
-    codes = torch.full_like(steps, Status.MAX_ITER.code)
-    codes = codes.masked_fill(broken, Status.NONFINITE.code)
-    codes = codes.masked_fill(grown, Status.DIVERGED.code)
-    codes = codes.masked_fill(converged, Status.CONVERGED.code)
-    rows = int(steps.max()) if batch else 0
+    codes = xp.where(grown, Status.DIVERGED.code, xp.full_like(steps, Status.MAX_ITER.code))
+    codes = xp.where(broken & ~grown, Status.NONFINITE.code, codes)
+    codes = xp.where(converged, Status.CONVERGED.code, codes)
+    rows = int(steps.max()) if len(steps) else 0
     return Solution(
-        best, residual, steps, converged, codes, torch.stack(trace)[:rows], residual_norm
+        value=best,
+        residual=torch.as_tensor(residual),
+        steps=torch.as_tensor(steps),
+        converged=torch.as_tensor(converged),
+        codes=torch.as_tensor(codes),
+        trace=torch.as_tensor(xp.stack(trace)[:rows]),
+        residual_norm=torch.as_tensor(residual_norm),
     )
+
+
+class _Guard:
+    """P (f(z) − z) where P helps, f(z) − z elsewhere, and where to go on from."""
+
+    def __init__(self, preconditioner: Map, select: Callable[[Any, Tensor, Tensor], Tensor]):
+        self.preconditioner, self.select = preconditioner, select
+        self.start: tuple[Tensor, Tensor, Tensor] | None = None
+        self.first_norm: Any = None
+        self.helps: Any = None
+
+    def __call__(
+        self, k: int, z: Tensor, g: Tensor, g_norm: Any, propose: Propose
+    ) -> tuple[Tensor, Tensor]:
+        if k == 0:
+            changed = self.preconditioner(g)
+            check_same_shape(changed, z, "the preconditioner")
+            self.start, self.first_norm = (z, g, changed), g_norm
+            return z, changed
+        if self.start is not None:
+            before, plain, changed = self.start
+            self.start = None
+            self.helps = g_norm <= _HELPS * self.first_norm
+            if not self._everywhere():
+                z, g = self.select(self.helps, z, before), self.select(self.helps, g, plain)
+                first = self.select(self.helps, changed, plain)
+                propose(0, before, before + first, first)
+        if self._nowhere():
+            return z, g
+        return z, self.select(self.helps, self.preconditioner(g), g)
+
+    # Asked of numpy only: on an accelerator the answer would stall the queue.
+
+    def _everywhere(self) -> bool:
+        return isinstance(self.helps, np.ndarray) and bool(self.helps.all())
+
+    def _nowhere(self) -> bool:
+        return isinstance(self.helps, np.ndarray) and not self.helps.any()
+
+
+def _on_host(numbers: Tensor) -> np.ndarray:
+    return numbers.numpy()
+
+
+def _in_place(numbers: Tensor) -> Tensor:
+    return numbers
+
+
+def _select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The rows of `a` where `mask`, of `b` elsewhere."""
+    return torch.where(mask[:, None], a, b)
+
+
+def _select_on_host(mask: np.ndarray, a: Tensor, b: Tensor) -> Tensor:
+    """The same, without a copy where all rows are of one of them."""
+    if mask.all():
+        return a
+    return _select(torch.from_numpy(mask), a, b) if mask.any() else b

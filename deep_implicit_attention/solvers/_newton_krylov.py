@@ -23,6 +23,7 @@ def newton_krylov(
     jvp: Callable[[Tensor, Tensor], Tensor] | None = None,
     inner_tol: float = 1e-2,
     inner_max_iter: int = 30,
+    preconditioner: Map | None = None,
 ) -> Solution:
     """Solve z = f(z) by inexact Newton steps, each sample by itself.
 
@@ -37,6 +38,8 @@ def newton_krylov(
             `inner_tol`: its relative error is about 5e-3 in float32 and 6e-6 in float64.
         inner_tol: relative tolerance of the linear solves.
         inner_max_iter: Krylov vectors at most for each of them.
+        preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹, for the linear
+            solves.
 
     Returns:
         `Solution`; `steps` counts Newton steps. Cost of a step: one evaluation of f and as many
@@ -60,7 +63,13 @@ def newton_krylov(
             return v - image
 
         right = torch.where(wanted[:, None], g, 0)
-        delta = gmres(matvec, right, tol=inner_tol, max_iter=inner_max_iter).value
+        delta = gmres(
+            matvec,
+            right,
+            tol=inner_tol,
+            max_iter=inner_max_iter,
+            preconditioner=preconditioner,
+        ).value
         # Where the linear system made no sense a Picard step is still one.
         return torch.where(torch.isfinite(delta).all(dim=1, keepdim=True), delta, g)
 

@@ -17,6 +17,7 @@ def picard(
     max_iter: int = 50,
     stop_mode: str = "rel",
     damping: float = 0.0,
+    preconditioner: Map | None = None,
 ) -> Solution:
     """Solve z = f(z) by z ← z + (1 − damping) (f(z) − z), each sample by itself.
 
@@ -31,6 +32,9 @@ def picard(
         max_iter: evaluations of f at most.
         stop_mode: ``"rel"``, ‖f(z) − z‖ / ‖f(z)‖, or ``"abs"``, ‖f(z) − z‖.
         damping: part of the old state kept at each step.
+        preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹: f(z) − z is
+            replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. A
+            sample whose residual the first step does not halve goes on without P.
 
     Returns:
         `Solution`. Cost: one evaluation and O(B n) a step; memory O(B n).
@@ -43,4 +47,12 @@ def picard(
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         return fz if damping == 0 else z + (1 - damping) * g
 
-    return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode=stop_mode)
+    return iterate(
+        f,
+        z0,
+        propose,
+        tol=tol,
+        max_iter=max_iter,
+        stop_mode=stop_mode,
+        preconditioner=preconditioner,
+    )

@@ -16,7 +16,13 @@ STOP_MODES = ("rel", "abs")
 
 
 def check_arguments(
-    function: Callable, start: Tensor, name: str, tol: float, max_iter: int, stop_mode: str = "rel"
+    function: Callable,
+    start: Tensor,
+    name: str,
+    tol: float,
+    max_iter: int,
+    stop_mode: str = "rel",
+    preconditioner: Callable | None = None,
 ) -> None:
     """Raise `TypeError` or `ValueError`, naming the argument, for anything a solver cannot use."""
     if not callable(function):
@@ -28,6 +34,9 @@ def check_arguments(
     check_count("max_iter", max_iter)
     if stop_mode not in STOP_MODES:
         raise ValueError(f"stop_mode must be one of {STOP_MODES}, got {stop_mode!r}")
+    if preconditioner is not None and not callable(preconditioner):
+        kind = type(preconditioner).__name__
+        raise TypeError(f"preconditioner must be callable or None, got {kind}")
 
 
 def check_number(
@@ -68,6 +77,12 @@ def check_same_shape(out: Any, like: Tensor, what: str) -> None:
             f"{what} must keep shape and dtype {tuple(like.shape)} {like.dtype}, "
             f"returned {tuple(out.shape)} {out.dtype}"
         )
+
+
+def takes(solver: Callable, option: str) -> bool:
+    """Whether `solver` has the keyword `option`."""
+    known = _keywords(solver)
+    return known is None or option in known
 
 
 @functools.lru_cache(maxsize=64)

@@ -37,9 +37,11 @@ class LanguagePlan(Plan):
 class Language(Task):
     """Learn to foretell the next character: random stretches of a text, cross-entropy in nats.
 
-    Each batch relaxes `relax` steps without a gradient, then takes `learn` steps with one: the
-    gradient of a truncated network, whose memory does not grow with `relax`. With ``learn=None``
-    the equilibrium is solved for, from the relaxed state, and has its exact implicit gradient.
+    Each batch relaxes some steps without a gradient, a number drawn from 0 to `relax`, then takes
+    `learn` steps with one: the gradient of a truncated network, whose memory does not grow with
+    `relax`. Since every number occurs, the network must be right early and stay right, which makes
+    it settle. With ``learn=None`` the equilibrium is solved for, from the relaxed state, and has
+    its exact implicit gradient.
 
     An epoch is as many batches as hold the characters of the training text once.
 
@@ -47,7 +49,7 @@ class Language(Task):
         data: the text.
         length: characters of a stretch and of a window of validation.
         batch_size: stretches in a batch.
-        relax: steps without a gradient.
+        relax: steps without a gradient, at most.
         learn: steps with a gradient, or None.
         jacobian_penalty: weight of `model.jacobian_penalty` in the loss. It is computed outside
             the wrapped model, so not under FSDP.
@@ -63,7 +65,7 @@ class Language(Task):
         length: int,
         batch_size: int,
         *,
-        relax: int = 14,
+        relax: int = 4,
         learn: int | None = 4,
         jacobian_penalty: float = 0.0,
         evaluate_windows: int = 100,
@@ -84,12 +86,18 @@ class Language(Task):
         self.relax, self.learn, self.jacobian_penalty = relax, learn, jacobian_penalty
         self.batches = max(1, len(data.train) // (length * batch_size))
 
-    def batch(self, epoch: int, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return random_batch(self.data.train, self.length, self.batch_size, generator)
+    def batch(
+        self, epoch: int, index: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets, and the steps to relax, the same for all rows."""
+        inputs, targets = random_batch(self.data.train, self.length, self.batch_size, generator)
+        relax = torch.randint(self.relax + 1, (1,), generator=generator)
+        return inputs, targets, relax.expand(self.batch_size)
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
-        inputs, targets = batch
-        states = self._relaxed(model, inputs) if self.relax else None
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Outcome:
+        inputs, targets, drawn = batch
+        relax = int(drawn[0])
+        states = self._relaxed(model, inputs, relax) if relax else None
         logits, solutions = model(inputs, state=states, steps=self.learn, return_solution=True)
         plain = cast(DeepImplicitAttentionTransformer, getattr(model, "module", model))
         loss = plain.loss(logits, targets)
@@ -98,9 +106,7 @@ class Language(Task):
             penalty = plain.jacobian_penalty(inputs, solutions)
             means = {"cross_entropy": loss.detach(), "jacobian_penalty": penalty.detach()}
             loss = loss + self.jacobian_penalty * penalty
-        taken = tuple(
-            replace(solution, steps=solution.steps + self.relax) for solution in solutions
-        )
+        taken = tuple(replace(solution, steps=solution.steps + relax) for solution in solutions)
         return Outcome(loss, means, taken)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -122,11 +128,11 @@ class Language(Task):
         first = self.data.validation[None, :1].to(_device(model))
         return self.data.vocabulary.decode(model.generate(first, self.length)[0].cpu())
 
-    def _relaxed(self, model: nn.Module, inputs: Tensor) -> tuple[Any, ...]:
+    def _relaxed(self, model: nn.Module, inputs: Tensor, relax: int) -> tuple[Any, ...]:
         """The states after the steps without a gradient, under the dropout of those with one."""
         cuda = [inputs.device] if inputs.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cuda):
-            return model(inputs, steps=self.relax, return_solution=True)[1]
+            return model(inputs, steps=relax, return_solution=True)[1]
 
 
 @torch.no_grad()

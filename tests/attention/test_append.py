@@ -91,17 +91,18 @@ def test_rotary_couplings_depend_on_differences_of_sites(shift):
     assert logits[0].std() > 1e-3
 
 
-def test_rotary_angles():
-    module = DEQVanillaSoftmaxAttention(5, 4, rotary=True).double()
+@pytest.mark.parametrize(("options", "root"), [({}, 100), ({"rotary_base": 49}, 7)])
+def test_rotary_angles(options, root):
+    module = DEQVanillaSoftmaxAttention(5, 4, rotary=True, **options).double()
     module.to_q.weight.data = torch.eye(4, dtype=torch.float64)
     one = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).expand(1, 3, 4)
     q, _ = module.queries_and_keys(one)
     sites = torch.arange(3.0, dtype=torch.float64)
     torch.testing.assert_close(q[0, 0, :, 0], sites.cos())
     torch.testing.assert_close(q[0, 0, :, 2], sites.sin())
-    # The second pair turns by 10000^(−2/4) = 1/100 a site.
+    # The second pair turns by base^(−2/4) a site.
     q, _ = module.queries_and_keys(one.roll(1, dims=-1))
-    torch.testing.assert_close(q[0, 0, :, 3], (sites / 100).sin())
+    torch.testing.assert_close(q[0, 0, :, 3], (sites / root).sin())
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -126,7 +127,7 @@ def test_an_update_of_an_added_site_works_on_that_site_only(layer, x):
     cache = StateCache.start(layer, x[:, :4])
     context = layer.fun.append(cache.context, cache.solution.value, x[:, 4:])
     assert layer.fun.update(x[:, 4:], context).shape == (3, 1, 12)
-    assert context.couplings.shape[-2:] == (1, 1)
+    assert context.couplings.matrix.shape[-2:] == (1, 1)
 
 
 def test_caches_that_cannot_be(x):

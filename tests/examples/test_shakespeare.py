@@ -33,7 +33,7 @@ def trained(
     model = DeepImplicitAttentionTransformer(
         num_tokens=5, max_seq_len=example.LENGTH, dim=16, heads=2, on_failure="ignore"
     )
-    example.train(model, ids, 50, seed=0)
+    example.train(model, ids, 50, seed=0, rate=2e-2)
     return model.eval()
 
 
@@ -41,7 +41,6 @@ def test_it_learns_a_text_that_can_be_learned(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(example, "WARMUP", 5)
-    monkeypatch.setattr(example, "RATE", 2e-2)
     monkeypatch.setattr(example, "LENGTH", 16)
     ids = torch.tensor([0, 1, 2, 3, 4]).repeat(40)  # each id follows from the one before it
     model = trained(example, ids)

@@ -42,7 +42,7 @@ def test_one_step_is_a_transformer_block() -> None:
     model.norm.weight.data.normal_()
     ids = tokens()
     with torch.no_grad():
-        x = 25 * (model.tokens.weight[ids] + model.positions[:7])
+        x = 10 * (model.tokens.weight[ids] + model.positions[:7])
         fun = model.blocks[0].fun
         normal = F.layer_norm(x, (16,))
         q, k, v = (
@@ -402,7 +402,7 @@ def test_couplings_are_those_that_the_blocks_use() -> None:
         for depth, x in enumerate((model.fields(ids, mask), solutions[0].value)):
             fun = model.blocks[depth].fun
             used = fun.prepare(fun.sources(x, mask), mask).couplings
-            torch.testing.assert_close(shown[depth], used)
+            torch.testing.assert_close(shown[depth], used.matrix)
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
@@ -444,6 +444,7 @@ def test_copies_and_state_dicts() -> None:
         ({"max_seq_len": 2.0}, TypeError, "max_seq_len"),
         ({"dropout": 1.0}, ValueError, "dropout"),
         ({"dim": 6, "positions": "rotary"}, ValueError, "rotary"),
+        ({"rotary_base": 0.5}, ValueError, "rotary_base"),
         ({"steps": 0}, ValueError, "steps"),
         ({"solver_fwd_tolerance": 1.0}, TypeError, "solver_fwd_tolerance"),
         ({"adjoint": object()}, TypeError, "adjoint"),

@@ -315,7 +315,7 @@ def test_couplings_are_those_that_the_blocks_use(attention: str) -> None:
     shown = model.couplings(images(), solutions)
     assert shown.shape == (2, 3, 2, 5, 5)
     for number, z in enumerate((model.sites(images()), solutions[0].value)):
-        used = model.blocks[number].fun.prepare(model.fields(z, number)).couplings
+        used = model.blocks[number].fun.prepare(model.fields(z, number)).couplings.matrix
         torch.testing.assert_close(shown[number], used.detach())
 
 
@@ -359,12 +359,13 @@ def test_maps_are_the_steps_of_the_blocks(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_spectral_radius_against_eigenvalues(attention: str) -> None:
+def test_spectral_radius_and_penalty_against_the_jacobian(attention: str) -> None:
     model = build(attention, depth=2, dim=6).eval()
     batch = images(2)
     _, solutions = model(batch, return_solution=True)
     radii = model.spectral_radius(batch, solutions)
     assert radii.shape == (2, 2)
+    squares = []
     for row in range(2):
         one = batch[row : row + 1]
         _, alone = model(one, return_solution=True)
@@ -381,6 +382,15 @@ def test_spectral_radius_against_eigenvalues(attention: str) -> None:
             jacobian = torch.autograd.functional.jacobian(flat, at)
             expected = torch.linalg.eigvals(jacobian).abs().max()  # type: ignore[arg-type]
             torch.testing.assert_close(radii[number, row], expected, rtol=1e-3, atol=0)
+            squares.append(jacobian.square().mean() * len(at))  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    estimates = torch.stack(
+        [model.jacobian_penalty(batch, solutions, generator=generator) for _ in range(200)]
+    )
+    error = estimates.mean() - torch.stack(squares).mean()
+    assert abs(error) < 4 * estimates.std() / 200**0.5
+    estimates[0].backward()
+    assert all(parameter.grad is not None for parameter in model.blocks[0].parameters())
 
 
 def parts(state: Any) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ TEXT = "".join(
 )
 TINY = (
     "--dim 8 --heads 2 --length 12 --batch-size 4 --iterations 6 --warmup 2 --evaluate-every 2 "
-    "--relax 3 --learn 2 --tol 1e-5 --max-iter 200 --sample 14 --evaluate-windows 3 "
+    "--depth 1 --relax 3 --learn 2 --tol 1e-5 --max-iter 200 --sample 14 --evaluate-windows 3 "
     "--jacobian-penalty 0 --positions learned --solver anderson"
 )
 Dia = Callable[..., Outcome]
@@ -116,7 +116,7 @@ def test_the_metrics_are_those_of_the_saved_weights(trained: Outcome) -> None:
     assert best["validation_windows"] == 3
     assert best["validation_loss"] == pytest.approx(chosen.mean().item(), rel=1e-4)
     assert last["parameters"] == sum(p.numel() for p in model.parameters())
-    assert all(line["solver_steps"] == 5 for line in lines)  # 3 + 2
+    assert all(2 <= line["solver_steps"] <= 5 for line in lines)  # 0 to 3, and 2
     assert all(0 < line["spectral_radius"] < 2 for line in lines)
 
 
@@ -189,12 +189,12 @@ def test_penalty_lowers_the_jacobian(train: Dia) -> None:
 
 
 def test_relaxation_and_learning_see_the_same_dropout() -> None:
-    recipe = Shakespeare(dim=8, heads=2, length=12, dropout=0.5, relax=300, learn=1, threads=1)
+    recipe = Shakespeare(dim=8, depth=1, heads=2, length=12, dropout=0.5, relax=300, learn=1)
     torch.manual_seed(0)
     model = recipe.model(len(set(TEXT))).train()
     task = recipe.task(training.text_data(TEXT))
-    batch = task.batch(0, 0, torch.Generator().manual_seed(0))
-    (solution,) = task.loss(model, batch).solutions
+    inputs, targets, drawn = task.batch(0, 0, torch.Generator().manual_seed(0))
+    (solution,) = task.loss(model, (inputs, targets, torch.full_like(drawn, 300))).solutions
     assert solution.steps.unique().tolist() == [301]
     assert solution.residual.max() < 1e-4  # under another draw the state is no equilibrium
 

@@ -11,10 +11,16 @@ def textbook_anderson(f, z, steps, m, ridge, damping):
 
     γ = argmin ‖g − ΔG γ‖² + ridge Σ γ_j² ‖ΔG_j‖²
     z ← (1 − damping) (f − ΔF γ) + damping (z − ΔZ γ)
+
+    with the differences since the first step at which ‖g‖ fell to no less than 0.3 of what it was.
     """
-    states, images = [z], [f(z)]
+    states, images, first = [z], [f(z)], None
     while len(states) < steps:
-        s, h = torch.stack(states[-m - 1 :]), torch.stack(images[-m - 1 :])
+        norms = [(h - s).norm() for s, h in zip(states[-2:], images[-2:], strict=True)]
+        if first is None and len(norms) == 2 and norms[1] > 0.3 * norms[0]:
+            first = max(0, len(states) - 2)
+        start = max(len(states) - 1 if first is None else first, len(states) - m - 1)
+        s, h = torch.stack(states[start:]), torch.stack(images[start:])
         residuals = h - s
         delta_z, delta_f, delta_g = s.diff(dim=0).T, h.diff(dim=0).T, residuals.diff(dim=0).T
         gamma = z.new_zeros(delta_g.shape[1])
@@ -42,6 +48,14 @@ def test_takes_the_steps_of_its_definition(m, ridge, damping, make_problem, reco
             lambda z, f=one.f: f(z[None])[0], one.z0[0], 9, m, ridge, damping
         )
         torch.testing.assert_close(found[i], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_sample_that_settles_fast_by_itself_takes_picard_steps(make_problem, record):
+    problem = make_problem(batch=3, n=12, norm=0.25)
+    accelerated, plain = record(problem.f), record(problem.f)
+    anderson(accelerated, problem.z0, tol=1e-12, max_iter=9)
+    picard(plain, problem.z0, tol=1e-12, max_iter=9)
+    torch.testing.assert_close(accelerated.seen, plain.seen, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("m", [4, 10, 200])

@@ -1,0 +1,138 @@
+"""How softmax couplings act on a state: by their matrix, or without one where there are many sites.
+
+The matrix is made once for a solve and costs O(N²) memory. Fused attention
+(`scaled_dot_product_attention`) makes it anew in every update, in blocks that stay in the cache,
+and takes O(N). Which of them is the faster depends on N, on the number of updates and on whether
+a gradient follows; `couple` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._memory import empty
+
+# Measured on one core: from here on fused attention is faster for the gradient by queries and keys
+# and for the few updates of a solve that no backward pass follows.
+_FUSED = 256
+# From here on no matrix is made at all.
+_LONG = 2048
+
+
+class Couplings(NamedTuple):
+    """J = softmax(scale · q kᵀ) for each head, as a matrix, as queries and keys, or both.
+
+    With both, the matrix is a constant that solves use, and gradients go to queries and keys.
+    """
+
+    matrix: Tensor | None  # (B, h, N, N)
+    queries: Tensor | None = None  # (B, h, N, k)
+    keys: Tensor | None = None
+    scale: float = 1.0
+    causal: bool = False
+
+    def act(self, z: Tensor) -> Tensor:
+        """Σ_j J_ij z_j for `z` `(B, h, N, k)`."""
+        differentiated = self.matrix is None or torch.is_grad_enabled()
+        if self.queries is not None and self.keys is not None and differentiated:
+            return _Fused.apply(self.queries, self.keys, z, self.scale, self.causal)
+        assert self.matrix is not None
+        return self.matrix @ z.contiguous()
+
+    def transposed(self) -> Callable[[Tensor], Tensor]:
+        """v ↦ Σ_i J_ij v_i."""
+        if self.matrix is not None:
+            matrix = self.matrix.mT
+            return lambda v: matrix @ v.contiguous()
+        assert self.queries is not None
+        assert self.keys is not None
+        q, k = self.queries.detach(), self.keys.detach()
+        with torch.enable_grad():
+            z = torch.zeros_like(q).requires_grad_()
+            pooled = _fused(q, k, z, self.scale, self.causal)
+        return lambda v: torch.autograd.grad(pooled, z, v.contiguous(), retain_graph=True)[0]
+
+
+def couple(
+    q: Tensor, k: Tensor, width: int, scale: float, mask: Tensor | None, causal: bool
+) -> Couplings:
+    """The couplings of `q`, `k` `(B, h, N, k)`, to act on states of `width` components a head."""
+    sites = q.shape[2]
+    # Fused attention knows no row without a key, and its fast form wants equal widths.
+    if sites < _FUSED or mask is not None or q.shape[3] != width:
+        return Couplings(softmax_couplings(q, k, scale, mask, causal))
+    matrix = None
+    if sites < _LONG and torch.is_grad_enabled():
+        matrix = softmax_couplings(q.detach(), k.detach(), scale, None, causal)
+    return Couplings(matrix, q, k, scale, causal)
+
+
+def softmax_couplings(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """J = softmax(scale · q kᵀ) over the keys that a query may see, `(B, h, N, N)`.
+
+    Rows sum to one, or to zero where a query sees no key at all.
+    """
+    allowed = _allowed(q, mask, causal)
+    # The lowest number, not −inf: a row without keys must not become 0/0.
+    lowest = torch.finfo(q.dtype).min
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        logits = (q * scale) @ k.mT
+        if allowed is None:
+            return logits.softmax(dim=-1)
+        return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)
+    # In place: fresh memory for matrices of this size costs more than the exponentials.
+    logits = torch.matmul(q * scale, k.mT, out=empty(*q.shape[:-1], k.shape[-2], like=q))
+    if allowed is None:
+        return torch.softmax(logits, dim=-1, out=logits)
+    torch.softmax(logits.masked_fill_(~allowed, lowest), dim=-1, out=logits)
+    return logits.masked_fill_(~allowed, 0.0)
+
+
+def _allowed(q: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Which keys a query may see, broadcast over `(B, h, N, N)`; None if all."""
+    allowed = None
+    if causal:
+        sites = q.shape[2]
+        allowed = torch.ones(sites, sites, dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is not None:
+        keys = mask[:, None, None, :]
+        allowed = keys if allowed is None else allowed & keys
+    return allowed
+
+
+def _fused(q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, z, is_causal=causal, scale=scale)
+
+
+class _Fused(torch.autograd.Function):
+    """Fused attention; its second derivatives, which torch has none of, by the matrix."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool
+    ) -> Tensor:
+        ctx.scale, ctx.causal = scale, causal
+        ctx.save_for_backward(q, k, z)
+        return _fused(q, k, z, scale, causal)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        needed = ctx.needs_input_grad[:3]
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if twice:
+                q, k, z = (t.view_as(t) for t in ctx.saved_tensors)
+                pooled = softmax_couplings(q, k, ctx.scale, None, ctx.causal) @ z
+            else:
+                q, k, z = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+                pooled = _fused(q, k, z, ctx.scale, ctx.causal)
+            wanted = [t for t, need in zip((q, k, z), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(pooled, wanted, g, create_graph=twice))
+        return *(next(found) if need else None for need in needed), None, None

@@ -1,0 +1,47 @@
+"""Linear maps of states that know their transposes, as preconditioners of both directions do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._state import Layout
+
+
+class LinearMap(NamedTuple):
+    """v ↦ A v with its transpose, v ↦ Aᵀ v."""
+
+    apply: Callable[[Any], Any]
+    transposed: Callable[[Any], Any]
+
+    def __call__(self, v: Any) -> Any:
+        return self.apply(v)
+
+
+def on_vectors(linear: Callable[[Any], Any], layout: Layout) -> Callable[[Tensor], Tensor]:
+    """A map of states as a map of vectors `(B, n)`."""
+
+    def flat(f: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+        return lambda v: layout.pack(f(layout.unpack(v)))
+
+    if isinstance(linear, LinearMap):
+        return LinearMap(flat(linear.apply), flat(linear.transposed))
+    return flat(linear)
+
+
+def transpose(linear: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """v ↦ Aᵀ v for a linear map of vectors `like`; by autograd where it does not know its own."""
+    if isinstance(linear, LinearMap):
+        return linear.transposed
+    with torch.enable_grad():
+        v = torch.zeros_like(like).requires_grad_()
+        image = linear(v)
+
+    def product(u: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(image, v, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if found is None else found
+
+    return product

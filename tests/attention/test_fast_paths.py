@@ -1,0 +1,208 @@
+"""The fast paths of the mechanisms, each held against the plain way to the same thing."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQMeanFieldAttention,
+    DEQVanillaSoftmaxAttention,
+    DEQVectorSpinAttention,
+    _pooling,
+)
+from deep_implicit_attention.attention._adatap import _Operator
+from deep_implicit_attention.attention._memory import empty
+from deep_implicit_attention.deq import DEQFixedPoint
+
+
+def jacobian(f, z):
+    """∂f/∂z of one sample, as a matrix."""
+    size = z.numel()
+    return torch.autograd.functional.jacobian(lambda v: f(v.view_as(z)).flatten(), z).view(
+        size, size
+    )
+
+
+class TestContext:
+    """What a mechanism says of its own map."""
+
+    def test_first_step_is_the_update_of_zeros(self, case, x):
+        module = case.module
+        if not hasattr(module, "first_step"):
+            pytest.skip("has none")
+        context = module.prepare(module.sources(x, *case.inputs), *case.inputs)
+        expected = module.update(torch.zeros_like(x), context)
+        torch.testing.assert_close(module.first_step(context), expected, rtol=1e-12, atol=1e-12)
+
+    def test_vjp_is_that_of_autograd(self, case, x):
+        module = case.module
+        if not hasattr(module, "vjp"):
+            pytest.skip("has none")
+        context = module.prepare(module.sources(x, *case.inputs), *case.inputs)
+        z = torch.randn_like(x, requires_grad=True)
+        v = torch.randn_like(x)
+        (expected,) = torch.autograd.grad(module.update(z, context), z, v)
+        found = module.vjp(z.detach(), context)(v)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def test_preconditioner_is_linear_and_knows_its_transpose(self, case, x):
+        module = case.module
+        if not hasattr(module, "preconditioner"):
+            pytest.skip("has none")
+        context = module.prepare(module.sources(x, *case.inputs), *case.inputs)
+        p = module.preconditioner(context)
+        a, b = torch.randn_like(x), torch.randn_like(x)
+        if case.inputs:  # residuals of hidden sites are zero
+            hidden = ~case.inputs[0][:, :, None]
+            a, b = a.masked_fill(hidden, 0), b.masked_fill(hidden, 0)
+        torch.testing.assert_close(p(2 * a + b), 2 * p(a) + p(b))
+        torch.testing.assert_close((p(a) * b).sum(), (a * p.transposed(b)).sum())
+
+    def test_preconditioned_and_plain_solves_agree(self, case, x):
+        tight = {"solver_fwd_tol": 1e-12, "solver_fwd_max_iter": 500, "on_failure": "ignore"}
+        layer = DEQFixedPoint(case.module, **tight)
+        if not hasattr(case.module, "preconditioner"):
+            pytest.skip("has none")
+        found = layer(x, *case.inputs, return_solution=True)
+        plain = layer(x, *case.inputs, solver_fwd_preconditioner=None, return_solution=True)
+        assert bool(found.converged.all())
+        # One is lost where it turns out not to help.
+        assert found.steps.max() <= plain.steps.max() + 1
+        torch.testing.assert_close(found.value, plain.value, rtol=1e-9, atol=1e-10)
+
+
+def test_the_preconditioner_of_few_sites_inverts_all_but_what_the_correction_bends():
+    """With f linear at its bias, (1 − ∂F/∂z)⁻¹ is exact where z is zero and so are the biases."""
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(4, 3).double()
+    torch.nn.init.zeros_(module.correction.expand.bias)
+    context = module.prepare(torch.randn(1, 4, 3).double())
+    z = torch.zeros(1, 4, 3).double()
+    exact = torch.linalg.inv(
+        torch.eye(12).double() - jacobian(lambda v: module.update(v, context), z)
+    )
+    r = torch.randn(1, 4, 3).double()
+    found = module.preconditioner(context)(r)
+    torch.testing.assert_close(found.flatten(), exact @ r.flatten())
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_softmax_layers_at_the_start_need_few_evaluations(heads):
+    torch.manual_seed(0)
+    module = DEQVanillaSoftmaxAttention(64, 16, heads)
+    x = torch.randn(8, 64, 16) / 4
+    layer = DEQFixedPoint(module)
+    few = layer(x, return_solution=True).steps.max()
+    many = layer(x, return_solution=True, solver_fwd_preconditioner=None).steps.max()
+    assert 2 * few < many
+
+
+class TestFused:
+    """Fused attention of many sites, first and second derivatives, against the matrix."""
+
+    @pytest.fixture(params=["softmax", "causal", "vector-spin"])
+    def module(self, request):
+        torch.manual_seed(0)
+        if request.param == "vector-spin":
+            return DEQVectorSpinAttention(8, 2).double()
+        causal = request.param == "causal"
+        return DEQVanillaSoftmaxAttention(6, 4, heads=2, causal=causal).double()
+
+    def respond(self, module, x):
+        tight = {"solver_fwd_tol": 1e-13, "solver_bwd_tol": 1e-13, "on_failure": "ignore"}
+        layer = DEQFixedPoint(module, solver_fwd_max_iter=200, solver_bwd_max_iter=200, **tight)
+        x = x.clone().requires_grad_()
+        z = layer(x)
+        weights = [x, *module.parameters()]
+        first = torch.autograd.grad(z.pow(3).sum(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+        with torch.no_grad():
+            plain = layer(x)
+        return [z, plain, *first, *second]
+
+    @pytest.mark.parametrize("long", [100, 1])
+    def test_equals_the_matrix(self, module, long, monkeypatch):
+        x = 0.5 * torch.randn(2, 6, module.dim).double()
+        expected = self.respond(module, x)
+        monkeypatch.setattr(_pooling, "_FUSED", 1)
+        monkeypatch.setattr(_pooling, "_LONG", long)
+        assert (module.prepare(x).couplings.matrix is None) == (long == 1)
+        torch.testing.assert_close(self.respond(module, x), expected, rtol=1e-8, atol=1e-9)
+
+    def test_one_update_in_float32(self, module, monkeypatch):
+        module.float()
+        x, z = torch.randn(2, 300, module.dim), torch.randn(2, 300, module.dim)
+        fused = module.update(z, module.prepare(x))
+        monkeypatch.setattr(_pooling, "_FUSED", 1000)
+        expected = module.update(z, module.prepare(x))
+        torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+
+    def test_no_matrix_is_made_of_many_sites(self):
+        module = DEQVanillaSoftmaxAttention(8, 4, heads=2)
+        context = module.prepare(torch.randn(1, 2048, 4, requires_grad=True))
+        assert context.couplings.matrix is None
+        assert context.couplings.queries is not None
+
+
+@pytest.mark.parametrize("sites", [1, 3])
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("internal", [True, False])
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mirrored):
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(
+        sites, dim, weight_sym_internal=internal, weight_sym_sites=mirrored
+    ).double()
+    raw = module._weight.detach().clone()
+    size = sites * dim
+    expected = module.weight().permute(0, 2, 1, 3).reshape(size, size)
+    torch.testing.assert_close(module.coupling_matrix(), expected)
+    torch.testing.assert_close(module._weight.detach(), raw, rtol=0, atol=0)
+
+    def matrix(weight):
+        (found,) = [weight]
+        return torch.func.functional_call(_Matrix(module), {"module._weight": found}, ())
+
+    assert gradcheck(matrix, module._weight)
+    assert gradgradcheck(matrix, module._weight)
+
+
+class _Matrix(torch.nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self):
+        return self.module.coupling_matrix()
+
+
+def test_derivatives_of_the_operator():
+    couplings = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    precision = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    expected = torch.block_diag(*precision) - couplings
+    torch.testing.assert_close(_Operator.apply(couplings, precision), expected)
+    assert gradcheck(_Operator.apply, (couplings, precision))
+    assert gradgradcheck(_Operator.apply, (couplings, precision))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [10, 1200])
+def test_memory_is_of_the_shape_and_kind_asked_for(dtype, size):
+    like = torch.zeros(1, dtype=dtype)
+    fresh = empty(size, size, like=like)
+    assert fresh.shape == (size, size)
+    assert fresh.dtype is dtype
+    fresh.fill_(2.0)
+    assert fresh.sum().item() == 2.0 * size**2
+
+
+def test_adaptive_tap_with_many_components_is_as_exact_as_with_few():
+    """The padded factorisation, at a size that is a multiple of 256."""
+    torch.manual_seed(0)
+    module = DEQAdaTAPMeanFieldAttention(32, 8).double()
+    x = torch.randn(2, 32, 8).double()
+    z = DEQFixedPoint(module)(x)
+    operator = torch.eye(256).double() - module.coupling_matrix()
+    expected = torch.linalg.solve(operator, x.flatten(1).mT).mT.view_as(x)
+    torch.testing.assert_close(z, expected, rtol=1e-11, atol=1e-12)
