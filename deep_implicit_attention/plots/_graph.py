@@ -71,20 +71,18 @@ def couplings_over_image(
     image = np.asarray(image, dtype=float)
     if image.ndim not in (2, 3):
         raise ValueError(f"image must have shape (H, W) or (H, W, 3), got {image.shape}")
-    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+    height, width = image.shape[:2]
+    margin = 0.5 + 0.03 * width
+    left, top = np.minimum(positions.min(axis=0), 0) - margin
+    right, bottom = np.maximum(positions.max(axis=0), [width - 1, height - 1]) + margin
+    shape = (bottom - top) / (right - left)
+    figure = Figure(figsize=(5.2, 0.8 + 5 * shape), layout="constrained")
     axes = figure.subplots()
     # Pale, so that lines are seen on black and on white.
     axes.imshow(0.55 + 0.45 * image, cmap="gray", vmin=0, vmax=1, zorder=0)
     drawn = draw_couplings(axes, strengths, positions, weakest, strongest)
     axes.scatter(*positions.T, s=26, color="white", edgecolors=COLOURS[0], zorder=2)
-    height, width = image.shape[:2]
-    margin = 0.5 + 0.03 * width
-    axes.set(
-        title=title,
-        xlabel=drawn,
-        xlim=(min(positions[:, 0].min(), 0) - margin, max(positions[:, 0].max(), width) + margin),
-        ylim=(max(positions[:, 1].max(), height) + margin, min(positions[:, 1].min(), 0) - margin),
-    )
+    axes.set(title=title, xlabel=drawn, xlim=(left, right), ylim=(bottom, top))
     axes.set(xticks=[], yticks=[])
     _bare(axes)
     return figure
@@ -93,27 +91,34 @@ def couplings_over_image(
 def couplings_over_text(
     strengths: np.ndarray, tokens: Sequence[str], title: str = "", per_line: int = 32
 ) -> Figure:
-    """The graph of couplings `(T, T)` between the tokens of a text, written in lines.
+    """The couplings `(T, T)` between the tokens of a text, written in lines of `per_line`.
 
-    The arrow from j to i is as wide and as dark as the coupling J_ij by which token j pulls token
-    i. Couplings of a token to itself are left out.
+    For every token i an arrow from the other token j that pulls it most, as wide and as dark as
+    J_ij is strong. (The strongest of all would be those of the first tokens, which have few others
+    to share their attention among.)
     """
     if per_line < 1:
         raise ValueError(f"per_line must be at least 1, got {per_line}")
     rows, columns = np.divmod(np.arange(len(tokens)), per_line)
-    positions = np.stack([columns, 3.0 * rows], axis=1)
+    positions = np.stack([columns, 3.5 * rows], axis=1)
     strengths, positions = _checked(strengths, positions)
-    width, lines = min(per_line, len(tokens)), rows[-1] + 1
-    figure = Figure(figsize=(0.6 + 0.28 * width, 1.3 + 0.8 * lines), layout="constrained")
+    width, lines = min(per_line, len(tokens)), (rows[-1] + 1 if len(rows) else 1)
+    figure = Figure(figsize=(0.6 + 0.28 * width, 1.4 + 1.0 * lines), layout="constrained")
     axes = figure.subplots()
-    drawn = draw_couplings(axes, strengths, positions)
+    others = np.where(np.eye(len(strengths), dtype=bool), -np.inf, strengths)
+    sources = others.argmax(axis=1) if len(others) else np.zeros(0, int)
+    pulled = np.nonzero(others.max(axis=1, initial=-np.inf) > 0)[0]
+    values = others[pulled, sources[pulled]]
+    high = values.max(initial=0.0)
+    _arrows(axes, positions, pulled, sources[pulled], values / (high or 1.0), bend=-0.35)
+    drawn = "strongest coupling J_ij of every token i, j → i"
     for token, place in zip(tokens, positions, strict=True):
         axes.annotate(
             _visible(token), place, ha="center", va="center", fontsize=10, family="monospace",
             zorder=3, bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none"},
         )  # fmt: skip
     axes.set(title=title, xlabel=drawn, xticks=[], yticks=[])
-    axes.set(xlim=(-1, width), ylim=(positions[-1, 1] + 1.5, -2.5))
+    axes.set(xlim=(-1, width), ylim=(3.5 * (lines - 1) + 1.5, -4.0))
     _bare(axes)
     return figure
 
@@ -146,25 +151,36 @@ def draw_couplings(
     low = drawn[0] if weakest is None else weakest
     high = drawn[-1] if strongest is None else strongest
     weight = np.clip((drawn - low) / ((high - low) or 1.0), 0, 1)
-    widths, alphas = 0.3 + 4 * weight**2, 0.15 + 0.75 * weight
-    if symmetric:
-        lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
-        axes.add_collection(
-            LineCollection(
-                list(lines), linewidths=widths, colors=COLOURS[2], alpha=alphas, zorder=1
-            )
-        )
-        return "strongest fifth of the couplings"
-    for i, j, width, alpha in zip(rows[order], columns[order], widths, alphas, strict=True):
+    if not symmetric:
+        _arrows(axes, positions, rows[order], columns[order], weight)
+        return f"the {len(drawn)} strongest couplings J_ij, j → i"
+    lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
+    axes.add_collection(
+        LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
+                       alpha=0.15 + 0.75 * weight, zorder=1)
+    )  # fmt: skip
+    return "strongest fifth of the couplings"
+
+
+def _arrows(
+    axes: Axes,
+    positions: np.ndarray,
+    targets: np.ndarray,
+    sources: np.ndarray,
+    weights: np.ndarray,
+    bend: float = 0.25,
+) -> None:
+    """Arrows from sources to targets, labelled ``_source→target``, weighted from 0 to 1."""
+    for i, j, weight in zip(targets, sources, weights, strict=True):
+        width = 0.3 + 2 * weight**2
         axes.add_patch(
             FancyArrowPatch(
                 tuple(positions[j]), tuple(positions[i]), label=f"_{j}→{i}",
-                connectionstyle="arc3,rad=0.25", arrowstyle="-|>", mutation_scale=6 + 2 * width,
-                shrinkA=4, shrinkB=4, linewidth=0.6 * width, color=COLOURS[2], alpha=alpha,
-                zorder=1,
+                connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>",
+                mutation_scale=5 + 3 * width, shrinkA=5, shrinkB=5, linewidth=width,
+                color=COLOURS[2], alpha=0.15 + 0.75 * weight, zorder=1,
             )
         )  # fmt: skip
-    return f"the {len(drawn)} strongest couplings J_ij, j → i"
 
 
 def _checked(strengths: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

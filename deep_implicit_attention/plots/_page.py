@@ -136,19 +136,20 @@ def picture(figure: Figure, description: str) -> str:
     svg = svg.replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")
     # A hundredth of a point is enough, but for factors below 1.
     svg = re.sub(r"(?<![\d.])([1-9]\d*\.\d\d)\d+", r"\1", svg)
-    width, height = (72 * size * _POINTS for size in figure.get_size_inches())
-    size = f'style="width:{width:.0f}px;min-width:min({width:.0f}px,{_READABLE * width:.0f}px)"'
+    width = 72 * figure.get_size_inches()[0] * _POINTS
     svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-                 rf'<svg {size} viewBox="\1" role="img" aria-label="{_plain(description)}">',
+                 rf'<svg style="width:{width:.0f}px;min-width:{_READABLE * width:.0f}px" '
+                 rf'viewBox="\1" role="img" aria-label="{_plain(description)}">',
                  svg, count=1, flags=re.DOTALL)  # fmt: skip
-    return f'<figure class="scroll">{svg}<figcaption>{escape(description)}</figcaption></figure>'
+    caption = f"<figcaption>{escape(description)}</figcaption>"
+    return f'<figure style="width:{width:.0f}px"><div class="scroll">{svg}</div>{caption}</figure>'
 
 
 def image(content: bytes, kind: str, description: str) -> str:
     """A picture file, of kind ``png`` or ``gif``, in the page."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return (
-        f'<figure class="scroll"><img loading="lazy" src="{source}" alt="{escape(description)}">'
+        f'<figure><img loading="lazy" src="{source}" alt="{escape(description)}">'
         f"<figcaption>{escape(description)}</figcaption></figure>"
     )
 

@@ -61,7 +61,7 @@ function bars(rows) { // [name, probability, emphasised]
 }
 
 function course(lines) { // [probabilities by frame, colour, width, dash]
-  const width = 300, height = 150, left = 34, bottom = 24, c = canvas("course", width, height);
+  const width = 300, height = 150, left = 42, bottom = 24, c = canvas("course", width, height);
   const x = (k) => left + 6 + (width - left - 14) * k / Math.max(1, frames - 1);
   const y = (p) => 6 + (height - bottom - 12) * (1 - p);
   c.fillStyle = c.strokeStyle = ink("--soft");

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import plots
 from ..models import ImageClassifier
 from ..plots._page import Section, explorer, image, packed, paragraph
-from ..training import ImageData, Split, measure
+from ..training import ImageData, Measured, Split, measure
 from ..training._state import weights
 from ._image_recipe import ImageRecipe
 from ._images import sites_of, until_solved
@@ -36,14 +36,15 @@ def image_sections(story: Story, recipe: ImageRecipe) -> list[Section]:
         return sections
     test = data.test[torch.arange(min(_LOOKED_AT, len(data.test)))]
     first = Section("Watch it settle")
-    story.data = explored(model, test, recipe)
+    measured = measure(model, test)
+    story.data = explored(model, test, measured.predictions, recipe.tol)
     first.add(paragraph(_EXPLANATION), explorer("image"))
     return [
         first,
         *sections,
-        _convergence(model, test, recipe),
+        _convergence(model, test, measured, recipe),
         _couplings(story, model, test),
-        _errors(model, test, len(data.test)),
+        _errors(test, measured, len(data.test)),
     ]
 
 
@@ -113,9 +114,9 @@ def _curves(story: Story) -> Section:
 
 
 @torch.no_grad()
-def explored(model: ImageClassifier, test: Split, recipe: ImageRecipe) -> dict[str, Any]:
-    """What the moving part shows: some test images after 1, 2, ... steps and at equilibrium."""
-    read = measure(model, test).predictions
+def explored(model: ImageClassifier, test: Split, read: Tensor, tol: float) -> dict[str, Any]:
+    """What the moving part shows: test images after 1, 2, ... steps and at equilibrium; `read` are
+    the classes that were read."""
     sites = len(sites_of(model)[1])
     parts = min(model.dim, _COMPONENTS)
     count = max(1, min(_SHOWN, _NUMBERS // (sites * parts * (_MOST_STEPS + 1))))
@@ -128,7 +129,7 @@ def explored(model: ImageClassifier, test: Split, recipe: ImageRecipe) -> dict[s
         return solutions[-1].value, scores.softmax(dim=1), residual
 
     frames = [frame(steps=1)]
-    while len(frames) < _MOST_STEPS and bool((frames[-1][2] > recipe.tol).any()):
+    while len(frames) < _MOST_STEPS and bool((frames[-1][2] > tol).any()):
         frames.append(frame(steps=len(frames) + 1))
     frames.append(frame())
     z, p, residual = (torch.stack(some, dim=1) for some in zip(*frames, strict=True))
@@ -176,11 +177,13 @@ def _grey(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _convergence(model: ImageClassifier, test: Split, recipe: ImageRecipe) -> Section:
+def _convergence(
+    model: ImageClassifier, test: Split, measured: Measured, recipe: ImageRecipe
+) -> Section:
     section = Section("Convergence")
     some = test[torch.arange(min(200, len(test)))]
     _, solutions = model(some.images, return_solution=True)
-    radii = model.spectral_radius(some.images[:32], tuple(_few(s, 32) for s in solutions))
+    radii = model.spectral_radius(some.images[:32], [solution.value[:32] for solution in solutions])
     for number, solution in enumerate(solutions):
         name = f"block {number + 1}: " if len(solutions) > 1 else ""
         section.add(
@@ -197,34 +200,21 @@ def _convergence(model: ImageClassifier, test: Split, recipe: ImageRecipe) -> Se
          f"Residuals of {len(some)} solves" + (f", block {k + 1}" if len(solutions) > 1 else ""))
         for k, s in enumerate(solutions)
     ]  # fmt: skip
-    return _with(section, pictures(*figures, _horizon(model, test)))
+    section.add(pictures(*figures, _horizon(model, test, measured)))
+    return section
 
 
-def _horizon(model: ImageClassifier, test: Split) -> tuple[Any, str]:
-    errors, last = [], 100 * (1 - measure(model, test).accuracy)
+def _horizon(model: ImageClassifier, test: Split, measured: Measured) -> tuple[Any, str]:
+    errors, last = [], 100 * (1 - measured.accuracy)
     for steps in _HORIZON:
         scores = torch.cat([model(part, steps=steps) for part in test.images.split(500)])
         right = (scores.argmax(dim=1) == test.labels).double().mean().item()
         errors.append(100 * (1 - right))
-    panel = plots.Panel(
-        "steps of z ← F(z; x)", "error (%)",
-        {"explicit steps": (_HORIZON, errors), "equilibrium": ([1, _HORIZON[-1]], [last, last])},
-        xscale="log",
-    )  # fmt: skip
-    return (
-        plots.curves(panel, reference=("equilibrium",)),
-        f"Error on {len(test)} test images when the weights are used as an explicit network of so "
-        "many steps",
+    figure = plots.relaxation_horizon(
+        _HORIZON, {"explicit steps": errors}, {"equilibrium": last}, "error (%)"
     )
-
-
-def _few(solution: Any, count: int) -> Any:
-    return solution.value[:count]
-
-
-def _with(section: Section, *parts: str) -> Section:
-    section.add(*parts)
-    return section
+    what = f"Error on {len(test)} test images when the weights are used as an explicit network"
+    return figure, f"{what} of so many steps"
 
 
 @torch.no_grad()
@@ -312,8 +302,7 @@ def coupling_film(
     return plots.animation(figures, seconds=0.3, dpi=72), list(found)
 
 
-def _errors(model: ImageClassifier, test: Split, all_images: int) -> Section:
-    measured = measure(model, test)
+def _errors(test: Split, measured: Measured, all_images: int) -> Section:
     counts = np.zeros((10, 10), dtype=int)
     np.add.at(counts, (test.labels.numpy(), measured.predictions.numpy()), 1)
     which = "all" if len(test) == all_images else "the first"
