@@ -178,7 +178,7 @@ def _arrows(
                 tuple(positions[j]), tuple(positions[i]), label=f"_{j}→{i}",
                 connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>",
                 mutation_scale=5 + 3 * width, shrinkA=5, shrinkB=5, linewidth=width,
-                color=COLOURS[2], alpha=0.15 + 0.75 * weight, zorder=1,
+                color=COLOURS[2], alpha=0.3 + 0.6 * weight, zorder=1,
             )
         )  # fmt: skip
 

@@ -41,7 +41,11 @@ function canvas(id, width, height) {
 }
 
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
-const stepName = (k) => (k === data.steps.length ? "equilibrium, by the solver" : `step ${data.steps[k]}`);
+const stepName = (k) => {
+  if (k < data.steps.length) return `step ${data.steps[k]}`;
+  const residual = data.residuals[state.example][k];
+  return residual !== null && residual <= data.tol ? "equilibrium, by the solver" : "best answer of the solver, which did not reach its tolerance";
+};
 const frames = data.steps.length + 1;
 const state = { example: 0, step: frames - 1, place: 0 };
 

@@ -144,6 +144,7 @@ def explored(model: ImageClassifier, test: Split, read: Tensor, tol: float) -> d
         "dim": model.dim,
         "classes": NAMES,
         "steps": list(range(1, len(frames))),
+        "tol": tol,
         "size": size,
         "length": length,
         "examples": [

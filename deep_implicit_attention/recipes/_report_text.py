@@ -136,6 +136,7 @@ def explored(
     return {
         "kind": "text",
         "steps": list(range(1, len(frames))),
+        "tol": tol,
         "vocabulary": list(data.vocabulary.characters),
         "windows": [text(one) + text(last[-1:]) for one, last in zip(inputs, targets, strict=True)],
         "ids": top.indices.tolist(),
