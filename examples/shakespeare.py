@@ -12,6 +12,7 @@ from deep_implicit_attention.training import random_batch, shakespeare, windows
 BATCH, LENGTH, RATE, WARMUP = 12, 64, 1e-3, 100
 
 
+# %% the loop
 def train(model, ids, iterations, seed, relax=14, learn=4, penalty=0.1):
     """AdamW with warm-up and a cosine; `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,6 +38,7 @@ def train(model, ids, iterations, seed, relax=14, learn=4, penalty=0.1):
             print(f"iteration {i}: training loss {loss.item():.4f}", flush=True)
 
 
+# %% the run
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of tinyshakespeare.txt; else download")
