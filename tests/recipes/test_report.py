@@ -254,6 +254,16 @@ def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None
     assert Image.open(copy / "couplings.gif").n_frames == 3  # type: ignore[attr-defined]
 
 
+def test_a_run_without_checkpoints_to_make_a_film_of(copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "couplings.gif").unlink()
+    page = reported(copy)
+    assert "at least 3 checkpoints" in page.source
+    assert "Watch it settle" in page.titles
+    assert not page.notices
+    assert not (copy / "couplings.gif").exists()
+
+
 def test_data_that_is_not_there(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     lost = {**config, "recipe": "mnist", "data_dir": str(copy / "nowhere")}
