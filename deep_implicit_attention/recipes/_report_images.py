@@ -52,8 +52,8 @@ def image_sections(story: Story, recipe: ImageRecipe) -> list[Section]:
 _EXPLANATION = (
     "Pick a test image and move through the relaxation: the same weights after 1, 2, … plain steps "
     "of z ← F(z; x), and, last, at the equilibrium that the solver finds. In the first step every "
-    "site answers what it starts from; with more steps sites hear of each other. Arrow keys move "
-    "the slider."
+    "site answers what it starts from; with more steps sites hear of each other. Of several blocks "
+    "the last one's magnetizations are shown. Arrow keys move the slider."
 )
 
 
@@ -297,11 +297,12 @@ def coupling_film(
     if len(found) < _FEWEST:
         return None
     apart = ~np.eye(len(next(iter(found.values()))), dtype=bool)
+    weakest = min(strengths[apart].min() for strengths in found.values())
     strongest = max(strengths[apart].max() for strengths in found.values())
     drawn = _grey(images)[0].permute(1, 2, 0).squeeze(-1).numpy()
     figures = (
         plots.couplings_over_image(
-            strengths, drawn, pixel_places(model), f"step {step}", 0.0, strongest
+            strengths, drawn, pixel_places(model), f"step {step}", weakest, strongest
         )
         for step, strengths in found.items()
     )
