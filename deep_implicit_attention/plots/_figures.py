@@ -52,7 +52,8 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") 
     image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "black" if share[row, column] > 0.5 else "white"
+            # Not quite black and white, which a page would turn into its reader's colours.
+            colour = "#0a0a0a" if share[row, column] > 0.5 else "#f5f5f5"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     axes.set_xticks(range(len(names)), names)

@@ -148,18 +148,19 @@ def draw_couplings(
     drawn = values[order]
     if not len(drawn):
         return "no couplings"
+    span = f"{drawn[0]:.2g} to {drawn[-1]:.2g}"
     low = drawn[0] if weakest is None else weakest
     high = drawn[-1] if strongest is None else strongest
     weight = np.clip((drawn - low) / ((high - low) or 1.0), 0, 1)
     if not symmetric:
         _arrows(axes, positions, rows[order], columns[order], weight)
-        return f"the {len(drawn)} strongest couplings J_ij, j → i"
+        return f"the {len(drawn)} strongest couplings ‖J_ij‖, j → i: {span}"
     lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
     axes.add_collection(
         LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
                        alpha=0.15 + 0.75 * weight, zorder=1)
     )  # fmt: skip
-    return "strongest fifth of the couplings"
+    return f"strongest fifth of the couplings ‖J_ij‖: {span}"
 
 
 def _arrows(

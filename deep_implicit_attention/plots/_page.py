@@ -94,7 +94,8 @@ def table(
     With `key`, the exact value of a row's second cell stands in its attribute ``data-KEY``, as
     JSON, under the row's name.
     """
-    lines = ['<div class="scroll"><table>']
+    kind = ' class="wide"' if len(head) > 2 else ""  # cells of wide tables are not broken
+    lines = [f'<div class="scroll"><table{kind}>']
     if caption:
         lines.append(f"<caption>{escape(caption)}</caption>")
     if head:
@@ -149,7 +150,8 @@ def image(content: bytes, kind: str, description: str) -> str:
     """A picture file, of kind ``png`` or ``gif``, in the page."""
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return (
-        f'<figure><img loading="lazy" src="{source}" alt="{escape(description)}">'
+        f'<figure><div class="scroll"><img class="{kind}" src="{source}" '
+        f'alt="{escape(description)}"></div>'
         f"<figcaption>{escape(description)}</figcaption></figure>"
     )
 

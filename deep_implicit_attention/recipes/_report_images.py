@@ -16,7 +16,7 @@ from ..training import ImageData, Measured, Split, measure
 from ..training._state import weights
 from ._image_recipe import ImageRecipe
 from ._images import sites_of, until_solved
-from ._report_page import Story, pictures
+from ._report_page import CURVES, Story, pictures
 
 NAMES = [str(digit) for digit in range(10)]
 _LOOKED_AT = 1000  # test images from which figures are made
@@ -31,7 +31,7 @@ _FRAMES, _FEWEST = 40, 3  # of the animation
 
 def image_sections(story: Story, recipe: ImageRecipe) -> list[Section]:
     """Relaxation, curves, convergence, couplings and errors, as far as they can be had."""
-    sections = [_curves(story)]
+    sections = [story.attempt(CURVES, lambda: _curves(story)) or Section("Training")]
     model, data = _model(story, recipe)
     if model is None or data is None:
         return sections

@@ -12,20 +12,18 @@ from typing import Any, TypeVar
 import torch
 
 from .. import __version__
-from ..plots._page import Section, beside, folded, image, notice, page, paragraph, picture, table
+from ..plots._page import Section, beside, folded, notice, page, paragraph, picture, table
 from ..training import Run
 from ..training._files import write_whole
-from ..training._run import METRICS
+from ..training._run import CONFIG, METRICS
 from ._image_recipe import ImageRecipe
 from ._saved import RECIPES, load_recipe
 from ._shakespeare import Shakespeare
 
 REPORT = "report.html"
-_PICTURES = {
-    "ising.png": "Answers of the methods against the exact ones, and errors against β",
-    "completions.png": "Lower halves of held-out digits, completed by each method",
-    "samples.png": "Digits drawn from the best machine",
-}
+CURVES = "The metrics cannot be drawn"  # and why
+# Runs of commands of their own, which train no network.
+_OTHERS = ("ising", "boltzmann")
 T = TypeVar("T")
 
 
@@ -70,11 +68,15 @@ class Story:
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """See `report_run`."""
     run = Run(folder)
-    story = Story(run, run.config())
+    config = run.config()
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} must hold an object, got {type(config).__name__}")
+    story = Story(run, config)
     story.records = _readable(story)
     sections = _sections(story)
     name = f"{story.config.get('recipe', 'run')}: {folder.resolve().name}"
-    lead = [_headline(story), *(notice(sentence) for sentence in story.missing)]
+    headline = story.attempt("The result cannot be summed up", lambda: _headline(story))
+    lead = [headline or "", *(notice(sentence) for sentence in story.missing)]
     path = folder / REPORT if out is None else out
     html = page(f"{name} – report", lead, sections, story.data)
     write_whole(path, html.encode())
@@ -82,6 +84,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def _sections(story: Story) -> list[Section]:
+    if story.config.get("recipe") in _OTHERS:
+        from ._report_spins import boltzmann_sections, ising_sections
+
+        known = {"ising": ising_sections, "boltzmann": boltzmann_sections}
+        own = known[story.config["recipe"]](story)
+        return [*own, _configuration(story), _making(story)]
     recipe = _recipe(story)
     if recipe is not None and recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -94,7 +102,7 @@ def _sections(story: Story) -> list[Section]:
         from ._report_text import text_sections
 
         own = text_sections(story, recipe)
-    return [_results(story), *own, _pictures(story), _configuration(story), _making()]
+    return [_results(story), *own, _configuration(story), _making(story)]
 
 
 def _readable(story: Story) -> list[dict[str, Any]]:
@@ -126,11 +134,10 @@ def _recipe(story: Story) -> Any:
     name = story.config.get("recipe")
     kind = RECIPES.get(str(name))
     if kind is None:
-        if name not in ("ising", "boltzmann"):
-            story.missing.append(
-                f"The recipe {name!r} is unknown to this version ({__version__}), so there is no "
-                "model to look into."
-            )
+        story.missing.append(
+            f"The recipe {name!r} is unknown to this version ({__version__}), so there is no "
+            "model to look into."
+        )
         return None
     known = {entry.name for entry in dataclasses.fields(kind)}
     strange = sorted(story.config.keys() - known - {"recipe"})
@@ -153,6 +160,10 @@ def _recipe(story: Story) -> Any:
 
 
 def _headline(story: Story) -> str:
+    if story.config.get("recipe") in _OTHERS:
+        from ._report_spins import headline
+
+        return paragraph(headline(story))
     result = story.result or {}
     if "test_accuracy" in result:
         return paragraph(
@@ -181,26 +192,17 @@ def _results(story: Story) -> Section:
             table(list(last.items()), ("metric", "value"), "the last evaluation", key="metric")
         )
     elif story.records:
-        section.add(_records(story.records))
+        section.add(records_table(story.records))
     if story.history:
-        section.add(folded(f"All {len(story.history)} evaluations", _records(story.history)))
+        section.add(folded(f"All {len(story.history)} evaluations", records_table(story.history)))
     return section
 
 
-def _records(records: list[dict[str, Any]]) -> str:
+def records_table(records: list[dict[str, Any]]) -> str:
+    """Lines of metrics as rows, every name that occurs as a column."""
     names = list(dict.fromkeys(name for record in records for name in record))
     rows = [[record.get(name) for name in names] for record in records]
     return table(rows, names)
-
-
-def _pictures(story: Story) -> Section:
-    """Pictures of runs that train no model here."""
-    section = Section("Pictures")
-    for name, description in _PICTURES.items():
-        path = story.run.folder / name
-        if path.exists() and story.config.get("recipe") not in RECIPES:
-            section.add(image(path.read_bytes(), "png", description))
-    return section
 
 
 def _configuration(story: Story) -> Section:
@@ -209,13 +211,16 @@ def _configuration(story: Story) -> Section:
     return section
 
 
-def _making() -> Section:
+def _making(story: Story) -> Section:
     section = Section("How this was made")
+    anew = "" if story.config.get("recipe") in _OTHERS else (
+        "; everything else was computed anew from the best weights"
+    )  # fmt: skip
     section.add(
         paragraph(
             f"By dia report, deep-implicit-attention {__version__}, PyTorch {torch.__version__}, "
             "from the files in the run's folder. Results and evaluations are those of "
-            f"{METRICS}; everything else was computed anew from the best weights."
+            f"{METRICS}{anew}."
         )
     )
     return section

@@ -14,7 +14,7 @@ from ..plots._page import Section, explorer, packed, paragraph, preformatted
 from ..training import TextData, windows
 from ._images import until_solved
 from ._language import _SAMPLE as SAMPLE
-from ._report_page import Story, pictures
+from ._report_page import CURVES, Story, pictures
 from ._shakespeare import Shakespeare, check_text
 
 _WINDOWS = 6
@@ -25,14 +25,15 @@ _LIKELIEST = 6  # characters that are listed
 _EXPLANATION = (
     "Pick a window of the validation text and move through the relaxation: the same weights after "
     "1, 2, … plain steps of z ← F(z; x), and, last, at the equilibrium that the solver finds. The "
-    "second slider moves the position whose next character is predicted. Of several blocks the last "
-    "one's magnetizations and couplings are shown. Arrow keys move the sliders."
+    "second slider moves the position whose next character is predicted. Of several blocks the "
+    "last one's magnetizations and couplings are shown. Arrow keys move the sliders."
 )
 
 
 def text_sections(story: Story, recipe: Shakespeare) -> list[Section]:
     """Relaxation, curves, convergence, couplings and a sample, as far as they can be had."""
-    sections = [_sample(story), _curves(story)]
+    curves = story.attempt(CURVES, lambda: _curves(story))
+    sections = [_sample(story), curves or Section("Training")]
     data = story.attempt(
         "The text cannot be read, so figures that need it are missing", recipe.load
     )

@@ -49,6 +49,8 @@ def test_symmetric_couplings_are_lines_and_others_arrows(strengths: np.ndarray) 
     where = {tuple(place): site for site, place in enumerate(PLACES)}
     drawn = {frozenset(where[tuple(end)] for end in line) for line in lines.get_segments()}
     assert drawn == {frozenset(pair) for pair in pairs}
+    high, low = (f"{both[pair]:.2g}" for pair in pairs)
+    assert axes.get_xlabel() == f"strongest fifth of the couplings ‖J_ij‖: {low} to {high}"
 
     axes = couplings_over_image(strengths, PIXELS, PLACES).axes[0]
     assert not any(isinstance(c, LineCollection) for c in axes.collections)

@@ -242,6 +242,22 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
+def test_metrics_of_another_version(copy: Path) -> None:
+    """Names that are not there, and values of another kind."""
+    lines = [{**record, "train_loss": "low"} for record in records(copy)]
+    del lines[-1]["best_epoch"]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = reported(copy)
+    assert any("summed up" in notice and "best_epoch" in notice for notice in page.notices)
+    assert any("cannot be drawn" in notice for notice in page.notices)
+    assert page.values["metric"] == lines[-1]
+    assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
+    assert "Training" not in page.titles
+    (copy / "config.json").write_text("[]")
+    outcome = invoke(copy, "report", str(copy))
+    assert "must hold an object" in outcome.complaint()
+
+
 def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None:
     lines = [json.dumps({**record, "interrupted": True}) if "ending" in record else
              json.dumps(record) for record in records(copy)]  # fmt: skip
@@ -286,13 +302,69 @@ def test_text_of_strangers_is_not_markup(copy: Path) -> None:
     assert page.values["setting"]["a<script>alert(1)</script>"] == "</td>"
 
 
-def test_runs_that_train_nothing(ising: Callable[..., Outcome]) -> None:
-    outcome = ising("--num-spins", "5")
-    page = reported(outcome.folder)
-    assert page.titles == ["Results", "Pictures", "Configuration", "How this was made"]
+# --- runs that train no network ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "boltzmann"
+    flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
+    assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
+    return folder
+
+
+def test_methods_on_a_system(ising: Callable[..., Outcome]) -> None:
+    folder = ising("--num-spins", "5", "--betas", "0.5", "1.0", "--beta", "1.0").folder
+    page = reported(folder)
+    assert page.titles == [
+        "Results", "Pictures", "Couplings", "Configuration", "How this was made",
+    ]  # fmt: skip
     assert not page.notices
-    assert "expectation-propagation" in page.source
+    assert "no relaxation to move through" in page.source
     assert "data:image/png;base64," in page.source
+    assert_rows([record for record in records(folder) if record["beta"] == 1.0], page, 0)
+    assert_rows(records(folder), page, 1)
+    (folder / "ising.png").unlink()
+    (folder / "answers.npz").write_bytes(b"PK half")
+    page = reported(folder)
+    assert any("no ising.png" in notice for notice in page.notices)
+    assert any("answers.npz is damaged" in notice for notice in page.notices)
+    assert page.titles == ["Results", "Configuration", "How this was made"]
+
+
+def test_machines_that_learned(machines: Path, tmp_path: Path) -> None:
+    page = reported(machines)
+    assert page.titles == [
+        "Results", "Pictures", "Couplings", "Configuration", "How this was made",
+    ]  # fmt: skip
+    assert not page.notices
+    found = {record["method"]: record for record in records(machines)}
+    assert f"tap, gets {found['tap']['test_error']:.1%} of the pixels" in page.source
+    assert page.source.count('class="png" src="data:image/png;base64,') == 2
+    assert_rows(records(machines), page, 0)
+    copy = Path(shutil.copytree(machines, tmp_path / "copy"))
+    for name in ("machine.npz", "completions.png", "samples.png", "metrics.jsonl"):
+        (copy / name).unlink()
+    page = reported(copy)
+    for name in ("machine.npz", "completions.png", "samples.png", "metrics.jsonl"):
+        assert any(name in notice for notice in page.notices), name
+    assert page.titles == ["Configuration", "How this was made"]
+
+
+def assert_rows(expected: list[dict[str, Any]], page: Page, number: int) -> None:
+    """The table holds these records, to six digits."""
+    tables = re.findall(r'<table class="wide">(.*?)</table>', page.source, re.DOTALL)
+    head, *rows = re.findall(r"<tr.*?</tr>", tables[number], re.DOTALL)
+    names = re.findall(r"<th.*?>(.*?)</th>", head)
+    assert len(rows) == len(expected)
+    for record, row in zip(expected, rows, strict=True):
+        cells = dict(zip(names, re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row), strict=True))
+        for name, value in record.items():
+            if isinstance(value, float):
+                assert float(cells.pop(name)) == pytest.approx(value, rel=1e-5)
+            else:
+                assert cells.pop(name) == ("–" if value is None else str(value))
+        assert set(cells.values()) <= {"–"}
 
 
 # --- a language model -------------------------------------------------------------------------
