@@ -46,6 +46,12 @@ def trained() -> tuple[ImageClassifier, Split]:
     return model.eval(), data.test
 
 
+def from_black_to_white(images: torch.Tensor) -> np.ndarray:
+    """The first image, from 0 to 1."""
+    pixels = images[0, 0].numpy()
+    return (pixels - pixels.min()) / (pixels.max() - pixels.min())
+
+
 @torch.no_grad()
 def graph() -> Figure:
     """The couplings that were learned, over a test image."""
@@ -53,8 +59,7 @@ def graph() -> Figure:
     image = test.images[:1]
     _, solutions = model(image, return_solution=True)
     strengths = model.couplings(image, solutions)[0, 0].mean(dim=0).numpy()
-    pixels = image[0, 0].numpy()
-    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+    pixels = from_black_to_white(image)
     places = (sites_of(model)[0] + 0.5) * model.image_size / model.grid - 0.5
     return plots.couplings_over_image(strengths, pixels, places)
 
@@ -83,7 +88,9 @@ def maps() -> Figure:
         gap = (relaxed.value - solution.value)[0, 1:].norm(dim=-1)
         drawn.append(gap.view(model.grid, model.grid).numpy())
     label = "distance of z_i from equilibrium (dimensionless)"
-    return plots.magnetization_maps(np.stack(drawn), [f"step {k}" for k in STEPS], label=label)
+    return plots.magnetization_maps(
+        np.stack(drawn), [f"step {k}" for k in STEPS], image=from_black_to_white(image), label=label
+    )
 
 
 @torch.no_grad()

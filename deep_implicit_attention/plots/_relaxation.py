@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
@@ -65,18 +66,24 @@ def magnetization_maps(
     maps: ArrayLike,
     captions: Sequence[str],
     *,
+    image: ArrayLike | None = None,
     label: str = "length ‖z_i‖ of the magnetization (dimensionless)",
     title: str = "",
 ) -> Figure:
     """Maps `(n, H, W)` of magnetizations over the sites of an image, one colour scale for all.
 
     From 0 where no number is negative; else blue below 0 and red above, white at 0. NaN are grey.
+    With `image` `(h, w)` or `(h, w, 3)`, whose patches the sites are, the outline of what is bright
+    in it lies over the maps: a line at half of its range, which leaves their colours alone.
     """
     maps = np.asarray(maps, float)
     if maps.ndim != 3 or len(maps) != len(captions):
         raise ValueError(
             f"maps must have shape (n, H, W) with n captions, got {maps.shape} and {len(captions)}"
         )
+    bright = None if image is None else np.asarray(image, float)
+    if bright is not None and bright.ndim not in (2, 3):
+        raise ValueError(f"image must have shape (h, w) or (h, w, 3), got {bright.shape}")
     largest = np.nanmax(np.abs(maps), initial=0.0) or 1.0
     signed = bool((maps < 0).any())
     low, colours = (-largest, "RdBu_r") if signed else (0.0, "cividis")
@@ -86,12 +93,30 @@ def magnetization_maps(
     for axes, values, caption in zip(grid, maps, captions, strict=True):
         axes.set_facecolor("#9a9a9a")
         drawn = axes.imshow(values, cmap=colours, vmin=low, vmax=largest)
+        if bright is not None:
+            _outline(axes, bright, values.shape)
         axes.set(xticks=[], yticks=[])
         axes.set_title(caption, fontsize=9)
     if drawn is not None:
         figure.colorbar(drawn, ax=list(grid), label="\n".join(_halves(label)))
     figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
+
+
+def _outline(axes: Axes, image: np.ndarray, sites: tuple[int, ...]) -> None:
+    """A line around the bright parts of an image that covers a map of so many sites."""
+    grey = image if image.ndim == 2 else image.mean(axis=-1)
+    if grey.min() == grey.max():
+        return
+    # One more pixel on each side, so that lines run to the border.
+    wider = np.pad(grey, 1, mode="edge")
+    y, x = ((np.arange(n + 2) - 0.5) * m / n - 0.5 for n, m in zip(grey.shape, sites, strict=True))
+    level = (grey.min() + grey.max()) / 2
+    limits = axes.get_xlim(), axes.get_ylim()
+    # White on black is seen on every colour.
+    for colour, width in (("black", 2.6), ("white", 1.2)):
+        axes.contour(x, y, wider, levels=[level], colors=colour, linewidths=width)
+    axes.set(xlim=limits[0], ylim=limits[1])
 
 
 def relaxation_horizon(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -93,6 +94,30 @@ def test_maps_with_signs_are_white_at_zero() -> None:
         assert axes.images[0].get_clim() == (-3, 3)
         assert axes.images[0].get_cmap()(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.05)
     magnetization_maps(np.zeros((1, 2, 2)), ["none"]).draw_without_rendering()
+
+
+def test_the_outline_of_the_image_lies_over_the_maps() -> None:
+    maps, pixels = np.arange(8.0).reshape(2, 2, 2), np.zeros((8, 6))
+    pixels[:, 4:] = 1
+    plain = magnetization_maps(maps, ["a", "b"])
+    for image in (pixels, np.stack([pixels] * 3, axis=-1)):
+        figure = magnetization_maps(maps, ["a", "b"], image=image)
+        for k in range(2):
+            (shown,), (before,) = figure.axes[k].images, plain.axes[k].images
+            assert np.array_equal(shown.to_rgba(maps[k]), before.to_rgba(maps[k]))
+            assert shown.get_alpha() is None
+            lines = [c for c in figure.axes[k].collections if isinstance(c, ContourSet)]
+            assert len(lines) == 2
+            for line in lines:
+                (path,) = line.get_paths()
+                # Between the pixels 3 and 4 of six, which are two sites from -0.5 to 1.5.
+                np.testing.assert_allclose(path.vertices[:, 0], -0.5 + 2 * 4 / 6)
+                assert sorted(path.vertices[[0, -1], 1]) == pytest.approx([-0.625, 1.625])
+            assert figure.axes[k].get_xlim() == plain.axes[k].get_xlim() == (-0.5, 1.5)
+            assert figure.axes[k].get_ylim() == plain.axes[k].get_ylim() == (1.5, -0.5)
+    assert not magnetization_maps(maps, ["a", "b"], image=0 * pixels).axes[0].collections
+    with pytest.raises(ValueError, match=r"image must have shape .* got \(6,\)"):
+        magnetization_maps(maps, ["a", "b"], image=pixels[0])
 
 
 def test_maps_without_captions() -> None:

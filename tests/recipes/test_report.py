@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from deep_implicit_attention.models import SiteClassifier
-from deep_implicit_attention.recipes import load_recipe, report_run
+from deep_implicit_attention.recipes import _report_text, load_recipe, report_run
 from deep_implicit_attention.training import Run, text_data, windows
 
 from .chromium import Browser, chromium, found
@@ -419,6 +419,22 @@ def test_windows_of_text_after_each_step(said: Path) -> None:
     couplings = unpacked(shown["couplings"])
     assert np.all(np.triu(couplings[0]) == 0)  # causal, and not of a character to itself
     assert couplings[0, 1:].max(axis=1) == pytest.approx(1)
+
+
+def test_long_windows_are_cut_short(
+    said: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Page(said / "report.html").data
+    monkeypatch.setattr(_report_text, "_CHARACTERS", 5)
+    monkeypatch.setattr(_report_text, "_NUMBERS", 25 * 5 * 2 + 1)
+    part = Page(report_run(said, tmp_path / "part.html")).data
+    assert part["windows"] == [one[:6] for one in whole["windows"][:2]]
+    assert part["couplings"]["shape"] == [2, 5, 5]
+    # Later characters change nothing before them, at a fixed number of steps.
+    both = min(len(part["steps"]), len(whole["steps"]))
+    np.testing.assert_allclose(
+        unpacked(part["next"])[:, :both], unpacked(whole["next"])[:2, :both, :5], atol=2e-4
+    )
 
 
 def test_a_text_that_is_gone(said: Path, tmp_path: Path) -> None:
