@@ -30,7 +30,8 @@ _EXPLANATION = (
     "Pick a window of the validation text and move through the relaxation: the same weights after "
     "1, 2, … plain steps of z ← F(z; x), and, last, at the equilibrium that the solver finds. The "
     "second slider moves the position whose next character is predicted. Of several blocks the "
-    "last one's magnetizations and couplings are shown. Arrow keys move the sliders."
+    "last one's magnetizations and couplings are shown. Arrow keys move the sliders. Of long windows "
+    "the beginning is shown."
 )
 
 
@@ -206,8 +207,9 @@ def _couplings(model: DeepImplicitAttentionTransformer, data: TextData, inputs: 
     tokens = list(data.vocabulary.decode(one[0]))
     section.add(
         paragraph(
-            "The couplings J_ij of the first window, the mean over heads: an arrow runs from the "
-            "character j that pulls to the character i that is pulled."
+            f"The couplings J_ij of the first window, its first {len(one[0])} characters, the mean "
+            "over heads: an arrow runs from the character j that pulls to the character i that is "
+            "pulled."
         )
     )
     for number, block in enumerate(strengths):
