@@ -30,8 +30,8 @@ _EXPLANATION = (
     "Pick a window of the validation text and move through the relaxation: the same weights after "
     "1, 2, … plain steps of z ← F(z; x), and, last, at the equilibrium that the solver finds. The "
     "second slider moves the position whose next character is predicted. Of several blocks the "
-    "last one's magnetizations and couplings are shown. Arrow keys move the sliders. Of long windows "
-    "the beginning is shown."
+    "last one's magnetizations and couplings are shown. Arrow keys move the sliders. Of long "
+    "windows the beginning is shown."
 )
 
 
