@@ -7,8 +7,9 @@ DEV := .venv/dev.done
 
 .PHONY: demo test slow lint bench docs pictures clean
 
-demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; pictures in runs/digits/
-	$(BIN)/dia train digits
+demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; report in runs/digits/
+	$(BIN)/dia train digits --keep-checkpoints 40
+	$(BIN)/dia report runs/digits
 
 test: $(DEV)  ## every test but the slow ones
 	$(BIN)/python -m pytest -n auto -q
@@ -27,15 +28,17 @@ bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.response
 	$(BIN)/python -m benchmarks.boltzmann
+	$(BIN)/python -m benchmarks.choosing
 
-docs: $(DEV)  ## check that the code in README and docs runs
+docs: $(DEV)  ## build the site in site/, warnings as errors, and run the code in README and docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python -m pytest -q tests/docs
 
-pictures: $(DEV)  ## make the pictures of docs/methods again
+pictures: $(DEV)  ## make the pictures of docs/ again
 	$(BIN)/python docs/pictures.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 # An interrupted install leaves no stamp, so it is done again.
 .venv/bin/python:

@@ -85,9 +85,9 @@ def run_training(flags: argparse.Namespace) -> None:
     text = shakespeare(flags.data)
     torch.manual_seed(flags.seed)
     model = make(flags.kind, len(text.vocabulary))
-    steps = {"relax": flags.relax, "learn": flags.learn or None, "penalty": flags.penalty}
+    steps = {"relax": flags.relax, "learn": flags.learn or None}
     if flags.kind.startswith("explicit"):
-        steps = {"relax": 0, "learn": 1, "penalty": 0.0}
+        steps = {"relax": 0, "learn": 1}
     started = time.process_time()
     train(model, text.train, flags.iterations, flags.seed, **steps, rate=flags.rate)
     seconds = (time.process_time() - started) / flags.iterations
@@ -187,7 +187,6 @@ def main() -> None:
     trained.add_argument("--relax", type=int, default=4, help="most steps without gradient")
     trained.add_argument("--learn", type=int, default=4, help="steps with; 0 is equilibrium")
     trained.add_argument("--rate", type=float, default=RATE, help="largest learning rate")
-    trained.add_argument("--penalty", type=float, default=0.0, help="weight of ‖∂F/∂z‖²")
     trained.set_defaults(run=run_training)
     horizons = commands.add_parser("horizons")
     horizons.add_argument("--kind", choices=tuple(MODELS), default="equilibrium")

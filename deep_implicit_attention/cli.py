@@ -16,6 +16,7 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
   dia train shakespeare  a language model of characters, of Tiny Shakespeare or a text of your own
   dia evaluate RUN       measures a finished run again, from its folder
   dia generate RUN       continues a text with the language model of a run
+  dia report RUN         one HTML page on a run: curves, convergence, couplings, relaxation
   dia ising              mean-field methods beside the exact answer, on a system drawn or your own
   dia boltzmann          machines that learn binarised digits, and complete the lower half
 """
@@ -92,6 +93,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(recipes.generate_run(run, prompt, **options, top_k=top_k, seed=seed))
         return 0
 
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:  # type: ignore
+        """Write what a run's folder tells as one HTML page that needs no network: configuration,
+        results, curves, convergence, couplings, and a part in which one picks an example and moves
+        through the relaxation steps.
+
+        What is missing (no weights yet, data not there, settings of another version) is named in
+        the page, and the rest is shown.
+
+        Args:
+            run: folder of the run
+            out: where the page is written, by default report.html in the folder of the run
+        """
+        path = recipes.report_run(run, out)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        return 0
+
     def ising(recipe: tyro.conf.OmitArgPrefixes[recipes.Ising]) -> int:  # type: ignore
         """Compare mean-field methods with the exact answer on a system of Ising spins, or with a
         Gibbs sampler where there are too many states to enumerate.
@@ -117,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(train)
     app.command(evaluate)
     app.command(generate)
+    app.command(report)
     app.command(ising)
     app.command(boltzmann)
     try:

@@ -45,6 +45,9 @@ from deep_implicit_attention.spins import (
     split_r_hat,
 )
 
+sys.path.insert(0, str(Path(__file__).parent))  # where it is not run as a script
+import trained_pictures
+
 FOLDER = Path(__file__).parent / "pictures"
 BETA = "inverse temperature β"
 ISING = IsingPrior()
@@ -412,6 +415,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "exact": exact,
     "gibbs": gibbs,
     "boltzmann": boltzmann,
+    **trained_pictures.PICTURES,
 }
 
 

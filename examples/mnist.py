@@ -12,6 +12,7 @@ BATCH, RATE, BLOCK_RATE, DECAY = 60, 3e-3, 3e-4, 0.01
 MOVES = Schedule(1, BATCH, RATE, 0.1, DECAY, smoothing=0.0, shift=1.5, rotation=8.0, zoom=0.1)
 
 
+# %% the loop
 def train(model, data, epochs, out):
     """AdamW, warm-up and a cosine; saves the weights of the lowest validation loss in `out`."""
     outer = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
@@ -43,6 +44,7 @@ def report(what, model, split):
     return loss
 
 
+# %% the run
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of the four idx files; else download")

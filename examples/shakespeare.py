@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer
-from deep_implicit_attention.training import random_batch, shakespeare, windows
+from deep_implicit_attention.training import measure_language, random_batch, shakespeare, windows
 
 BATCH, LENGTH, RATE, WARMUP = 12, 64, 2e-3, 100
 
 
-def train(model, ids, iterations, seed, relax=4, learn=4, penalty=0.0, rate=RATE):
+# %% the loop
+def train(model, ids, iterations, seed, relax=4, learn=4, rate=RATE):
     """AdamW, warm-up, cosine; up to `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
     groups = [{"params": p, "weight_decay": w} for p, w in zip(kinds, (0.1, 0.0), strict=True)]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
     for i in range(1, iterations + 1):
         cosine = math.cos(math.pi * max(0, i - WARMUP) / max(1, iterations - WARMUP))
         for group in optimizer.param_groups:
@@ -26,17 +27,16 @@ def train(model, ids, iterations, seed, relax=4, learn=4, penalty=0.0, rate=RATE
         drawn = int(torch.randint(relax + 1, (1,), generator=generator))
         with torch.no_grad():
             states = model(inputs, steps=drawn, return_solution=True)[1] if drawn else None
-        logits, states = model(inputs, state=states, steps=learn, return_solution=True)
-        loss = model.loss(logits, targets)
-        extra = penalty * model.jacobian_penalty(inputs, states) if penalty else 0.0
+        loss = model.loss(model(inputs, state=states, steps=learn), targets)
         optimizer.zero_grad()
-        (loss + extra).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if i % 100 == 0:
             print(f"iteration {i}: training loss {loss.item():.4f}", flush=True)
 
 
+# %% the run
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of tinyshakespeare.txt; else download")
@@ -52,8 +52,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     train(model, text.train, flags.iterations, flags.seed)
     model.eval().save_pretrained(flags.out)
-    with torch.no_grad():
-        parts = zip(*(part.split(67) for part in windows(text.validation, LENGTH)), strict=True)
-        losses = [model.loss(model(inputs), targets) for inputs, targets in parts]
-    print(f"validation loss {torch.stack(losses).mean():.4f} nats")
+    found = measure_language(model, *windows(text.validation, LENGTH))
+    print("validation loss {validation_loss:.4f} nats, at residuals of "
+          "{validation_residual:.1e} on average".format(**found))  # fmt: skip
     print(text.vocabulary.decode(model.generate(text.vocabulary.encode("\n")[None], 300)))

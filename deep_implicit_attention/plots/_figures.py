@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 # Okabe, Ito 2008: black, orange, blue, green, vermilion.
@@ -53,7 +52,8 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") 
     image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "black" if share[row, column] > 0.5 else "white"
+            # Not quite black and white, which a page would turn into its reader's colours.
+            colour = "#0a0a0a" if share[row, column] > 0.5 else "#f5f5f5"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     axes.set_xticks(range(len(names)), names)
@@ -84,46 +84,4 @@ def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
     )  # fmt: skip
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    return figure
-
-
-def coupling_graph(
-    strengths: np.ndarray, positions: np.ndarray, names: Sequence[str], title: str = ""
-) -> Figure:
-    """Coupling strengths `(N, N)` as a matrix, and as a graph between sites.
-
-    `positions` `(N, 2)` are the places of the sites, x to the right and y downwards, as in an
-    image. Lines are as wide and as dark as the stronger of the two directions of a coupling; the
-    strongest fifth is drawn.
-    """
-    strengths, positions = np.asarray(strengths), np.asarray(positions, dtype=float)
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    apart = strengths[~np.eye(len(strengths), dtype=bool)]
-    image = left.imshow(strengths, cmap="cividis", vmin=apart.min(), vmax=apart.max())
-    left.set(xlabel="site j", ylabel="site i", title=title)
-    ticks = range(0, len(names), max(1, len(names) // 12))
-    left.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=8)
-    left.set_yticks(ticks, [names[i] for i in ticks], fontsize=8)
-    figure.colorbar(image, label="coupling strength ‖J_ij‖_F (dimensionless)")
-
-    rows, columns = np.triu_indices(len(strengths), 1)
-    values = np.maximum(strengths, strengths.T)[rows, columns]
-    order = np.argsort(values)[int(0.8 * len(values)) :]
-    drawn = values[order]
-    weight = (drawn - drawn[0]) / ((drawn[-1] - drawn[0]) or 1.0)
-    lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
-    right.add_collection(
-        LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
-                       alpha=0.15 + 0.75 * weight, zorder=1)
-    )  # fmt: skip
-    right.scatter(*positions.T, s=330, color="white", edgecolors=COLOURS[0], zorder=2)
-    for name, place in zip(names, positions, strict=True):
-        right.annotate(name, place, ha="center", va="center", fontsize=7, zorder=3)
-    right.set(title="strongest fifth of the couplings", xticks=[], yticks=[])
-    right.margins(0.1)
-    right.invert_yaxis()
-    right.set_aspect("equal")
-    for side in right.spines.values():
-        side.set_visible(False)
     return figure

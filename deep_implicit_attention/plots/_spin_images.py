@@ -14,8 +14,10 @@ def image_rows(rows: Mapping[str, np.ndarray], title: str = "") -> Figure:
     Values are from −1 (black) to 1 (white); NaN are drawn grey-blue, as what is not known.
 
     Raises:
-        ValueError: for rows of different lengths.
+        ValueError: for no rows, or rows of different lengths.
     """
+    if not rows:
+        raise ValueError("there must be at least one row of images")
     counts = {name: len(images) for name, images in rows.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"rows must have equally many images, got {counts}")

@@ -8,7 +8,7 @@ from ._images import run_images
 from ._ising import Ising
 from ._language import run_shakespeare
 from ._mnist_vit import MnistViT
-from ._saved import agree, evaluate_run, generate_run, load_recipe
+from ._saved import agree, evaluate_run, generate_run, load_recipe, report_run
 from ._shakespeare import Shakespeare
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_run",
     "generate_run",
     "load_recipe",
+    "report_run",
     "run_boltzmann",
     "run_images",
     "run_ising",

@@ -37,7 +37,7 @@ def _work(recipe: ImageRecipe) -> Work:
         title=(
             f"{len(data.train)} training, {len(data.validation)} validation and "
             f"{len(data.test)} test images; {model.count_params()} effective parameters; "
-            f"{len(_sites(model)[1])} sites of {model.dim} components"
+            f"{len(sites_of(model)[1])} sites of {model.dim} components"
         ),
         train=train,
         test=lambda run, history: _test(recipe, run, data, history),
@@ -114,24 +114,24 @@ def _draw(
     for number, solution in enumerate(solutions):
         block = f"_{number + 1}" if len(solutions) > 1 else ""
         figures[f"convergence{block}"] = plots.convergence(
-            _until_solved(solution), tol, f"equilibria of {len(some)} test images"
+            until_solved(solution), tol, f"equilibria of {len(some)} test images"
         )
         if couplings.shape[-1] > 1:
             figures[f"couplings{block}"] = plots.coupling_graph(
-                couplings[number].numpy(), *_sites(model), "learned couplings"
+                couplings[number].numpy(), *sites_of(model), "learned couplings"
             )
     for name, figure in figures.items():
         figure.savefig(run.folder / f"{name}.png", dpi=130)
 
 
-def _until_solved(solution: Solution) -> np.ndarray:
+def until_solved(solution: Solution) -> np.ndarray:
     """The residuals of every sample up to its last step, and nothing after."""
     trace = solution.trace.clone()
     rows = torch.arange(len(trace))[:, None]
     return trace.masked_fill(rows >= solution.steps, torch.nan).numpy()
 
 
-def _sites(model: ImageClassifier) -> tuple[np.ndarray, list[str]]:
+def sites_of(model: ImageClassifier) -> tuple[np.ndarray, list[str]]:
     """Places and names of the sites: the class token to the left of the grid of patches."""
     grid = model.grid
     rows, columns = np.divmod(np.arange(grid**2), grid)

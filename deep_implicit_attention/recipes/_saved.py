@@ -94,6 +94,22 @@ def generate_run(folder: Path, prompt: str, **options: Any) -> str:
     return recipe.generate(run, prompt, **options)
 
 
+def report_run(folder: Path, out: Path | None = None) -> Path:
+    """Write one self-contained HTML page on the run in `folder` to `out` (default: `report.html`
+    in it), and return where it is.
+
+    Results and evaluations are those of the metrics file; figures and the part that moves through
+    the relaxation are computed from the best weights. What is not there (weights, data, metrics) or
+    is of another version is named at the top of the page, and the rest is shown.
+
+    Raises:
+        ValueError: if there is no run in the folder.
+    """
+    from ._report_page import write_report  # matplotlib takes a second to import
+
+    return write_report(folder, out)
+
+
 def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
     """Whether two measurements are the same, but for the last digits of another machine."""
     return all(

@@ -9,8 +9,11 @@ from typing import Literal, get_args
 from ..solvers._validate import check_count, check_number
 
 Precision = Literal["no", "bf16", "fp16"]
+"""Autocast of all but the solves: none, or the narrower type."""
 Device = Literal["auto", "cpu"]
+"""Where a training runs: on the accelerator there is, or on the CPU."""
 OnDivergence = Literal["warn", "stop"]
+"""What a training does when it starts to diverge: it says so, or it says so and ends."""
 
 
 @dataclass(frozen=True)

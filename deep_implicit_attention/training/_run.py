@@ -17,6 +17,7 @@ from ._checkpoint import Checkpoints, whole_tensors
 from ._files import write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
+_PICTURES = (".png", ".gif", ".html")
 
 
 class Run:
@@ -39,7 +40,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Without the configuration it is no run, so a crash in here leaves none, and not the old.
         (self.folder / CONFIG).unlink(missing_ok=True)
-        for path in (self.folder / METRICS, self.folder / WEIGHTS, *self.folder.glob("*.png")):
+        pictures = (path for kind in _PICTURES for path in self.folder.glob(f"*{kind}"))
+        for path in (self.folder / METRICS, self.folder / WEIGHTS, *pictures):
             path.unlink(missing_ok=True)
         self.checkpoints.clear()
         write_whole(self.folder / CONFIG, (json.dumps(plain(config), indent=2) + "\n").encode())

@@ -125,6 +125,8 @@ def test_counts_can_be_read_on_their_colour() -> None:
         column, row = (int(p) for p in text.get_position())
         pair = [luminance(text.get_color()), luminance(colours(counts[row, column] / 100)[:3])]
         assert (max(pair) + 0.05) / (min(pair) + 0.05) > 3
+    # On a page black and white become the reader's colours; the colours of the cells stay.
+    assert not {to_hex(text.get_color()) for text in axes.texts} & {"#000000", "#ffffff"}
 
 
 # --- convergence ----------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_sites_lie_as_their_names_say(grid: int, pooling: str) -> None:
     model = DeepImplicitAttentionViT(
         image_size=2 * grid, patch_size=2, num_classes=2, dim=3, pooling=pooling
     )
-    places, names = _images._sites(model)
+    places, names = _images.sites_of(model)
     places, names = list(places), list(names)
     assert len(places) == len(names) == model.sites(torch.zeros(1, 3, 2 * grid, 2 * grid)).shape[1]
     if pooling == "token":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from deep_implicit_attention.recipes import MnistViT
 from deep_implicit_attention.training import ImageData, Progress, Run, Split
 
 from .conftest import Outcome, invoke
+from .test_report import Page, unpacked
 from .test_resume import assert_same_end, records
 
 TINY = (
@@ -212,3 +214,26 @@ def test_another_model_is_not_resumed(train: Train, monkeypatch: pytest.MonkeyPa
     assert "attention mean-field (now mlp-mixer)" in line
     config = json.loads((train("--epochs", "1").folder / "config.json").read_text())
     assert (config["recipe"], config["attention"]) == ("mnist-vit", "mean-field")
+
+
+@pytest.mark.parametrize("attention", VARIANTS)
+def test_the_report_shows_every_mechanism(attention: str, train: Train, data: ImageData) -> None:
+    run = train("--attention", attention, *VARIANTS[attention].split())
+    assert run.status == 0, run.err
+    report = invoke(run.folder, "report", str(run.folder))
+    assert report.status == 0, report.err
+    page = Page(run.folder / "report.html")
+    assert not page.notices
+    assert page.values["metric"].items() >= records(run.folder)[-1].items()  # but for the times
+    assert {"Watch it settle", "Convergence", "Couplings", "Errors"} <= set(page.titles)
+    shown = page.data
+    sites = 4 + shown["token"]
+    assert (shown["grid"], shown["token"]) == (2, "--pooling mean" not in VARIANTS[attention])
+    count, frames = len(shown["examples"]), len(shown["steps"]) + 1
+    assert shown["lengths"]["shape"] == [count, frames, sites]
+    images = data.test.images[[one["index"] for one in shown["examples"]]]
+    last = scores(run.folder, images, data).softmax(dim=1)
+    np.testing.assert_allclose(unpacked(shown["probabilities"])[:, -1], last, atol=1e-4)
+    # One graph of couplings for each block, beside its matrix.
+    blocks = 2 if "--depth 2" in VARIANTS[attention] else 1
+    assert page.source.count("Couplings between patches") == 2 * blocks  # caption and label

@@ -85,7 +85,7 @@ def test_the_same_batches_and_gradients_as_the_example(
         monkeypatch.setattr(example, name, value)
     torch.manual_seed(5)
     model = load_recipe(Run(run.folder)).model(len(set(TEXT)))
-    example.train(model, ids(TEXT)[: int(len(TEXT) * 0.9)], 4, 5, relax, learn or None, penalty=0.0)
+    example.train(model, ids(TEXT)[: int(len(TEXT) * 0.9)], 4, 5, relax, learn or None)
     last = Run(run.folder).checkpoints.read(4).parts["model"]
     for name, value in model.state_dict().items():
         assert torch.equal(last[name], value), name

@@ -1,0 +1,39 @@
+"""Figures one after the other, as a GIF."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) -> bytes:
+    """A GIF of figures of one size, each shown for `seconds`, the last for a while; repeated.
+
+    Raises:
+        ValueError: for no figures, or figures of different sizes.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
+    frames = []
+    for figure in figures:
+        figure.set_dpi(dpi)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        frame = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
+        frames.append(frame.convert("RGB").quantize(64, Image.Quantize.MEDIANCUT))
+    if len({frame.size for frame in frames}) != 1:
+        raise ValueError(
+            "figures must be of one size, and there must be one; got sizes "
+            f"{sorted({frame.size for frame in frames})}"
+        )
+    each = max(20, round(1000 * seconds))  # browsers slow down what is faster
+    written = io.BytesIO()
+    frames[0].save(
+        written, "GIF", save_all=True, append_images=frames[1:], loop=0, optimize=True,
+        duration=[each] * (len(frames) - 1) + [each + 2000],
+    )  # fmt: skip
+    return written.getvalue()

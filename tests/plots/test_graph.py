@@ -1,0 +1,142 @@
+"""Couplings over images and texts: which are drawn, from where to where, and how wide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+from matplotlib.patches import FancyArrowPatch
+
+from deep_implicit_attention.plots import (
+    coupling_graph,
+    couplings_over_image,
+    couplings_over_text,
+)
+
+PLACES = np.array([[-2.0, 1.5], [0.5, 0.5], [2.5, 0.5], [0.5, 2.5], [2.5, 2.5]])
+PIXELS = np.linspace(0, 1, 16).reshape(4, 4)
+
+
+@pytest.fixture
+def strengths() -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.1, 1, (5, 5))
+
+
+def arrows(axes: Axes) -> dict[tuple[int, int], FancyArrowPatch]:
+    """By source and target."""
+    found = {}
+    for patch in axes.patches:
+        if isinstance(patch, FancyArrowPatch):
+            source, target = str(patch.get_label()).removeprefix("_").split("→")
+            found[int(source), int(target)] = patch
+    return found
+
+
+def ends(arrow: FancyArrowPatch) -> tuple[np.ndarray, np.ndarray]:
+    """Where an arrow starts and stops."""
+    start, stop = arrow._posA_posB  # type: ignore[attr-defined]  # matplotlib tells it nowhere else
+    return np.asarray(start), np.asarray(stop)
+
+
+def test_symmetric_couplings_are_lines_and_others_arrows(strengths: np.ndarray) -> None:
+    both = strengths + strengths.T
+    axes = couplings_over_image(both, PIXELS, PLACES).axes[0]
+    (lines,) = (c for c in axes.collections if isinstance(c, LineCollection))
+    assert not arrows(axes)
+    pairs = sorted(((i, j) for i in range(5) for j in range(i)), key=lambda p: -both[p])[:2]
+    where = {tuple(place): site for site, place in enumerate(PLACES)}
+    drawn = {frozenset(where[tuple(end)] for end in line) for line in lines.get_segments()}
+    assert drawn == {frozenset(pair) for pair in pairs}
+    high, low = (f"{both[pair]:.2g}" for pair in pairs)
+    assert axes.get_xlabel() == f"strongest fifth of the couplings ‖J_ij‖: {low} to {high}"
+
+    axes = couplings_over_image(strengths, PIXELS, PLACES).axes[0]
+    assert not any(isinstance(c, LineCollection) for c in axes.collections)
+    ordered = [(i, j) for i in range(5) for j in range(5) if i != j]
+    strongest = sorted(ordered, key=lambda p: -strengths[p])[:4]
+    assert set(arrows(axes)) == {(j, i) for i, j in strongest}
+
+
+def test_an_arrow_runs_from_the_site_that_pulls(strengths: np.ndarray) -> None:
+    """J_ij is what j does to i: strengths[i, j] is an arrow from j to i."""
+    strengths[3, 1] = 9.0
+    axes = couplings_over_image(strengths, PIXELS, PLACES).axes[0]
+    found = arrows(axes)
+    start, stop = ends(found[1, 3])
+    np.testing.assert_array_equal(start, PLACES[1])
+    np.testing.assert_array_equal(stop, PLACES[3])
+    order = sorted(found, key=lambda pair: strengths[pair[1], pair[0]])
+    widths = [found[pair].get_linewidth() for pair in order]
+    assert np.all(np.diff(widths) > 0)
+    assert order[-1] == (1, 3)
+    (_, right, *_) = coupling_graph(strengths, PLACES, list("abcde")).axes
+    assert set(arrows(right)) == set(found)
+
+
+def test_the_image_lies_under_the_graph_where_its_pixels_are(strengths: np.ndarray) -> None:
+    axes = couplings_over_image(strengths, PIXELS, PLACES, "heading").axes[0]
+    (image,) = axes.images
+    assert tuple(image.get_extent()) == (-0.5, 3.5, 3.5, -0.5)
+    shown = np.asarray(image.get_array())
+    assert np.corrcoef(shown.ravel(), PIXELS.ravel())[0, 1] == pytest.approx(1)
+    assert shown.min() > 0.5  # pale, so that lines are seen
+    (points,) = (c for c in axes.collections if not isinstance(c, LineCollection))
+    np.testing.assert_array_equal(points.get_offsets(), PLACES)
+    assert axes.get_title() == "heading"
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert left < PLACES[:, 0].min()
+    assert right > 3.5 - 0.5
+    assert bottom > top  # rows count downwards
+
+
+def test_fixed_widths_can_be_compared_between_figures(strengths: np.ndarray) -> None:
+    both = strengths + strengths.T
+
+    def widest(scale: float) -> float:
+        axes = couplings_over_image(scale * both, PIXELS, PLACES, "", 0.0, both.max()).axes[0]
+        (lines,) = (c for c in axes.collections if isinstance(c, LineCollection))
+        return max(lines.get_linewidths())
+
+    assert widest(0.5) < 0.5 * widest(1.0)
+    assert widest(2.0) == pytest.approx(4.3)
+
+
+def test_every_token_has_an_arrow_from_the_one_that_pulls_it_most() -> None:
+    strengths = np.zeros((5, 5))
+    strengths[1, 0], strengths[2, 0], strengths[2, 1] = 0.6, 0.1, 0.5
+    strengths[3, 3], strengths[3, 2] = 0.9, 0.2  # itself does not count
+    strengths[4, 1], strengths[4, 0] = 1.0, 0.3
+    axes = couplings_over_text(strengths, ["a", " ", "\n", "$", "e"], "heading", per_line=3).axes[0]
+    found = arrows(axes)
+    assert set(found) == {(0, 1), (1, 2), (2, 3), (1, 4)}
+    widths = {pair: arrow.get_linewidth() for pair, arrow in found.items()}
+    assert sorted(widths, key=widths.__getitem__) == [(2, 3), (1, 2), (0, 1), (1, 4)]
+    texts = {text.get_text(): tuple(text.xy) for text in axes.texts}  # type: ignore[attr-defined]
+    assert list(texts) == ["a", "␣", "↵", r"\$", "e"]
+    assert texts["a"][1] == texts["↵"][1] < texts[r"\$"][1] == texts["e"][1]
+    assert texts["a"][0] == texts[r"\$"][0] < texts["e"][0] == texts["␣"][0]
+    np.testing.assert_array_equal(ends(found[1, 4])[0], texts["␣"])
+    assert "j → i" in axes.get_xlabel()
+
+
+def test_colours_and_emptiness(strengths: np.ndarray) -> None:
+    axes = couplings_over_text(strengths, list("abcde")).axes[0]
+    assert {to_hex(arrow.get_edgecolor()) for arrow in arrows(axes).values()} == {"#0072b2"}
+    nothing = couplings_over_text(np.zeros((3, 3)), list("abc")).axes[0]
+    assert not arrows(nothing)
+    assert not arrows(couplings_over_image(np.zeros((5, 5)), PIXELS, PLACES).axes[0])
+
+
+def test_bad_input(strengths: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="place for each of 5 sites"):
+        couplings_over_image(strengths, PIXELS, PLACES[:4])
+    with pytest.raises(ValueError, match="strengths must have shape"):
+        couplings_over_image(strengths[:4], PIXELS, PLACES)
+    with pytest.raises(ValueError, match="image must have shape"):
+        couplings_over_image(strengths, PIXELS[0], PLACES)
+    with pytest.raises(ValueError, match="place for each of 5 sites"):
+        couplings_over_text(strengths, list("abc"))
+    with pytest.raises(ValueError, match="per_line"):
+        couplings_over_text(strengths, list("abcde"), per_line=0)
