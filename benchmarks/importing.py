@@ -14,10 +14,10 @@ import sys
 
 from .page import machine, parse_out, provenance, write_results, write_section
 
-TURNS = 9
+TURNS = 5
 # CPU time of an import over that of torch, at most.
 BAR = 1.2
-NAMES = ("solvers", "deq", "attention", "spins", "models")
+NAMES = ("attention", "spins", "models")
 STATEMENTS = {
     "torch": "import torch",
     "deep_implicit_attention": "import deep_implicit_attention",
