@@ -175,7 +175,7 @@ def main() -> None:
     write_section(
         page,
         "Evaluations of f",
-        f"{provenance()}, float32.\n\n"
+        f"{provenance('make bench-full')}, float32.\n\n"
         "Evaluations until every sample of the batch has relative residual ≤ 1e-4, mean over "
         f"weights and sources of seeds 0 to {SEEDS[-1]}; all solvers with their default options, "
         "from zeros. The stopping rule is applied outside the solvers, in the same way to all. "
