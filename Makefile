@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TRAIN := .venv/train.done
 DEV := .venv/dev.done
 
-.PHONY: demo test slow lint bench docs pictures clean
+.PHONY: demo test slow lint bench bench-full docs pictures clean
 
 demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; report in runs/digits/
 	$(BIN)/dia train digits --keep-checkpoints 40
@@ -23,12 +23,23 @@ lint: $(DEV)  ## formatting, style, types, floors
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(DEV)  ## solvers beside TorchDEQ, inference beside LAPACK; writes docs/benchmarks.md
+bench: $(DEV)  ## the layers beside their rivals, in minutes; writes docs/benchmarks.md and .json
+	$(BIN)/python -m benchmarks.speed --turns 3
+	$(BIN)/python -m benchmarks.importing
+
+# With VIT=RUN and SHAKESPEARE=RUN, folders of `dia train`, also the layers of trained models.
+TRAINED := $(if $(VIT),--vit $(VIT)) $(if $(SHAKESPEARE),--shakespeare $(SHAKESPEARE))
+bench-full: $(DEV)  ## every benchmark; writes docs/benchmarks.md and docs/benchmarks.json
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.importing
 	$(BIN)/python -m benchmarks.evaluations
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.response
 	$(BIN)/python -m benchmarks.boltzmann
 	$(BIN)/python -m benchmarks.choosing
+	$(BIN)/python -m benchmarks.cuda
+	$(if $(strip $(TRAINED)),$(BIN)/python -m benchmarks.trained $(TRAINED))
 
 docs: $(DEV)  ## build the site in site/, warnings as errors, and run the code in README and docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -29,7 +29,7 @@ from deep_implicit_attention.deq import DEQModule
 from deep_implicit_attention.deq._state import Layout
 from deep_implicit_attention.solvers import anderson, broyden, picard
 
-from .page import parse_out, provenance, write_section
+from .page import parse_out, provenance, write_results, write_section
 
 TOLERANCE = 1e-4
 LIMIT = 100
@@ -147,14 +147,14 @@ def mean(counts: list[int | None]) -> float:
     return statistics.fmean(solved) if len(solved) == len(counts) else float("inf")
 
 
-def table() -> tuple[str, bool]:
-    """The results as a Markdown table, and whether they are as good as they should be."""
+def table() -> tuple[str, list[dict[str, object]], bool]:
+    """The results as a Markdown table, themselves, and whether they are as good as they should."""
     names = [*OURS, *PEERS]
     lines = [
         "| map | B, N, d | " + " | ".join(names) + " | ours / best peer |",
         "|" + "---|" * (len(names) + 3),
     ]
-    good = True
+    good, results = True, []
     for workload in WORKLOADS:
         counts = [count(workload, seed) for seed in SEEDS]
         means = {name: mean([c[name] for c in counts]) for name in names}
@@ -166,22 +166,24 @@ def table() -> tuple[str, bool]:
         line = f"| {workload.name} | {size} | " + " | ".join(cells) + f" | {ratio:.2f} |"
         print(line, flush=True)
         lines.append(line)
-    return "\n".join(lines), good
+        results.append({"name": workload.name, "size": size, "evaluations": counts})
+    return "\n".join(lines), results, good
 
 
 def main() -> None:
     page = parse_out(__doc__)
-    body, good = table()
+    body, results, good = table()
     write_section(
         page,
         "Evaluations of f",
-        f"{provenance()}, float32.\n\n"
+        f"{provenance('make bench-full')}, float32.\n\n"
         "Evaluations until every sample of the batch has relative residual ≤ 1e-4, mean over "
         f"weights and sources of seeds 0 to {SEEDS[-1]}; all solvers with their default options, "
         "from zeros. The stopping rule is applied outside the solvers, in the same way to all. "
         "The last column is our `anderson` over the best of TorchDEQ's three.\n\n"
         f"{body}",
     )
+    write_results(page, "Evaluations of f", results, "make bench-full")
     if not good:
         raise SystemExit("anderson needs more evaluations than it should on some map")
 

@@ -117,7 +117,7 @@ def main() -> None:
     write_section(
         page,
         "Inference",
-        f"{provenance()}, one thread.\n\n"
+        f"{provenance('make bench-full')}, one thread.\n\n"
         f"Ising spins with SK couplings, β = {BETA}, to relative residual {tolerances}. Ratios of "
         f"times in one process, method and linear algebra in turns, median of {TURNS}.\n\n"
         "`AdaptiveTAP`, whose step is a Cholesky factorisation and the inverse from it "

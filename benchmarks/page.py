@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,15 +23,42 @@ def parse_out(description: str | None) -> Path:
     return parser.parse_args().out
 
 
-def provenance() -> str:
+def provenance(command: str = "make bench") -> str:
     """With what the figures were made."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return (
-        f"`make bench`; torch {torch.__version__}, Python {platform.python_version()}, commit "
+        f"`{command}`; torch {torch.__version__}, Python {platform.python_version()}, commit "
         f"{commit or 'unknown'}"
     )
+
+
+def machine() -> str:
+    """Processor, cores and threads, and the versions of the rivals."""
+    named = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    processor = named[0] if named else platform.processor() or platform.machine()
+    return (
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
+        f"{torch.backends.cpu.get_cpu_capability()}; torchdeq {version('torchdeq')}"
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_results(page: Path, title: str, results: Any, command: str = "make bench") -> None:
+    """Put `results` under `title` of the JSON file beside `page`."""
+    path = page.with_suffix(".json")
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    made = {"provenance": provenance(command), "machine": machine(), "results": results}
+    everything[title] = made
+    path.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def write_section(page: Path, title: str, body: str) -> None:

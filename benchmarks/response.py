@@ -73,7 +73,7 @@ def main() -> None:
     write_section(
         page,
         "Gaussian adaptive TAP attention",
-        f"{provenance()}, one thread.\n\n"
+        f"{provenance('make bench-full')}, one thread.\n\n"
         f"N = {SITES}, d = {DIM}, batch {BATCH}, trainable Gaussian prior: one linear system of "
         f"size {SITES * DIM}. Forward and backward, the layer beside `torch.linalg.solve` of that "
         f"size in turns, median of {TURNS}, and beside itself inside `frozen()`.\n\n"

@@ -24,6 +24,18 @@ class DEQModule(nn.Module):
     and ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
     no distribution stands behind (empty if nothing is).
 
+    What makes solves faster, and changes no answer, is optional, too:
+
+    - ``preconditioner(context) -> r ↦ P r``, on states, linear, for every sample by itself: an
+      approximation of (1 − ∂F/∂z)⁻¹ for solvers that take one, or None. As a
+      `deq._linear_map.LinearMap` it knows its transpose, which backward needs and autograd finds
+      otherwise. It sees no gradients. Residuals stay those of the plain map, and a sample whose
+      residual the first preconditioned step does not halve goes on without it.
+    - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
+      The solve from zeros starts there.
+    - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
+      Derivatives of second and higher order take the plain path.
+
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
     `StateCache` calls it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._iterate import Map, iterate
+from ._iterate import Map, is_host, iterate
 from ._solution import Solution
 from ._validate import check_count, check_number
 
@@ -103,7 +103,7 @@ class _History:
         # Not `>`: what is not finite is not fast.
         self.slow = self.slow | ~(self.norm <= _FAST * norm_before)
         if self.steps == 0:
-            if g.device.type == "cpu" and not self.slow.any():
+            if is_host(g) and not self.slow.any():
                 return fz - damping * g if damping else fz
             self._allocate()
         slot = self.steps % self.size

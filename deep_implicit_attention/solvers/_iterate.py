@@ -55,7 +55,7 @@ def iterate(
     k = 0.
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner)
-    on_host = z0.device.type == "cpu"
+    on_host = is_host(z0)
     # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
     # than torch, and which case holds may be asked; elsewhere they stay on the device.
     xp: Any = np if on_host else torch
@@ -160,6 +160,11 @@ class _Guard:
 
     def _nowhere(self) -> bool:
         return isinstance(self.helps, np.ndarray) and not self.helps.any()
+
+
+def is_host(z: Tensor) -> bool:
+    """Whether asking for a number of `z` does not stall a queue."""
+    return z.device.type == "cpu"
 
 
 def _on_host(numbers: Tensor) -> np.ndarray:

@@ -1,0 +1,131 @@
+"""Speed of the layers of trained models beside TorchDEQ's solvers on the same update maps.
+
+    python -m benchmarks.trained --vit RUN --shakespeare RUN
+
+RUN is a folder that `dia train mnist-vit` or `dia train shakespeare` has written; a row is left as
+it is where its run is not given. Random initial weights flatter solvers: trained couplings are
+stronger. Forward and backward through the first block, on the data of the model's own test or
+validation set, at the same tolerance for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deep_implicit_attention.deq import DEQFixedPoint
+from deep_implicit_attention.recipes import load_recipe
+from deep_implicit_attention.training import Run, windows
+
+from .page import machine, provenance, write_results, write_section
+from .rivals import PEERS, torchdeq_on_our_map
+from .timing import Respond, both, take_turns
+
+TOLERANCES = (1e-2, 1e-3, 1e-4)
+LIMIT = 200
+TITLE = "Speed with trained weights"
+HEAD = (
+    "| model | tolerance | TorchDEQ's best / ours, both | evaluations | without preconditioner "
+    "| residual |\n" + "|---" * 6 + "|"
+)
+
+
+def block(kind: str, folder: Path) -> tuple[Any, Tensor]:
+    """The first block's mechanism and the fields that drive it."""
+    run = Run(folder)
+    recipe: Any = load_recipe(run)
+    data = recipe.load()
+    model = recipe.model(len(data.vocabulary) if kind == "shakespeare" else data).eval()
+    run.load_weights(model)
+    with torch.no_grad():
+        if kind == "shakespeare":
+            x = model.fields(windows(data.validation, recipe.length)[0][: recipe.batch_size])
+        else:
+            x = model.fields(model.sites(data.test.images[:60]))
+    return model.blocks[0].fun, x
+
+
+def measure(kind: str, folder: Path, turns: int) -> list[dict[str, Any]]:
+    """Ours and TorchDEQ's at every tolerance."""
+    module, x = block(kind, folder)
+    weights = list(module.parameters())
+    from_input = kind == "shakespeare"
+    found = []
+    for tol in TOLERANCES:
+        layer = DEQFixedPoint(
+            module, initial_state="input" if from_input else "zeros", on_failure="ignore",
+            solver_fwd_tol=tol, solver_fwd_max_iter=LIMIT,
+            solver_bwd_tol=tol, solver_bwd_max_iter=LIMIT,
+        )  # fmt: skip
+        contenders: dict[str, Respond] = {"ours": layer}
+        for peer in PEERS:
+            contenders[peer] = torchdeq_on_our_map(module, peer, tol, from_input)
+        runs = {who: both(respond, x, weights) for who, respond in contenders.items()}
+        with torch.no_grad():
+            solution = layer(x, return_solution=True)
+            plain = layer(x, return_solution=True, solver_fwd_preconditioner=None)
+        found.append(
+            {
+                "model": kind,
+                "tolerance": tol,
+                "seconds": take_turns(runs, turns),
+                "evaluations": int(solution.steps.max()),
+                "plain evaluations": int(plain.steps.max()),
+                "residual": solution.residual.max().item(),
+            }
+        )
+        print(row(found[-1]), flush=True)
+    return found
+
+
+def row(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    seconds = found["seconds"]
+    best = min(PEERS, key=seconds.__getitem__)
+    return (
+        f"| {found['model']} | {found['tolerance']:g} | {seconds[best] / seconds['ours']:.1f} "
+        f"({best}) | {found['evaluations']} | {found['plain evaluations']} "
+        f"| {found['residual']:.0e} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--vit", type=Path, help="a run of mnist-vit")
+    parser.add_argument("--shakespeare", type=Path, help="a run of shakespeare")
+    flags = parser.parse_args()
+    runs = {"vit": flags.vit, "shakespeare": flags.shakespeare}
+    if not any(runs.values()):
+        parser.error("give --vit RUN, --shakespeare RUN or both")
+    torch.set_num_threads(1)
+    path = flags.out.with_suffix(".json")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = [r for r in before.get(TITLE, {}).get("results", []) if not runs[r["model"]]]
+    for kind, folder in runs.items():
+        if folder:
+            kept += measure(kind, folder, flags.turns)
+    kept.sort(key=lambda found: (list(runs).index(found["model"]), -found["tolerance"]))
+    command = "python -m benchmarks.trained"
+    write_section(
+        flags.out,
+        TITLE,
+        f"{provenance(command)}, median of {flags.turns} turns. {machine()}.\n\n"
+        "The first block of trained models (`dia train mnist-vit`, `dia train shakespeare`), "
+        "forward and backward, beside TorchDEQ's solvers on the same update map. Layers with "
+        "normalised softmax couplings have no preconditioner.\n\n"
+        + "\n".join([HEAD, *map(row, kept)]),
+    )
+    write_results(flags.out, TITLE, kept, command)
+
+
+if __name__ == "__main__":
+    main()
