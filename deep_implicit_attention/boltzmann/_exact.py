@@ -30,13 +30,22 @@ def exact(moments: Moments, l2: float, start: Tensor, *, tol: float, max_iter: i
         def product(direction: Tensor) -> Tensor:
             image = states.curvature(p, model, direction) + penalty * direction
             image.diagonal().zero_()
-            return image
+            return _symmetric(image)
 
         gradient = model - data + penalty * theta
         gradient.diagonal().zero_()
         diagonal = (1 - model.square()).clamp(min=1e-12) + penalty
         diagonal.diagonal().fill_(1.0)
-        return Point(value.item(), gradient, product, diagonal)
+        return Point(value.item(), _symmetric(gradient), product, diagonal)
 
     found = minimise(evaluate, start, tol=tol, max_iter=max_iter)
     return Learned(found.x, max(found.steps, 1), 0.0, found.residual, found.converged)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """Without the antisymmetric rounding of matrix products.
+
+    The Hessian maps that part to zero, so near the minimum, where it is as large as the gradient,
+    conjugate gradients would diverge.
+    """
+    return 0.5 * (matrix + matrix.mT)
