@@ -28,11 +28,11 @@ from ._parts import (
 from ._pooling import Couplings, couple
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
-# Of the weights behind a normalised state at the start, relative to a Linear's own; below 16
+# Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
 # components smaller, in proportion. The fewer there are, the more often those of a site happen to
 # lie close together, and the more normalisation then magnifies a change of the state.
 _START = 0.5
-_NARROW = 16
+_NARROW = 32
 
 
 class _Context(NamedTuple):
@@ -128,6 +128,10 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             with torch.no_grad():
                 for layer in outer:
                     layer.weight.mul_(_START * min(1.0, dim / _NARROW))
+                if self.correction is not None:
+                    # A Linear's own weights give hidden units a deviation of 1/√3, where a GELU
+                    # is almost linear; with deviation 1 the network learns faster.
+                    self.correction.expand.weight.mul_(3**0.5)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, scale={self.scale:g}, causal={self.causal}"
