@@ -31,8 +31,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     Entries of X are −1 and 1; or 0 and 1, or boolean, which are mapped to −1 and 1 (`coding_` says
     which it was, and `sample` and `complete` answer in it; J and h are always those of ±1). nan is
-    a missing entry: in the learning the clamped response stands for it, rounds of expectation and
-    maximisation until it settles; pseudolikelihood and pcd draw it by clamped Gibbs chains.
+    a missing entry: in the learning the clamped response stands for it (the linear one in naive,
+    tap and adaptive_tap), rounds of expectation and maximisation until it settles; pseudolikelihood
+    and pcd draw it by clamped Gibbs chains.
 
     Methods (M rows):
 
@@ -60,7 +61,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         pseudocount: weight of further rows in which all states are equally frequent, in units of
             `sample_weight`.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
-            has an inverse and what Schäfer and Strimmer (2005) estimate where it has not.
+            has an inverse and what Schäfer and Strimmer (2005) estimate where it has not, or where
+            entries are missing and pairs of spins are observed fewer than 2N times.
         tol: largest difference of moments (exact), or gradient (pseudolikelihood), that is left.
         max_iter: Newton steps of these two, and rounds of filling in missing entries.
         num_updates: steps of gradient ascent (pcd and hidden units).
