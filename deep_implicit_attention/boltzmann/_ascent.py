@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class Schedule:
         updates: of the parameters.
         learning_rate: of Adam; constant in the first half, then falling to 0 linearly.
         l2: of the penalty (l2/2) Σ_{i<j} J_ij².
-        batch_size: rows an update; None for all.
+        batch_size: rows an update, drawn in proportion to their weights; None for all.
     """
 
     updates: int
@@ -61,21 +61,17 @@ def ascend(
     constant = None
     if n == visible and data.observed is None:
         constant = clamped(theta, data, None)  # nothing in it depends on the parameters
-    order, position = torch.empty(0, dtype=torch.long), 0
+    batches = None
+    if schedule.batch_size is not None and schedule.batch_size < len(data):
+        batches = _batches(data, schedule.batch_size, generator)
     residual, last = torch.nan, start
     for update in range(schedule.updates):
         left = 1 - update / schedule.updates
         optimizer.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, 2 * left)
         second = constant
         if second is None:
-            rows = None
-            if schedule.batch_size is not None and schedule.batch_size < len(data):
-                if position + schedule.batch_size > len(order):
-                    order = torch.randperm(len(data), generator=generator, device=theta.device)
-                    position = 0
-                rows = order[position : position + schedule.batch_size]
-                position += schedule.batch_size
-            second = clamped(theta, data if rows is None else data[rows], rows)
+            part, rows = (data, None) if batches is None else next(batches)
+            second = clamped(theta, part, rows)
         average = free(theta)
         if average is None:
             _report(update)
@@ -86,6 +82,43 @@ def ascend(
         optimizer.step()
         residual = gradient.abs().max().item()
     return Learned(theta, steps=schedule.updates, residual=residual)
+
+
+def _batches(data: Data, size: int, generator: Generator) -> Iterator[tuple[Data, Tensor]]:
+    """Batches of rows for ever, each with the numbers of its rows.
+
+    A pass holds each row as often as its weight says, M w / Σ w up to one, so the mean over a batch
+    is that over the data in expectation. A row that a batch holds several times is there once, with
+    their number as its weight.
+    """
+    while True:
+        order = torch.randperm(len(data), generator=generator, device=data.spins.device)
+        if data.weights is not None:
+            order = _in_proportion(data.weights, generator)[order]
+        for rows in order.split(size):
+            if len(rows) < size:
+                continue
+            if data.weights is None:
+                yield data[rows], rows
+                continue
+            rows, count = torch.unique(rows, return_counts=True)
+            part = data[rows]
+            yield Data(part.spins, part.observed, count.to(part.spins)), rows
+
+
+def _in_proportion(weights: Tensor, generator: Generator) -> Tensor:
+    """As many numbers of rows as there are rows, drawn in proportion to `weights`.
+
+    Systematic: at even steps through the cumulated weights, from a random start.
+    """
+    count = len(weights)
+    start = torch.rand(1, generator=generator, dtype=weights.dtype, device=weights.device)
+    steps = (start + torch.arange(count).to(weights)) / count
+    cumulated = weights.cumsum(dim=0)
+    # Rounding must not reach past the last row that has a weight.
+    last = int(weights.nonzero()[-1])
+    rows = torch.searchsorted(cumulated, steps * cumulated[-1], right=True)
+    return rows.clamp(max=last)
 
 
 def _report(update: int) -> None:

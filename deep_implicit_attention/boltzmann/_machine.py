@@ -68,7 +68,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         num_updates: steps of gradient ascent (pcd and hidden units).
         learning_rate: of these.
         num_chains: of pcd.
-        batch_size: rows in a step of gradient ascent with hidden units; None for all.
+        batch_size: rows in a step of gradient ascent with hidden units, drawn in proportion to
+            their weights; None for all.
         random_state: seed of all randomness; equal ones give equal results, bit for bit.
         device: where torch computes, in float64.
 
