@@ -15,6 +15,8 @@ from ._enumeration import Enumeration
 from ._parameters import unpack
 
 MAX_ENUMERATED = 24
+# Rows whose missing spins are summed over at a time.
+_ROWS = 2**12
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ def log_weights(theta: Tensor, data: Data) -> Tensor:
     free = spins == 0
     out = spins.new_empty(len(spins))
     patterns, group = patterns_of(free)
-    for number, pattern in enumerate(patterns):
-        rows = (group == number).nonzero().flatten()
+    parts = (
+        (pattern, rows)
+        for number, pattern in enumerate(patterns)
+        for rows in (group == number).nonzero().flatten().split(_ROWS)
+    )
+    for pattern, rows in parts:
         sites = pattern.nonzero().flatten()
         known = spins[rows]
         field = h + known @ J
