@@ -62,15 +62,42 @@ class Completion(NamedTuple):
     probability: np.ndarray
 
 
-def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | None, Coding | None]:
+def holds_booleans(X: Any) -> bool:
+    """Whether X, as it was given, holds True and False, and missing entries among them.
+
+    Those make numbers of booleans: a frame of nullable booleans, or of objects, or such an array.
+    """
+    if isinstance(X, np.ndarray):
+        return X.dtype == bool or (X.dtype == object and _only_booleans(X))
+    kinds = {getattr(dtype, "kind", None) for dtype in getattr(X, "dtypes", ())}
+    if kinds == {"O"} or kinds == {"O", "b"}:
+        return _only_booleans(X.to_numpy(dtype=object))
+    return kinds == {"b"}
+
+
+def _only_booleans(objects: np.ndarray) -> bool:
+    some = False
+    for value in objects.flat:
+        if isinstance(value, bool | np.bool_):
+            some = True
+        # nan is the one number that differs from itself; pandas' NA does not like to be compared.
+        elif not (value is None or type(value).__name__ == "NAType" or value != value):
+            return False
+    return some
+
+
+def read_spins(
+    X: np.ndarray, coding: Coding | None, boolean: bool = False
+) -> tuple[Tensor, Tensor | None, Coding | None]:
     """Spins (0 where missing), the mask of what is observed, and the coding of an array `(M, N)`.
 
     `coding` is the one that was found before, or None; None is returned as long as all entries are
-    1, which are spins up in every coding.
+    1, which are spins up in every coding. `boolean` says that numbers stand for True and False.
     """
+    boolean = boolean or X.dtype == bool
+    if boolean and coding not in (None, "boolean"):
+        raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
     if X.dtype == bool:
-        if coding not in (None, "boolean"):
-            raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
         return torch.from_numpy(np.where(X, 1.0, -1.0)), None, "boolean"
     values = torch.from_numpy(np.array(X, dtype=np.float64, order="C", copy=_copy(X)))
     observed = None
@@ -95,6 +122,8 @@ def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | N
     spins = values if found == "spins" else 2 * values - 1
     if observed is not None:
         spins = torch.where(observed, spins, 0.0)
+    if boolean:
+        return spins, observed, "boolean"
     return spins, observed, coding or (found if certain else None)
 
 
