@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..deq import ConvergenceWarning
+from ._best import Best, report_broken
 from ._data import Data
 from ._parameters import Learned, is_coupling
-from ._warnings import warn
 
 # From parameters to second moments (N+1, N+1), or None where the response has no answer; the
 # clamped phase is told which rows are its batch.
@@ -43,8 +42,9 @@ def ascend(
     free: FreePhase,
     schedule: Schedule,
     generator: Generator,
+    best: Best | None = None,
 ) -> Learned:
-    """Parameters after the ascent from `start`.
+    """Parameters after the ascent from `start`, or the likeliest on the way if `best` judges them.
 
         dJ_ij ∝ ⟨S_i S_j⟩_clamped − ⟨S_i S_j⟩_free − l2 J_ij,   dh_i ∝ ⟨S_i⟩_clamped − ⟨S_i⟩_free
 
@@ -74,13 +74,21 @@ def ascend(
             second = clamped(theta, part, rows)
         average = free(theta)
         if average is None:
-            _report(update)
+            if best is not None:
+                best.see(last, max(update - 1, 0), residual, always=True)
+                return best.learned(update, broken=True)
+            report_broken(update)
             return Learned(last, steps=max(update, 1), residual=residual)
         last = theta.clone()
         gradient = (second - average - penalty * theta) * allowed
         theta.grad = -gradient
         optimizer.step()
         residual = gradient.abs().max().item()
+        if best is not None:
+            best.see(last, update, residual)
+    if best is not None:
+        best.see(theta, schedule.updates, residual, always=True)
+        return best.learned(schedule.updates, broken=False)
     return Learned(theta, steps=schedule.updates, residual=residual)
 
 
@@ -119,15 +127,6 @@ def _in_proportion(weights: Tensor, generator: Generator) -> Tensor:
     last = int(weights.nonzero()[-1])
     rows = torch.searchsorted(cumulated, steps * cumulated[-1], right=True)
     return rows.clamp(max=last)
-
-
-def _report(update: int) -> None:
-    warn(
-        f"the response that stands for the free averages has no stable solution after {update} "
-        "updates: the couplings have become too strong for it. The parameters are those before. "
-        "Set l2, or choose method='pcd' or 'exact'.",
-        ConvergenceWarning,
-    )
 
 
 def with_hidden(theta: Tensor, hidden: int, generator: Generator) -> Tensor:

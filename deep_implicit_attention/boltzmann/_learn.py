@@ -12,6 +12,7 @@ from torch import Tensor
 from ..deq import ConvergenceWarning
 from ._adaptive_tap import adaptive_tap
 from ._ascent import FreePhase, ascend, with_hidden
+from ._best import Best
 from ._clamped import Kind, clamped_moments, means
 from ._data import Data
 from ._enumeration import Enumeration
@@ -143,6 +144,7 @@ def _ascend(settings: Settings, data: Data) -> Learned:
     generator = settings.generator(data.spins.device)
     hidden = settings.num_hidden
     start = with_hidden(_fields_only(data), hidden, generator)
+    best = None
     if settings.method == "pcd":
         free: FreePhase = Chains(start, settings.num_chains, generator)
         if data.observed is not None:
@@ -154,10 +156,12 @@ def _ascend(settings: Settings, data: Data) -> Learned:
         free = lambda theta: states.second_moments(states.distribution(theta)[1])  # noqa: E731
     else:
         free = _Response(RESPONSES[settings.method])
+        if Best.possible(data):
+            best = Best(data, start, settings.l2, settings.num_updates, settings.seed)
     kind = RESPONSES[settings.method]
     return ascend(
         data, start, lambda theta, part, _: clamped_moments(kind, theta, part), free,
-        settings.schedule(), generator,
+        settings.schedule(), generator, best,
     )  # fmt: skip
 
 

@@ -71,7 +71,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     With `num_hidden` units, coupled to the visible spins and not to each other, every method but
     ``"independent"`` and ``"pseudolikelihood"`` ascends the likelihood, its responses (or chains)
-    in the place of the averages. They are the last rows of `couplings_` and `fields_`.
+    in the place of the averages. They are the last rows of `couplings_` and `fields_`. Responses
+    can lead away from likely parameters: naive, tap and adaptive_tap return the likeliest on the
+    way.
 
     Args:
         method: see above.
@@ -102,7 +104,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
         residual_: largest difference of the two sides of the method's equation that is left; of
-            gradient ascent, in its last step, noise of the chains included.
+            gradient ascent, at what it returns, noise of the chains included.
     """
 
     # Set by a fit.

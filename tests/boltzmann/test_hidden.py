@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from deep_implicit_attention.boltzmann import BoltzmannMachine
 from deep_implicit_attention.boltzmann._ascent import _batches
 from deep_implicit_attention.boltzmann._data import Data
+from deep_implicit_attention.deq import ConvergenceWarning
 
 
 def states(n: int) -> np.ndarray:
@@ -71,3 +74,74 @@ def test_a_pass_through_the_batches_holds_each_row_in_proportion() -> None:
     equal = _batches(Data(spins, None, torch.full((8,), 0.3).double()), 4, generator)
     once = [next(equal)[1] for _ in range(2)]
     assert sorted(torch.cat(once).tolist()) == list(range(8))
+
+
+# --- what an ascent by responses returns ----------------------------------------------------------
+
+
+def noisy_parity(rows: int = 1000) -> np.ndarray:
+    """Three spins, any two of them independent, with an even number of downs in nine tenths."""
+    rng = np.random.default_rng(0)
+    first = np.where(rng.random((rows, 2)) < 0.5, 1, -1)
+    return np.c_[first, first.prod(axis=1) * np.where(rng.random(rows) < 0.1, -1, 1)]
+
+
+def test_an_ascent_returns_the_likeliest_of_its_parameters() -> None:
+    X = noisy_parity()
+    alone = BoltzmannMachine("independent").fit(X).score(X)
+    with pytest.warns(ConvergenceWarning, match="no stable solution") as caught:
+        machine = BoltzmannMachine("tap", num_hidden=3, num_updates=1500).fit(X)
+    score = machine.score(X)
+    assert score > alone + 0.1
+    message = str(caught[0].message)
+    said = r"after (\d+) updates\. The log-likelihood per row is (\S+); it was (\S+) at the start"
+    found = re.search(said, message)
+    assert found is not None
+    assert 0 < int(found[1]) < machine.n_iter_
+    assert score == pytest.approx(float(found[2]), abs=1e-3)
+    assert alone == pytest.approx(float(found[3]), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap"])
+@pytest.mark.parametrize("l2", [0.0, 0.05])
+def test_an_ascent_is_no_worse_than_independent_spins(
+    method: str, l2: float, X: np.ndarray
+) -> None:
+    alone = BoltzmannMachine("independent").fit(X).score(X)
+    options = {"num_hidden": 2, "num_updates": 100, "learning_rate": 0.1, "l2": l2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        machine = BoltzmannMachine(method, **options).fit(X)
+    assert machine.score(X) > alone - 1e-3
+    assert np.isfinite(machine.residual_)
+
+
+def test_an_ascent_gone_astray_says_so_and_goes_back_to_the_start() -> None:
+    """With one step, of a size that no parameters survive, only the start is left."""
+    X = noisy_parity()
+    with pytest.warns(ConvergenceWarning, match="led away .* which no update made likelier"):
+        machine = BoltzmannMachine("tap", num_hidden=1, num_updates=1, learning_rate=9.0).fit(X)
+    alone = BoltzmannMachine("independent").fit(X).score(X)
+    assert machine.score(X) == pytest.approx(alone, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::deep_implicit_attention.boltzmann.EstimateWarning")
+def test_beyond_enumeration_an_estimate_judges() -> None:
+    X = np.where(np.random.default_rng(0).normal(size=(300, 26)) > 0, 1.0, -1.0)
+    X[:, 1:4] = np.where(np.random.default_rng(1).random((300, 3)) < 0.1, -X[:, :1], X[:, :1])
+    with pytest.warns(ConvergenceWarning, match="The parameters returned are"):
+        machine = BoltzmannMachine("naive", num_hidden=1, num_updates=40, learning_rate=0.3).fit(X)
+    alone = BoltzmannMachine("independent").fit(X).score(X)
+    assert machine.score(X) > alone - 0.05
+
+
+def test_rows_with_gaps_do_not_judge(X: np.ndarray) -> None:
+    X = X[:100, :4].copy()
+    X[np.arange(100), np.arange(100) % 4] = np.nan
+    options = {"num_hidden": 1, "num_updates": 3, "learning_rate": 0.1}
+    none = BoltzmannMachine("tap", **options).fit(X)
+    assert none.n_iter_ == 3
+    whole = np.concatenate([X, states(4)])
+    weights = np.concatenate([np.ones(100), np.zeros(16)])
+    same = BoltzmannMachine("tap", **options).fit(whole, sample_weight=weights)
+    assert same.couplings_ == pytest.approx(none.couplings_)

@@ -30,7 +30,7 @@ def many(n: int, rows: int = 300) -> np.ndarray:
 def test_a_fit_that_fails_leaves_the_machine_as_it_was(width: int, change, X: np.ndarray) -> None:
     machine = BoltzmannMachine("exact").fit(X)
     before = pickle.dumps(machine)
-    with pytest.raises(ValueError, match="X must hold|no entry in column|up to 20 spins"):
+    with pytest.raises(ValueError, match=r"X must hold|no entry in column|up to 20 spins"):
         machine.fit(change(many(width)))
     assert pickle.dumps(machine) == before
     more = machine.partial_fit(X[:100])
