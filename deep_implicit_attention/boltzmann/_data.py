@@ -99,16 +99,15 @@ def read_spins(
         raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
     if X.dtype == bool:
         return torch.from_numpy(np.where(X, 1.0, -1.0)), None, "boolean"
-    values = torch.from_numpy(np.array(X, dtype=np.float64, order="C", copy=_copy(X)))
+    array = np.array(X, dtype=np.float64, order="C", copy=_copy(X))
+    values = torch.from_numpy(array)
     observed = None
     if bool(values.sum().isnan()):
         observed = ~values.isnan()
         values = torch.where(observed, values, 1.0)
     low = values.min().item()
     found: Coding = "spins" if low < 0 else "binary"
-    good = values.abs() == 1
-    if found == "binary":
-        good |= values == 0
+    good = (values == 1) | (values == (-1 if found == "spins" else 0))
     if not bool(good.all()):
         row, column = (~good).nonzero()[0].tolist()
         other = "" if found == "binary" else f", among entries such as {low:g}"
@@ -119,7 +118,11 @@ def read_spins(
     certain = low < 1
     if certain and coding is not None and (found == "spins") != (coding == "spins"):
         raise ValueError(f"X holds {_CODES[found]}, but the machine was fitted on {_CODES[coding]}")
-    spins = values if found == "spins" else 2 * values - 1
+    spins = values
+    if found == "binary":
+        # New memory costs more time than the arithmetic in it.
+        own = values if not np.may_share_memory(array, X) else values.clone()
+        spins = own.mul_(2).sub_(1)
     if observed is not None:
         spins = torch.where(observed, spins, 0.0)
     if boolean:
@@ -155,10 +158,8 @@ def write_spins(spins: Tensor, coding: Coding) -> np.ndarray:
 
 
 def read_observed(observed: Any, X: np.ndarray) -> np.ndarray:
-    """The mask `(M, N)` of known entries; those that are not missing if `observed` is None."""
+    """The mask `(M, N)` of known entries, none of which is missing."""
     missing = np.isnan(X) if X.dtype.kind == "f" else np.zeros(X.shape, dtype=bool)
-    if observed is None:
-        return ~missing
     mask = np.asarray(observed)
     if mask.dtype != bool:
         raise TypeError(f"observed must be boolean, True where a spin is known, got {mask.dtype}")

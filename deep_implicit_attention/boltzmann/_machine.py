@@ -37,11 +37,11 @@ _COLUMNS = ("n_features_in_", "feature_names_in_")
 
 
 class _Read(NamedTuple):
-    """Rows that were read: spins, their coding, what is known, and what is noted of the columns."""
+    """Rows that were read: spins, their coding, the mask given, what is noted of the columns."""
 
     data: Data
     coding: Coding | None
-    mask: np.ndarray
+    mask: np.ndarray | None
     columns: dict[str, Any]
 
 
@@ -313,8 +313,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         noted = type(self)(**self.get_params(deep=False)) if reset else self
         finite = "allow-nan" if observed is None else False  # what is not observed may be anything
         array: Any = validate_data(noted, X, reset=reset, ensure_all_finite=finite)
-        mask = read_observed(observed, array)
+        mask = None
         if observed is not None:
+            mask = read_observed(observed, array)
             array = np.where(mask, array, array.dtype.type(1))
         weights = read_weights(sample_weight, len(array))
         spins, known, coding = self._spins(array, coding, holds_booleans(X))
@@ -331,8 +332,11 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     def _given(self, X: Any, observed: Any = None) -> tuple[Data, Tensor]:
         """Rows for a fitted machine, and the mask of what is known of them."""
         check_is_fitted(self)
-        read = self._read(X, self.coding_, observed=observed)
-        return read.data, torch.from_numpy(read.mask.copy()).to(self.device)
+        data, _, mask, _ = self._read(X, self.coding_, observed=observed)
+        if mask is not None:
+            return data, torch.from_numpy(mask.copy()).to(self.device)
+        everything = torch.ones_like(data.spins, dtype=torch.bool)
+        return data, everything if data.observed is None else data.observed
 
     def _learn(
         self, settings: Settings, sums: Sums | None, data: Data | None, read: _Read

@@ -61,6 +61,21 @@ def test_names_of_columns_are_those_of_the_last_fit(X: np.ndarray) -> None:
     assert not hasattr(machine.fit(X), "feature_names_in_")
 
 
+@pytest.mark.parametrize("form", [float, np.float32, np.int64, bool])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_data_are_left_as_they_are(form: type, order: str, gaps: bool, X: np.ndarray) -> None:
+    data = np.array((X + 1) / 2, dtype=form, order=order)  # type: ignore[call-overload]
+    if gaps and data.dtype.kind == "f":
+        data[::7, 2] = np.nan
+    before = data.copy()
+    machine = BoltzmannMachine().fit(data)
+    machine.score(data)
+    machine.complete(data)
+    machine.complete(data, np.ones(6, dtype=bool) & ~np.isnan(data.astype(float)))
+    assert np.array_equal(data, before, equal_nan=True)
+
+
 # --- parameters that are changed after a fit ------------------------------------------------------
 
 
