@@ -58,7 +58,9 @@ def fill(settings: Settings, data: Data) -> Filled:
     free_to_choose = given is None and not settings.l2 and not settings.pseudocount
     pairs = observed_pairs(data)
     n = len(pairs.mean)
-    start = Moments(pairs.mean, torch.outer(pairs.mean, pairs.mean).fill_diagonal_(1.0), 1.0)
+    # Independent spins; with a pseudocount none of them is constant.
+    m = pairs.mean * data.total() / (data.total() + settings.pseudocount)
+    start = Moments(m, torch.outer(m, m).fill_diagonal_(1.0), 1.0)
     gaps = list(_parts(data))
     often, short = f"pairs of {n} spins are observed {pairs.count:.4g} times,", "too few"
     if not free_to_choose or pairs.count > _ENOUGH * n:

@@ -49,6 +49,7 @@ def log_partition(
     if n <= MAX_ENUMERATED:
         value = Enumeration(n, theta.device).log_partition(theta).item()
         return LogPartition(value, 0.0, "enumeration")
+    base = base.to(theta.device)
     log_weights = anneal(theta, base, particles=particles, steps=steps, seed=seed)
     w = (log_weights - log_weights.max()).exp()
     mean = w.mean()

@@ -233,8 +233,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         if kept is not None and (kept.exact or not asked):
             return kept
         options = {"particles": 500, "steps": 1000} | asked
-        base = self._base.to(self.device)
-        found = log_partition(self._theta(), base, seed=self._seed(), **options)
+        found = log_partition(self._theta(), self._base, seed=self._seed(), **options)
         if keep or not asked or found.exact:
             self._log_partition = found
         return found

@@ -185,3 +185,13 @@ def test_one_gap_among_many_rows_changes_little(method: str, X: np.ndarray) -> N
     X[3, 2] = np.nan
     change = np.abs(BoltzmannMachine(method).fit(X).couplings_ - whole.couplings_)
     assert 0 < change.mean() < 5e-3
+
+
+@pytest.mark.parametrize("method", [*RESPONSES, "exact", "pseudolikelihood"])
+def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.ndarray) -> None:
+    X[:, 2] = 1.0
+    whole = BoltzmannMachine(method, pseudocount=2.0).fit(X)
+    X[3, 0] = np.nan
+    machine = BoltzmannMachine(method, pseudocount=2.0).fit(X)
+    assert machine.fields_ == pytest.approx(whole.fields_, abs=0.05)
+    assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
