@@ -69,6 +69,8 @@ def fill(settings: Settings, data: Data) -> Filled:
             report_unsettled(change)
             return filled
         short = f"but max_iter={settings.max_iter} rounds do not suffice"
+        if filled is None:
+            short = "but some follow from others too closely"
     rho = optimal_shrinkage(pairs)
     warn(
         f"{often} {short} to fill in missing entries by their covariance; it is shrunk by "

@@ -195,3 +195,13 @@ def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.nd
     machine = BoltzmannMachine(method, pseudocount=2.0).fit(X)
     assert machine.fields_ == pytest.approx(whole.fields_, abs=0.05)
     assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray) -> None:
+    X = np.c_[X, X[:, 0]]
+    X[::11, 2] = np.nan
+    with pytest.warns(FitWarning, match="follow from others too closely .* it is shrunk by"):
+        machine = BoltzmannMachine(method).fit(X)
+    assert 0 < machine.shrinkage_ < 0.2
+    assert np.abs(machine.couplings_).max() < 100
