@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from ..deq import ConvergenceWarning
+from ._best import Best, report_broken
 from ._data import Data
 from ._parameters import Learned, is_coupling
-from ._warnings import warn
 
 # From parameters to second moments (N+1, N+1), or None where the response has no answer; the
 # clamped phase is told which rows are its batch.
@@ -27,7 +26,7 @@ class Schedule:
         updates: of the parameters.
         learning_rate: of Adam; constant in the first half, then falling to 0 linearly.
         l2: of the penalty (l2/2) Σ_{i<j} J_ij².
-        batch_size: rows an update; None for all.
+        batch_size: rows an update, drawn in proportion to their weights; None for all.
     """
 
     updates: int
@@ -43,8 +42,9 @@ def ascend(
     free: FreePhase,
     schedule: Schedule,
     generator: Generator,
+    best: Best | None = None,
 ) -> Learned:
-    """Parameters after the ascent from `start`.
+    """Parameters after the ascent from `start`, or the likeliest on the way if `best` judges them.
 
         dJ_ij ∝ ⟨S_i S_j⟩_clamped − ⟨S_i S_j⟩_free − l2 J_ij,   dh_i ∝ ⟨S_i⟩_clamped − ⟨S_i⟩_free
 
@@ -61,40 +61,72 @@ def ascend(
     constant = None
     if n == visible and data.observed is None:
         constant = clamped(theta, data, None)  # nothing in it depends on the parameters
-    order, position = torch.empty(0, dtype=torch.long), 0
+    batches = None
+    if schedule.batch_size is not None and schedule.batch_size < len(data):
+        batches = _batches(data, schedule.batch_size, generator)
     residual, last = torch.nan, start
     for update in range(schedule.updates):
         left = 1 - update / schedule.updates
         optimizer.param_groups[0]["lr"] = schedule.learning_rate * min(1.0, 2 * left)
         second = constant
         if second is None:
-            rows = None
-            if schedule.batch_size is not None and schedule.batch_size < len(data):
-                if position + schedule.batch_size > len(order):
-                    order = torch.randperm(len(data), generator=generator, device=theta.device)
-                    position = 0
-                rows = order[position : position + schedule.batch_size]
-                position += schedule.batch_size
-            second = clamped(theta, data if rows is None else data[rows], rows)
+            part, rows = (data, None) if batches is None else next(batches)
+            second = clamped(theta, part, rows)
         average = free(theta)
         if average is None:
-            _report(update)
+            if best is not None:
+                best.see(last, max(update - 1, 0), residual, always=True)
+                return best.learned(update, broken=True)
+            report_broken(update)
             return Learned(last, steps=max(update, 1), residual=residual)
         last = theta.clone()
         gradient = (second - average - penalty * theta) * allowed
         theta.grad = -gradient
         optimizer.step()
         residual = gradient.abs().max().item()
+        if best is not None:
+            best.see(last, update, residual)
+    if best is not None:
+        best.see(theta, schedule.updates, residual, always=True)
+        return best.learned(schedule.updates, broken=False)
     return Learned(theta, steps=schedule.updates, residual=residual)
 
 
-def _report(update: int) -> None:
-    warn(
-        f"the response that stands for the free averages has no stable solution after {update} "
-        "updates: the couplings have become too strong for it. The parameters are those before. "
-        "Set l2, or choose method='pcd' or 'exact'.",
-        ConvergenceWarning,
-    )
+def _batches(data: Data, size: int, generator: Generator) -> Iterator[tuple[Data, Tensor]]:
+    """Batches of rows for ever, each with the numbers of its rows.
+
+    A pass holds each row as often as its weight says, M w / Σ w up to one, so the mean over a batch
+    is that over the data in expectation. A row that a batch holds several times is there once, with
+    their number as its weight.
+    """
+    while True:
+        order = torch.randperm(len(data), generator=generator, device=data.spins.device)
+        if data.weights is not None:
+            order = _in_proportion(data.weights, generator)[order]
+        for rows in order.split(size):
+            if len(rows) < size:
+                continue
+            if data.weights is None:
+                yield data[rows], rows
+                continue
+            rows, count = torch.unique(rows, return_counts=True)
+            part = data[rows]
+            yield Data(part.spins, part.observed, count.to(part.spins)), rows
+
+
+def _in_proportion(weights: Tensor, generator: Generator) -> Tensor:
+    """As many numbers of rows as there are rows, drawn in proportion to `weights`.
+
+    Systematic: at even steps through the cumulated weights, from a random start.
+    """
+    count = len(weights)
+    start = torch.rand(1, generator=generator, dtype=weights.dtype, device=weights.device)
+    steps = (start + torch.arange(count).to(weights)) / count
+    cumulated = weights.cumsum(dim=0)
+    # Rounding must not reach past the last row that has a weight.
+    last = int(weights.nonzero()[-1])
+    rows = torch.searchsorted(cumulated, steps * cumulated[-1], right=True)
+    return rows.clamp(max=last)
 
 
 def with_hidden(theta: Tensor, hidden: int, generator: Generator) -> Tensor:

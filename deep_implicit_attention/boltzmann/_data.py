@@ -62,26 +62,52 @@ class Completion(NamedTuple):
     probability: np.ndarray
 
 
-def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | None, Coding | None]:
+def holds_booleans(X: Any) -> bool:
+    """Whether X, as it was given, holds True and False, and missing entries among them.
+
+    Those make numbers of booleans: a frame of nullable booleans, or of objects, or such an array.
+    """
+    if isinstance(X, np.ndarray):
+        return X.dtype == bool or (X.dtype == object and _only_booleans(X))
+    kinds = {getattr(dtype, "kind", None) for dtype in getattr(X, "dtypes", ())}
+    if kinds == {"O"} or kinds == {"O", "b"}:
+        return _only_booleans(X.to_numpy(dtype=object))
+    return kinds == {"b"}
+
+
+def _only_booleans(objects: np.ndarray) -> bool:
+    some = False
+    for value in objects.flat:
+        if isinstance(value, bool | np.bool_):
+            some = True
+        # nan is the one number that differs from itself; pandas' NA does not like to be compared.
+        elif not (value is None or type(value).__name__ == "NAType" or value != value):
+            return False
+    return some
+
+
+def read_spins(
+    X: np.ndarray, coding: Coding | None, boolean: bool = False
+) -> tuple[Tensor, Tensor | None, Coding | None]:
     """Spins (0 where missing), the mask of what is observed, and the coding of an array `(M, N)`.
 
     `coding` is the one that was found before, or None; None is returned as long as all entries are
-    1, which are spins up in every coding.
+    1, which are spins up in every coding. `boolean` says that numbers stand for True and False.
     """
+    boolean = boolean or X.dtype == bool
+    if boolean and coding not in (None, "boolean"):
+        raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
     if X.dtype == bool:
-        if coding not in (None, "boolean"):
-            raise ValueError(f"X is boolean, but the machine was fitted on {_CODES[coding]}")
         return torch.from_numpy(np.where(X, 1.0, -1.0)), None, "boolean"
-    values = torch.from_numpy(np.array(X, dtype=np.float64, order="C", copy=_copy(X)))
+    array = np.array(X, dtype=np.float64, order="C", copy=_copy(X))
+    values = torch.from_numpy(array)
     observed = None
     if bool(values.sum().isnan()):
         observed = ~values.isnan()
         values = torch.where(observed, values, 1.0)
     low = values.min().item()
     found: Coding = "spins" if low < 0 else "binary"
-    good = values.abs() == 1
-    if found == "binary":
-        good |= values == 0
+    good = (values == 1) | (values == (-1 if found == "spins" else 0))
     if not bool(good.all()):
         row, column = (~good).nonzero()[0].tolist()
         other = "" if found == "binary" else f", among entries such as {low:g}"
@@ -92,9 +118,15 @@ def read_spins(X: np.ndarray, coding: Coding | None) -> tuple[Tensor, Tensor | N
     certain = low < 1
     if certain and coding is not None and (found == "spins") != (coding == "spins"):
         raise ValueError(f"X holds {_CODES[found]}, but the machine was fitted on {_CODES[coding]}")
-    spins = values if found == "spins" else 2 * values - 1
+    spins = values
+    if found == "binary":
+        # New memory costs more time than the arithmetic in it.
+        own = values if not np.may_share_memory(array, X) else values.clone()
+        spins = own.mul_(2).sub_(1)
     if observed is not None:
         spins = torch.where(observed, spins, 0.0)
+    if boolean:
+        return spins, observed, "boolean"
     return spins, observed, coding or (found if certain else None)
 
 
@@ -126,10 +158,8 @@ def write_spins(spins: Tensor, coding: Coding) -> np.ndarray:
 
 
 def read_observed(observed: Any, X: np.ndarray) -> np.ndarray:
-    """The mask `(M, N)` of known entries; those that are not missing if `observed` is None."""
+    """The mask `(M, N)` of known entries, none of which is missing."""
     missing = np.isnan(X) if X.dtype.kind == "f" else np.zeros(X.shape, dtype=bool)
-    if observed is None:
-        return ~missing
     mask = np.asarray(observed)
     if mask.dtype != bool:
         raise TypeError(f"observed must be boolean, True where a spin is known, got {mask.dtype}")

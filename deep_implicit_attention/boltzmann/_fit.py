@@ -39,7 +39,7 @@ def fit_columns(
     gets the field of one more observation, half up and half down, and the others are learned as if
     it were not there.
     """
-    first, seen, rows = _counts(sums, data)
+    first, seen, rows, total = _counts(sums, data)
     if bool((seen == 0).any()):
         empty = int((seen == 0).nonzero()[0])
         raise ValueError(f"X has no entry in column {names[empty]}: all are missing")
@@ -47,7 +47,8 @@ def fit_columns(
     constant = first.abs() >= seen * (1 - 1e-12)
     if settings.pseudocount:
         constant = torch.zeros_like(constant)
-    extra = torch.where(constant, 1.0, settings.pseudocount)
+    # Of weights that sum to less than the rows, as shares do, an observation is a share as well.
+    extra = torch.where(constant, min(1.0, total / rows), settings.pseudocount)
     base = torch.atanh(first / (seen + extra))
     report_constant(constant, names, first)
     kept = ~constant
@@ -69,14 +70,15 @@ def fit_columns(
     return Fitted(dataclasses.replace(learned, theta=theta), constant, base)
 
 
-def _counts(sums: Sums | None, data: Data | None) -> tuple[Tensor, Tensor, int]:
-    """Σ w S_i and Σ w over the entries of each column, and the rows of positive weight."""
+def _counts(sums: Sums | None, data: Data | None) -> tuple[Tensor, Tensor, int, float]:
+    """Σ w S_i and Σ w over the entries of each column, the rows of positive weight, and Σ w."""
     if data is None:
         assert sums is not None
-        return sums.first, torch.full_like(sums.first, sums.total), sums.rows
+        return sums.first, torch.full_like(sums.first, sums.total), sums.rows, sums.total
     weights = data.weights if data.weights is not None else torch.ones(len(data)).to(data.spins)
     return (
         weights @ data.spins,
         weights @ (data.spins != 0).to(data.spins),
         int((weights > 0).sum()),
+        data.total(),
     )

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..deq import ConvergenceWarning
 from ._adaptive_tap import adaptive_tap
 from ._ascent import FreePhase, ascend, with_hidden
+from ._best import Best
 from ._clamped import Kind, clamped_moments, means
 from ._data import Data
 from ._enumeration import Enumeration
 from ._exact import MAX_SPINS, exact
+from ._gaps import FILLED, fill, report_unsettled
 from ._independent import independent
 from ._moments import Moments, join, pseudo_rows
 from ._naive import naive
@@ -37,8 +39,6 @@ RESPONSES: dict[str, Kind] = {
     "pcd": "tap",
 }
 
-# Largest change of a second moment at which gaps count as filled.
-_FILLED = 1e-6
 # Of pseudolikelihood with gaps: copies of a row that has some, and rounds of drawing them.
 _COPIES, _ROUNDS = 4, 40
 
@@ -71,6 +71,11 @@ def learn_from_rows(settings: Settings, data: Data) -> Learned:
         rows = join(data, pseudo_rows(data.spins.shape[1], settings.pseudocount))
     if settings.num_hidden or settings.method == "pcd":
         return _ascend(settings, rows)
+    if settings.method in ("naive", "tap", "adaptive_tap"):
+        filled = fill(settings, data)
+        chosen = dataclasses.replace(settings, shrinkage=filled.shrinkage)
+        learned = learn_from_moments(chosen, filled.moments)
+        return dataclasses.replace(learned, steps=filled.steps)
     if settings.method != "pseudolikelihood":
         return _fill_and_learn(settings, data)
     options: dict[str, Any] = {"tol": settings.tol, "max_iter": settings.max_iter}
@@ -82,7 +87,10 @@ def learn_from_rows(settings: Settings, data: Data) -> Learned:
 
 
 def _fill_and_learn(settings: Settings, data: Data) -> Learned:
-    """Expectation maximisation: moments from the clamped response, parameters from moments."""
+    """Expectation maximisation of the exact and the independent model.
+
+    Moments from the clamped response, parameters from moments.
+    """
     kind = RESPONSES[settings.method]
     theta, count = _fields_only(data), data.total() + settings.pseudocount
     learned, old = None, None
@@ -91,7 +99,7 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
         second = second * (data.total() / count)
         second.diagonal().fill_(1.0)
         change = torch.inf if old is None else (second - old).abs().max().item()
-        last = change <= _FILLED or step == settings.max_iter - 1
+        last = change <= FILLED or step == settings.max_iter - 1
         moments = Moments(second[0, 1:], second[1:, 1:], count)
         with warnings.catch_warnings():
             if not last:
@@ -99,8 +107,7 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
             learned = learn_from_moments(settings, moments)
         theta, old = learned.theta, second
         if last:
-            if change > _FILLED:
-                _report_gaps(change)
+            report_unsettled(change)
             return dataclasses.replace(learned, steps=step + 1)
     raise AssertionError("max_iter is at least 1")
 
@@ -137,6 +144,7 @@ def _ascend(settings: Settings, data: Data) -> Learned:
     generator = settings.generator(data.spins.device)
     hidden = settings.num_hidden
     start = with_hidden(_fields_only(data), hidden, generator)
+    best = None
     if settings.method == "pcd":
         free: FreePhase = Chains(start, settings.num_chains, generator)
         if data.observed is not None:
@@ -148,10 +156,12 @@ def _ascend(settings: Settings, data: Data) -> Learned:
         free = lambda theta: states.second_moments(states.distribution(theta)[1])  # noqa: E731
     else:
         free = _Response(RESPONSES[settings.method])
+        if Best.possible(data):
+            best = Best(data, start, settings.l2, settings.num_updates, settings.seed)
     kind = RESPONSES[settings.method]
     return ascend(
         data, start, lambda theta, part, _: clamped_moments(kind, theta, part), free,
-        settings.schedule(), generator,
+        settings.schedule(), generator, best,
     )  # fmt: skip
 
 
@@ -203,14 +213,6 @@ def _report(settings: Settings, learned: Learned) -> None:
         f"largest gradient of {learned.residual:.2e}, tolerance {settings.tol:g}. Where some "
         "combination of spins never occurs there is no finite maximum: set l2 or pseudocount. "
         "Otherwise raise max_iter or tol.",
-        ConvergenceWarning,
-    )
-
-
-def _report_gaps(change: float) -> None:
-    warn(
-        f"the conditional means of missing entries still change by {change:.1e} after the last "
-        "round of filling them in: raise max_iter, or set l2 or pseudocount.",
         ConvergenceWarning,
     )
 

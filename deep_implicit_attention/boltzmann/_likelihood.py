@@ -15,6 +15,8 @@ from ._enumeration import Enumeration
 from ._parameters import unpack
 
 MAX_ENUMERATED = 24
+# Rows whose missing spins are summed over at a time.
+_ROWS = 2**12
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def log_partition(
     if n <= MAX_ENUMERATED:
         value = Enumeration(n, theta.device).log_partition(theta).item()
         return LogPartition(value, 0.0, "enumeration")
+    base = base.to(theta.device)
     log_weights = anneal(theta, base, particles=particles, steps=steps, seed=seed)
     w = (log_weights - log_weights.max()).exp()
     mean = w.mean()
@@ -95,8 +98,12 @@ def log_weights(theta: Tensor, data: Data) -> Tensor:
     free = spins == 0
     out = spins.new_empty(len(spins))
     patterns, group = patterns_of(free)
-    for number, pattern in enumerate(patterns):
-        rows = (group == number).nonzero().flatten()
+    parts = (
+        (pattern, rows)
+        for number, pattern in enumerate(patterns)
+        for rows in (group == number).nonzero().flatten().split(_ROWS)
+    )
+    for pattern, rows in parts:
         sites = pattern.nonzero().flatten()
         known = spins[rows]
         field = h + known @ J

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..solvers._validate import check_count
 from ._clamped import filled
-from ._data import Coding, Completion, Data, read_observed, read_spins, read_weights, write_spins
+from ._data import (
+    Coding,
+    Completion,
+    Data,
+    holds_booleans,
+    read_observed,
+    read_spins,
+    read_weights,
+    write_spins,
+)
 from ._fit import fit_columns
 from ._learn import RESPONSES
 from ._likelihood import LogPartition, log_partition, log_weights
@@ -23,6 +32,18 @@ from ._sampling import draw
 from ._settings import Method, Settings
 from ._warnings import EstimateWarning, warn
 
+# What scikit-learn notes of the columns.
+_COLUMNS = ("n_features_in_", "feature_names_in_")
+
+
+class _Read(NamedTuple):
+    """Rows that were read: spins, their coding, the mask given, what is noted of the columns."""
+
+    data: Data
+    coding: Coding | None
+    mask: np.ndarray | None
+    columns: dict[str, Any]
+
 
 class BoltzmannMachine(DensityMixin, BaseEstimator):
     """The distribution of N spins S_i = ±1 learned from rows of data (inverse Ising problem),
@@ -31,8 +52,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     Entries of X are −1 and 1; or 0 and 1, or boolean, which are mapped to −1 and 1 (`coding_` says
     which it was, and `sample` and `complete` answer in it; J and h are always those of ±1). nan is
-    a missing entry: in the learning the clamped response stands for it, rounds of expectation and
-    maximisation until it settles; pseudolikelihood and pcd draw it by clamped Gibbs chains.
+    a missing entry: in the learning the clamped response stands for it (the linear one in naive,
+    tap and adaptive_tap), rounds of expectation and maximisation until it settles; pseudolikelihood
+    and pcd draw it by clamped Gibbs chains.
 
     Methods (M rows):
 
@@ -49,7 +71,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     With `num_hidden` units, coupled to the visible spins and not to each other, every method but
     ``"independent"`` and ``"pseudolikelihood"`` ascends the likelihood, its responses (or chains)
-    in the place of the averages. They are the last rows of `couplings_` and `fields_`.
+    in the place of the averages. They are the last rows of `couplings_` and `fields_`. Responses
+    can lead away from likely parameters: naive, tap and adaptive_tap return the likeliest on the
+    way.
 
     Args:
         method: see above.
@@ -60,13 +84,15 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         pseudocount: weight of further rows in which all states are equally frequent, in units of
             `sample_weight`.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
-            has an inverse and what Schäfer and Strimmer (2005) estimate where it has not.
+            has an inverse and what Schäfer and Strimmer (2005) estimate where it has not, or where
+            entries are missing and pairs of spins are observed fewer than 2N times.
         tol: largest difference of moments (exact), or gradient (pseudolikelihood), that is left.
         max_iter: Newton steps of these two, and rounds of filling in missing entries.
         num_updates: steps of gradient ascent (pcd and hidden units).
         learning_rate: of these.
         num_chains: of pcd.
-        batch_size: rows in a step of gradient ascent with hidden units; None for all.
+        batch_size: rows in a step of gradient ascent with hidden units, drawn in proportion to
+            their weights; None for all.
         random_state: seed of all randomness; equal ones give equal results, bit for bit.
         device: where torch computes, in float64.
 
@@ -78,7 +104,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
         residual_: largest difference of the two sides of the method's equation that is left; of
-            gradient ascent, in its last step, noise of the chains included.
+            gradient ascent, at what it returns, noise of the chains included.
     """
 
     # Set by a fit.
@@ -87,6 +113,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     _sums: Sums | None
     _base: Tensor
     _log_partition: LogPartition | None
+    _fitted_method: Method
 
     def __init__(
         self,
@@ -127,12 +154,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
                 negative, parameters out of range, more spins than the method can enumerate.
         """
         settings = Settings.of(self, self._seed())
-        array = self._array(X, reset=True)
-        self._sums = None
-        data, self.coding_ = self._read(array, None, sample_weight)
-        if data.observed is None and not settings.needs_rows:
-            return self._learn(settings, Sums.of(data), None)
-        return self._learn(settings, None, data)
+        read = self._read(X, None, sample_weight, reset=True)
+        if read.data.observed is None and not settings.needs_rows:
+            return self._learn(settings, Sums.of(read.data), None, read)
+        return self._learn(settings, None, read.data, read)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> BoltzmannMachine:
         """Learn from all batches so far, those of an earlier `fit` included.
@@ -158,13 +183,11 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
                 "partial_fit cannot go on from a fit that needed all rows, of which no sums are "
                 "kept: begin with a clone of the machine"
             )
-        array = self._array(X, reset=first)
-        data, coding = self._read(array, None if first else self.coding_, sample_weight)
-        if data.observed is not None:
+        read = self._read(X, None if first else self.coding_, sample_weight, reset=first)
+        if read.data.observed is not None:
             raise ValueError("partial_fit takes complete rows; missing entries (nan) need fit")
-        sums = Sums.of(data) if before is None else before + Sums.of(data)
-        self.coding_ = coding
-        return self._learn(settings, sums, None)
+        sums = Sums.of(read.data) if before is None else before + Sums.of(read.data)
+        return self._learn(settings, sums, None, read)
 
     def score_samples(self, X: Any) -> np.ndarray:
         """log P of each row in nats, `(M,)`; of what is observed of it, if entries are missing.
@@ -173,36 +196,47 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         and an `EstimateWarning` says so with its standard error.
         """
         data = self._given(X)[0]
+        log_weight = log_weights(self._theta(), data)
         log_z = self.log_partition()
         if not log_z.exact:
-            doubt = ", of few effective particles: take more steps" * (log_z.effective_size < 20)
+            few = (
+                ", of few effective particles: log_partition(steps=..., keep=True) takes more steps"
+            )
+            doubt = few * (log_z.effective_size < 20)
             warn(
                 f"log Z of {len(self.fields_)} spins is an estimate by {log_z.method}, standard "
                 f"error {log_z.standard_error:.2g}{doubt}; log-likelihoods share its error",
                 EstimateWarning,
             )
-        return (log_weights(self._theta(), data) - log_z.value).cpu().numpy()
+        return (log_weight - log_z.value).cpu().numpy()
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-likelihood of the rows in nats; see `score_samples`. `y` is ignored."""
         return float(self.score_samples(X).mean())
 
-    def log_partition(self, *, particles: int = 500, steps: int = 1000) -> LogPartition:
+    def log_partition(
+        self, *, particles: int | None = None, steps: int | None = None, keep: bool = False
+    ) -> LogPartition:
         """log Z with its standard error and the method it comes from.
 
         Enumeration up to 24 spins; beyond, annealed importance sampling from the model of
-        independent spins with `particles` and `steps`. The answer is kept until the next fit, or a
-        call with other numbers, and is what `score_samples` uses.
+        independent spins with `particles` (500) and `steps` (1000). Without either it is the
+        estimate that `score_samples` uses, made once after a fit; with, one that scores do not know
+        of unless `keep` puts it in that one's place.
         """
         check_is_fitted(self)
-        check_count("particles", particles)
-        check_count("steps", steps)
-        kept, asked = self._log_partition, (particles, steps) != (500, 1000)
-        if kept is None or (asked and not kept.exact):
-            kept = self._log_partition = log_partition(
-                self._theta(), self._base, particles=particles, steps=steps, seed=self._seed()
-            )
-        return kept
+        asked = {"particles": particles, "steps": steps}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        for name, value in asked.items():
+            check_count(name, value)
+        kept = self._log_partition
+        if kept is not None and (kept.exact or not asked):
+            return kept
+        options = {"particles": 500, "steps": 1000} | asked
+        found = log_partition(self._theta(), self._base, seed=self._seed(), **options)
+        if keep or not asked or found.exact:
+            self._log_partition = found
+        return found
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
         """Draws of the visible spins, `(n_samples, n_features)`, in the coding of the data.
@@ -229,10 +263,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
                 alike; None for all entries that are not nan.
         """
         data, mask = self._given(X, observed)
-        hidden = self.num_hidden
+        hidden = len(self.fields_) - self.n_features_in_
         spins = torch.nn.functional.pad(data.spins * mask, (0, hidden))
         known = torch.nn.functional.pad(mask, (0, hidden), value=False)
-        m = filled(RESPONSES[self.method], self._theta(), Data(spins, known, None))
+        m = filled(RESPONSES[self._fitted_method], self._theta(), Data(spins, known, None))
         m = m[:, : self.n_features_in_]
         return Completion(write_spins(m, self._coding), ((1 + m) / 2).cpu().numpy())
 
@@ -262,30 +296,56 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         chosen = self.random_state if random_state is None else random_state
         return int(check_random_state(chosen).randint(2**31 - 1))
 
-    def _array(self, X: Any, reset: bool) -> np.ndarray:
-        """X as an array, its columns compared with those of the fit, or noted with `reset`."""
-        array: Any = validate_data(self, X, reset=reset, ensure_all_finite="allow-nan")
-        return array
-
     def _read(
-        self, array: np.ndarray, coding: Coding | None, sample_weight: Any
-    ) -> tuple[Data, Coding | None]:
+        self,
+        X: Any,
+        coding: Coding | None,
+        sample_weight: Any = None,
+        *,
+        observed: Any = None,
+        reset: bool = False,
+    ) -> _Read:
+        """X as spins, its columns compared with those of the fit, or noted with `reset`.
+
+        Nothing of the machine changes: what is noted is set when the fit has succeeded.
+        """
+        noted = type(self)(**self.get_params(deep=False)) if reset else self
+        finite = "allow-nan" if observed is None else False  # what is not observed may be anything
+        array: Any = validate_data(noted, X, reset=reset, ensure_all_finite=finite)
+        mask = None
+        if observed is not None:
+            mask = read_observed(observed, array)
+            array = np.where(mask, array, array.dtype.type(1))
         weights = read_weights(sample_weight, len(array))
-        spins, observed, coding = read_spins(array, coding)
-        tensors = (None if t is None else t.to(self.device) for t in (spins, observed, weights))
-        return Data(*tensors), coding  # type: ignore[arg-type]
+        spins, known, coding = self._spins(array, coding, holds_booleans(X))
+        tensors = (None if t is None else t.to(self.device) for t in (spins, known, weights))
+        columns = {name: vars(noted)[name] for name in _COLUMNS if name in vars(noted)}
+        return _Read(Data(*tensors), coding, mask, columns)  # type: ignore[arg-type]
+
+    def _spins(
+        self, array: np.ndarray, coding: Coding | None, boolean: bool
+    ) -> tuple[Tensor, Tensor | None, Coding | None]:
+        """`read_spins`; what a machine of other data would replace."""
+        return read_spins(array, coding, boolean)
 
     def _given(self, X: Any, observed: Any = None) -> tuple[Data, Tensor]:
         """Rows for a fitted machine, and the mask of what is known of them."""
         check_is_fitted(self)
-        array = self._array(X, reset=False)
-        mask = read_observed(observed, array)
-        data, _ = self._read(array, self.coding_, None)
-        return data, torch.from_numpy(mask.copy()).to(self.device)
+        data, _, mask, _ = self._read(X, self.coding_, observed=observed)
+        if mask is not None:
+            return data, torch.from_numpy(mask.copy()).to(self.device)
+        everything = torch.ones_like(data.spins, dtype=torch.bool)
+        return data, everything if data.observed is None else data.observed
 
-    def _learn(self, settings: Settings, sums: Sums | None, data: Data | None) -> BoltzmannMachine:
-        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+    def _learn(
+        self, settings: Settings, sums: Sums | None, data: Data | None, read: _Read
+    ) -> BoltzmannMachine:
+        names = read.columns.get("feature_names_in_", range(read.columns["n_features_in_"]))
         fitted = fit_columns(settings, sums, data, [str(name) for name in names])
+        for name in _COLUMNS:
+            vars(self).pop(name, None)
+        vars(self).update(read.columns)
+        self.coding_, self._fitted_method = read.coding, settings.method
         couplings, fields = unpack(fitted.learned.theta)
         self.couplings_ = couplings.cpu().numpy().copy()
         self.fields_ = fields.cpu().numpy().copy()

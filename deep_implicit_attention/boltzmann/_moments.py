@@ -110,10 +110,9 @@ def report_constant(constant: Tensor, names: Sequence[str], m: Tensor) -> None:
     where = constant.nonzero().flatten().tolist()
     if not where:
         return
-    shown = ", ".join(f"{names[i]} (always {'up' if m[i] > 0 else 'down'})" for i in where[:5])
-    more = f" and {len(where) - 5} others" if len(where) > 5 else ""
+    shown = ", ".join(f"{names[i]} (always {'up' if m[i] > 0 else 'down'})" for i in where)
     warn(
-        f"columns that never change: {shown}{more}. Their field would be infinite; they get no "
+        f"columns that never change: {shown}. Their field would be infinite; they get no "
         "couplings, and the field of one more observation, half up and half down. Set "
         "pseudocount to regularise all columns alike.",
         FitWarning,

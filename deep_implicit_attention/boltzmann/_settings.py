@@ -45,10 +45,8 @@ class Settings:
             raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}")
         for name in ("num_hidden", "max_iter", "num_updates", "num_chains", "batch_size"):
             value = getattr(self, name)
-            if not (name == "num_hidden" and value == 0) and not (
-                name == "batch_size" and value is None
-            ):
-                check_count(name, value)
+            if name != "batch_size" or value is not None:
+                check_count(name, value, minimum=0 if name == "num_hidden" else 1)
         for name in ("l2", "pseudocount", "tol", "learning_rate"):
             check_number(name, getattr(self, name), minimum=0.0)
         if self.shrinkage is not None:

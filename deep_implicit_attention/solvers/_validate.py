@@ -60,12 +60,12 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise unless `value` is a positive integer."""
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_same_shape(out: Any, like: Tensor, what: str) -> None:

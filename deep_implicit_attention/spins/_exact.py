@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from ._potts import PottsPrior
 from ._response import Response
 from ._system import SpinSystem, check_system
 
+# Entries of the tables, of states and fields or states and pairs, that are worked on at a time.
+_TABLE = 2**22
+
 
 class Exact:
     """The exact response, `method(system, fields) -> Response`.
@@ -24,12 +29,14 @@ class Exact:
 
         m = χ (x + Pμ),   χ = (blockdiag P − J)⁻¹
 
-    Covariance and susceptibility are the same. Cost: O(B states N d) time and, with gradients,
-    recomputation of each chunk instead of its memory; Gaussian O(N³ d³).
+    Covariance and susceptibility are the same. Cost: O(B states N d) time, O(B states N² d²) for
+    the covariance, and, with gradients, recomputation of each chunk instead of its memory; Gaussian
+    O(N³ d³).
 
     Args:
         max_states: states at most, 2^24 by default.
-        chunk: states at a time.
+        chunk: states at a time; fewer where there are so many fields that the table of both would
+            have more than 2^22 entries, or that of states and pairs of components.
 
     Raises:
         ValueError: for more states than that, and for a Gaussian system with P − J not positive
@@ -50,14 +57,15 @@ class Exact:
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(math.prod(batch), math.prod(event))
         if isinstance(system.prior, GaussianPrior):
-            log, m, covariance = _gaussian(system, system.prior, x)
+            log, m, chi = _gaussian(system, system.prior, x)
+            second = chi + m.unsqueeze(2) * m.unsqueeze(1)
+            energy = -0.5 * (system.matrix() * second).sum(dim=(1, 2)) - (x * m).sum(dim=1)
+            make = lambda: chi  # noqa: E731
         elif isinstance(system.prior, IsingPrior | PottsPrior):
-            log, m, covariance = self._enumerate(system, x)
+            log, m, energy, make = self._enumerate(system, x)
         else:
             raise TypeError(f"Exact has no answer for {type(system.prior).__name__}")
-        second = covariance + m.unsqueeze(2) * m.unsqueeze(1)
-        energy = -0.5 * (system.matrix() * second).sum(dim=(1, 2)) - (x * m).sum(dim=1)
-        covariance = covariance.reshape(*batch, *event, *event)
+        covariance = functools.cache(lambda: make().reshape(*batch, *event, *event))
         return Response(
             magnetization=m.reshape(fields.shape),
             log_partition=log.reshape(batch),
@@ -65,12 +73,14 @@ class Exact:
             cavity_variance=None,
             solution=None,
             method="Exact",
-            _covariance=lambda: covariance,
-            _susceptibility=lambda: covariance,
+            _covariance=covariance,
+            _susceptibility=covariance,
         )
 
-    def _enumerate(self, system: SpinSystem, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log Z, means and covariances by summation over all states."""
+    def _enumerate(
+        self, system: SpinSystem, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
+        """log Z, means, energies and covariances (when called) by summation over all states."""
         n, matrix = system.num_spins, system.matrix()
         levels = _levels(system, x)
         count = len(levels) ** n
@@ -80,29 +90,47 @@ class Exact:
                 "GibbsSampler, a mean-field method such as AdaptiveTAP, or fewer spins"
             )
         prior = -n * math.log(len(levels))
+        chunk = max(1, min(self.chunk, _TABLE // max(len(x), len(matrix) ** 2)))
 
-        def weights(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-            states = _states(levels, n, first, min(self.chunk, count - first))
+        def weights(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            states = _states(levels, n, first, min(chunk, count - first))
             own = 0.5 * ((states @ matrix) * states).sum(dim=1)
-            return states, own + x @ states.mT + prior
+            return states, own, own + x @ states.mT + prior
 
         with torch.no_grad():
             log = x.new_full((x.shape[0],), -torch.inf)
-            for first in range(0, count, self.chunk):
-                log = torch.logaddexp(log, weights(first, x, matrix)[1].logsumexp(dim=1))
+            for first in range(0, count, chunk):
+                log = torch.logaddexp(log, weights(first, x, matrix)[2].logsumexp(dim=1))
 
-        def sums(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            states, exponent = weights(first, x, matrix)
+        def sums(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            states, own, exponent = weights(first, x, matrix)
             p = torch.exp(exponent - log[:, None])
-            return p.sum(dim=1), p @ states, torch.einsum("bk,ki,kj->bij", p, states, states)
+            return p.sum(dim=1), p @ states, p @ own
 
-        total, mean, second = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
-        for first in range(0, count, self.chunk):
-            part = checkpoint(sums, first, x, matrix, use_reentrant=False)
-            total, mean, second = total + part[0], mean + part[1], second + part[2]
+        def pairs(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            states, _, exponent = weights(first, x, matrix)
+            p = torch.exp(exponent - log[:, None])
+            if len(x) < len(matrix):
+                return (torch.einsum("bk,ki,kj->bij", p, states, states),)
+            # Products of all pairs of components once for all fields, which are more than those.
+            both = (states.unsqueeze(2) * states.unsqueeze(1)).flatten(1)
+            return ((p @ both).unflatten(1, matrix.shape),)
+
+        def over_all(part: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+            out: list[Tensor] = []
+            for first in range(0, count, chunk):
+                more = checkpoint(part, first, x, matrix, use_reentrant=False)
+                out = [a + b for a, b in zip(out, more, strict=True)] if out else list(more)
+            return out
+
+        total, mean, own = over_all(sums)
         m = mean / total[:, None]
-        covariance = second / total[:, None, None] - m.unsqueeze(2) * m.unsqueeze(1)
-        return log + total.log(), m, covariance
+
+        def covariance() -> Tensor:
+            second = over_all(pairs)[0]
+            return second / total[:, None, None] - m.unsqueeze(2) * m.unsqueeze(1)
+
+        return log + total.log(), m, -own / total - (x * m).sum(dim=1), covariance
 
 
 def _levels(system: SpinSystem, like: Tensor) -> Tensor:

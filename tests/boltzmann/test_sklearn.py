@@ -24,10 +24,10 @@ from deep_implicit_attention.boltzmann import BoltzmannMachine
 class OnNumbers(BoltzmannMachine):
     """A machine of the signs of its input, which takes the data of the checks."""
 
-    def _read(self, array, coding, sample_weight):
+    def _spins(self, array, coding, boolean):
         missing = np.isnan(array.astype(float))
         signs = np.where(array > 0.1, 1.0, -1.0)
-        return super()._read(np.where(missing, np.nan, signs), coding, sample_weight)
+        return super()._spins(np.where(missing, np.nan, signs), coding, boolean)
 
 
 def outcomes(machine: BoltzmannMachine) -> dict[str, Exception]:

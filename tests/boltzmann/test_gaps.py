@@ -1,0 +1,207 @@
+"""Rows with gaps: what is learned from them, beside complete data, plain loops and maxima."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+from deep_implicit_attention.boltzmann import BoltzmannMachine, FitWarning, _gaps
+from deep_implicit_attention.deq import ConvergenceWarning
+
+RESPONSES = ["naive", "tap", "adaptive_tap"]
+
+
+def states(n: int) -> np.ndarray:
+    return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+
+
+def correlated(rows: int, n: int, seed: int, missing: float) -> tuple[np.ndarray, np.ndarray]:
+    """Signs of normal numbers with a common part, complete and with gaps."""
+    rng = np.random.default_rng(seed)
+    X = np.where(rng.multivariate_normal(np.zeros(n), np.eye(n) + 0.2, size=rows) > 0, 1.0, -1.0)
+    return X, np.where(rng.random(X.shape) < missing, np.nan, X)
+
+
+def test_gaps_are_filled_to_the_maximum_of_the_likelihood_of_what_is_seen(X: np.ndarray) -> None:
+    """Expectation maximisation of the exact method: no other parameters are better nearby."""
+    rng = np.random.default_rng(0)
+    X = X[:, :4].copy()
+    X[rng.random(X.shape) < 0.2] = np.nan
+    machine = BoltzmannMachine("exact", max_iter=500).fit(X)
+    S = states(4)
+
+    def likelihood(J: np.ndarray, h: np.ndarray) -> float:
+        p = np.exp(0.5 * np.einsum("ki,ij,kj->k", S, J, S) + S @ h)
+        p /= p.sum()
+        fits = ((X[:, None] == S) | np.isnan(X)[:, None]).all(axis=2)
+        return np.log(fits @ p).mean()
+
+    best = likelihood(machine.couplings_, machine.fields_)
+    assert best == pytest.approx(machine.score(X), abs=1e-10)
+    for i, j in itertools.combinations(range(4), 2):
+        for step in (-0.01, 0.01):
+            J = machine.couplings_.copy()
+            J[[i, j], [j, i]] += step
+            assert likelihood(J, machine.fields_) < best
+    for i, step in itertools.product(range(4), (-0.01, 0.01)):
+        h = machine.fields_.copy()
+        h[i] += step
+        assert likelihood(machine.couplings_, h) < best
+
+
+@pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap", "pseudolikelihood", "pcd"])
+def test_gaps_bias_little(method: str, X: np.ndarray) -> None:
+    """A fifth of the entries missing at random: nearer to the fit of all than ones in the gaps."""
+    X = X[:300, :4]
+    holes = X.copy()
+    holes[np.random.default_rng(0).random(X.shape) < 0.2] = np.nan
+    options = {"num_updates": 500, "num_chains": 2000, "l2": 0.1}
+    full = BoltzmannMachine(method, **options).fit(X)
+    seen = BoltzmannMachine(method, **options).fit(holes)
+    ones = BoltzmannMachine(method, **options).fit(np.where(np.isnan(holes), 1, holes))
+    error = np.abs(seen.couplings_ - full.couplings_).mean()
+    assert error < 0.5 * np.abs(ones.couplings_ - full.couplings_).mean()
+
+
+def by_regression(X: np.ndarray, weights: np.ndarray, rounds: int, rho: float, pseudocount: float):
+    """Expectation maximisation row by row, with C_fo C_oo⁻¹ instead of precisions."""
+    n, total = X.shape[1], weights.sum()
+    m = np.nansum(weights[:, None] * X, axis=0) / (weights @ ~np.isnan(X))
+    C = np.diag(1 - m**2)
+    for _ in range(rounds):
+        shrunk = (1 - rho) * C + rho * np.diag(C.diagonal())
+        first, second = np.zeros(n), pseudocount * np.eye(n)
+        for row, weight in zip(X, weights, strict=True):
+            f = np.isnan(row)
+            slope = shrunk[np.ix_(f, ~f)] @ np.linalg.inv(shrunk[np.ix_(~f, ~f)])
+            filled = row.copy()
+            filled[f] = m[f] + slope @ (row[~f] - m[~f])
+            first += weight * filled
+            second += weight * np.outer(filled, filled)
+            second[np.ix_(f, f)] += weight * (shrunk[np.ix_(f, f)] - slope @ shrunk[np.ix_(~f, f)])
+        m = first / (total + pseudocount)
+        C = second / (total + pseudocount) - np.outer(m, m)
+    scale = np.sqrt((1 - m**2) / C.diagonal())
+    C = C * np.outer(scale, scale)
+    return m, (1 - rho) * C + rho * np.diag(C.diagonal())
+
+
+@pytest.mark.parametrize("numbers", [2**22, 40])
+@pytest.mark.parametrize("options", [{}, {"shrinkage": 0.2}, {"pseudocount": 3.0}])
+def test_gaps_are_filled_by_regression(
+    options: dict[str, float], numbers: int, X: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gaps, "_NUMBERS", numbers)  # in one part, and in many
+    rng = np.random.default_rng(0)
+    X = X[:100].copy()
+    X[rng.random(X.shape) < 0.2] = np.nan
+    X[:20, 3:] = np.nan
+    weights = rng.integers(0, 3, 100).astype(float)
+    machine = BoltzmannMachine("adaptive_tap", max_iter=400, **options)
+    machine.fit(X, sample_weight=weights)
+    rho, extra = options.get("shrinkage", 0.0), options.get("pseudocount", 0.0)
+    m, C = by_regression(X, weights, 120, rho, extra)
+    precision = np.linalg.inv(C)
+    J = np.diag(precision.diagonal()) - precision
+    h = np.arctanh(m) - J @ m + (precision.diagonal() - 1 / (1 - m**2)) * m
+    assert machine.couplings_ == pytest.approx(J, abs=1e-4)
+    assert machine.fields_ == pytest.approx(h, abs=1e-4)
+
+
+@pytest.mark.parametrize("at_random", ["completely", "given another spin"])
+def test_gaps_cost_little_where_couplings_are_strong(at_random: str) -> None:
+    """KL of the truth from what is learned, beside that from complete data."""
+    rng = np.random.default_rng(0)
+    A = rng.normal(size=(7, 7))
+    J = (np.triu(A, 1) + np.triu(A, 1).T) / np.sqrt(7)
+    h, S = 0.3 * rng.normal(size=7), states(7)
+    exponent = 0.5 * ((S @ J) * S).sum(axis=1) + S @ h
+    log_p = exponent - np.logaddexp.reduce(exponent)
+    X = S[rng.choice(len(S), 5000, p=np.exp(log_p))]
+    chance = np.full((5000, 1), 0.2) if at_random == "completely" else 0.22 + 0.18 * X[:, :1]
+    gaps = rng.random(X.shape) < chance
+    gaps[:, 0] &= at_random == "completely"
+
+    def divergence(data: np.ndarray) -> float:
+        return np.exp(log_p) @ (log_p - BoltzmannMachine().fit(data).score_samples(S))
+
+    assert divergence(np.where(gaps, np.nan, X)) < 1.15 * divergence(X)
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+@pytest.mark.parametrize(
+    ("rows", "n", "seed"), [(10, 15, 1), (10, 15, 3), (25, 30, 2), (20, 15, 2), (40, 24, 0)]
+)
+def test_few_rows_with_gaps_are_shrunk_and_said(method: str, rows: int, n: int, seed: int) -> None:
+    _, holes = correlated(rows, n, seed, 0.1)
+    new, _ = correlated(500, n, 99, 0.0)
+    with pytest.warns(FitWarning, match=r"too few to fill in .* it is shrunk by"):
+        machine = BoltzmannMachine(method).fit(holes)
+    assert 0 < machine.shrinkage_ <= 1
+    assert np.abs(machine.couplings_).max() < 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = BoltzmannMachine("independent").fit(holes).score(new)
+        assert machine.score(new) > alone - 0.5
+
+
+def test_the_shrinkage_is_that_of_the_pairs_that_are_observed() -> None:
+    _, X = correlated(20, 8, 0, 0.2)
+    with pytest.warns(FitWarning, match="shrunk by"):
+        machine = BoltzmannMachine("naive").fit(X)
+    m = np.nanmean(X, axis=0)
+    counts, pairs = [], []
+    for i, j in itertools.combinations(range(8), 2):
+        both = ~np.isnan(X[:, i]) & ~np.isnan(X[:, j])
+        counts.append(both.sum())
+        pairs.append((i, j, np.cov(X[both, i], X[both, j], bias=True)[0, 1]))
+    count = len(counts) / np.sum(1 / np.array(counts))
+    variances = squares = 0.0
+    for i, j, c in pairs:
+        scale = (1 - m[i] ** 2) * (1 - m[j] ** 2)
+        variances += (scale + 4 * m[i] * m[j] * c - c**2) / scale / (count - 1)
+        squares += c**2 / scale
+    assert machine.shrinkage_ == pytest.approx(min(1.0, variances / squares))
+
+
+def test_gaps_that_do_not_settle_are_shrunk_unless_the_user_regularised() -> None:
+    _, X = correlated(400, 10, 0, 0.5)
+    with pytest.warns(FitWarning, match="max_iter=20 rounds do not suffice"):
+        machine = BoltzmannMachine(max_iter=20).fit(X)
+    assert machine.shrinkage_ > 0
+    assert BoltzmannMachine(max_iter=500).fit(X).shrinkage_ == 0
+    for options in ({"l2": 1e-3}, {"pseudocount": 0.1}, {"shrinkage": 0.001}):
+        with pytest.warns(ConvergenceWarning, match="still change"):
+            machine = BoltzmannMachine(max_iter=20, **options).fit(X)
+        assert machine.shrinkage_ == options.get("shrinkage", 0.0)
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_one_gap_among_many_rows_changes_little(method: str, X: np.ndarray) -> None:
+    whole = BoltzmannMachine(method).fit(X)
+    X[3, 2] = np.nan
+    change = np.abs(BoltzmannMachine(method).fit(X).couplings_ - whole.couplings_)
+    assert 0 < change.mean() < 5e-3
+
+
+@pytest.mark.parametrize("method", [*RESPONSES, "exact", "pseudolikelihood"])
+def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.ndarray) -> None:
+    X[:, 2] = 1.0
+    whole = BoltzmannMachine(method, pseudocount=2.0).fit(X)
+    X[3, 0] = np.nan
+    machine = BoltzmannMachine(method, pseudocount=2.0).fit(X)
+    assert machine.fields_ == pytest.approx(whole.fields_, abs=0.05)
+    assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray) -> None:
+    X = np.c_[X, X[:, 0]]
+    X[::11, 2] = np.nan
+    with pytest.warns(FitWarning, match="follow from others too closely .* it is shrunk by"):
+        machine = BoltzmannMachine(method).fit(X)
+    assert 0 < machine.shrinkage_ < 0.2
+    assert np.abs(machine.couplings_).max() < 100
