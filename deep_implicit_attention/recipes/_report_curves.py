@@ -48,10 +48,8 @@ def _column(history: list[dict[str, Any]], at: str, name: str, scale: float = 1.
     finite, is a gap."""
     values = [record.get(name) for record in history]
     numbers = [math.nan if value is None else scale * float(value) for value in values]
-    places = [record.get(at) for record in history]
-    if any(place is None for place in places):
-        places = [record["step"] for record in history]
-    return [float(place) for place in places], numbers
+    counted = all(record.get(at) is not None for record in history)
+    return [float(record[at if counted else "step"]) for record in history], numbers
 
 
 def _image_panels(history: list[dict[str, Any]]) -> list[tuple[plots.Panel, str]]:
