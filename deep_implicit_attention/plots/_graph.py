@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from ._figures import COLOURS
 
@@ -20,6 +20,8 @@ _MOST = 120
 _SYMMETRIC = 1e-3
 # Opacity of the weakest line, whose contrast is then above 2 on white and on a dark page.
 PALEST = 0.6
+# The blue of lines over an image.
+OVER_IMAGE = "#0073b2"
 # Between arrows and the centres of sites, and between them and the edges of tokens, in points.
 _AT_SITE, _AT_TEXT = 5, 1
 # Between two lines of a text, and the highest arc above one, in widths of a token.
@@ -93,9 +95,14 @@ def couplings_over_image(
     shape = (bottom - top) / (right - left)
     figure = Figure(figsize=(5.2, 0.8 + 5 * shape), layout="constrained")
     axes = figure.subplots()
-    # Pale, so that lines are seen on black and on white.
-    axes.imshow(0.55 + 0.45 * image, cmap="gray", vmin=0, vmax=1, zorder=0)
-    drawn = draw_couplings(axes, strengths, positions, weakest, strongest)
+    # Pale, so that lines are seen on black and on white; and the same on every page, light or dark,
+    # so neither the ground nor the lines are quite of a colour that a page replaces.
+    ground = Rectangle((left, top), right - left, bottom - top, facecolor="#fdfdfd", zorder=-1)
+    axes.add_patch(ground)
+    axes.imshow(0.75 + 0.25 * image, cmap="gray", vmin=0, vmax=1, zorder=0)
+    drawn = draw_couplings(
+        axes, strengths, positions, weakest, strongest, colour=OVER_IMAGE, palest=0.75
+    )
     axes.scatter(*positions.T, s=26, color="white", edgecolors=COLOURS[0], zorder=2)
     axes.set(title=title, xlabel=drawn, xlim=(left, right), ylim=(bottom, top))
     axes.set(xticks=[], yticks=[])
@@ -196,6 +203,8 @@ def draw_couplings(
     positions: np.ndarray,
     weakest: float | None = None,
     strongest: float | None = None,
+    colour: str = COLOURS[2],
+    palest: float = PALEST,
 ) -> str:
     """Draw the strongest fifth of the couplings between places; returns what was drawn, in words.
 
@@ -221,12 +230,13 @@ def draw_couplings(
     weight = np.clip((drawn - low) / ((high - low) or 1.0), 0, 1)
     if not symmetric:
         for i, j, one in zip(rows[order], columns[order], weight, strict=True):
-            _arrow(axes, f"_{j}→{i}", positions[j], positions[i], one, 0.25, _AT_SITE)
+            ends = positions[j], positions[i]
+            _arrow(axes, f"_{j}→{i}", *ends, one, 0.25, _AT_SITE, colour, palest)
         return f"the {len(drawn)} strongest couplings ‖J_ij‖, j → i:\n{span} (dimensionless)"
     lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
     axes.add_collection(
-        LineCollection(list(lines), linewidths=0.6 + 3.7 * weight**2, colors=COLOURS[2],
-                       alpha=PALEST + (0.95 - PALEST) * weight, zorder=1)
+        LineCollection(list(lines), linewidths=0.6 + 3.7 * weight**2, colors=colour,
+                       alpha=palest + (0.95 - palest) * weight, zorder=1)
     )  # fmt: skip
     return f"strongest fifth of the couplings ‖J_ij‖:\n{span} (dimensionless)"
 
@@ -239,6 +249,8 @@ def _arrow(
     weight: float,
     bend: float,
     shrink: float,
+    colour: str = COLOURS[2],
+    palest: float = PALEST,
 ) -> None:
     """An arrow weighted from 0 to 1; also the weakest is seen on the paper."""
     width = 0.6 + 1.9 * weight**2
@@ -246,7 +258,7 @@ def _arrow(
         FancyArrowPatch(
             tuple(start), tuple(stop), label=label, connectionstyle=f"arc3,rad={bend}",
             arrowstyle="-|>", mutation_scale=5 + 3 * width, shrinkA=shrink, shrinkB=shrink,
-            linewidth=width, color=COLOURS[2], alpha=PALEST + (0.95 - PALEST) * weight, zorder=1,
+            linewidth=width, color=colour, alpha=palest + (0.95 - palest) * weight, zorder=1,
         )
     )  # fmt: skip
 

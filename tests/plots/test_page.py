@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from deep_implicit_attention.plots import (
     convergence,
@@ -36,10 +37,11 @@ def luminance(colour: np.ndarray) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def contrasts(figure: Figure, least: str, dark: bool) -> list[float]:
-    """Of every line of the colour `least` in the page against the paper, opacity included."""
+def contrasts(figure: Figure, least: str, dark: bool, ground: str | None = None) -> list[float]:
+    """Of every line of the colour `least` in the page against the paper, or another `ground`,
+    opacity included."""
     source, page = picture(figure, "a picture"), colours_of_the_page(dark)
-    paper = np.array(to_rgb(page["--paper"]))
+    paper = np.array(to_rgb(ground or page["--paper"]))
     found = []
     for style in re.findall(r'style="([^"]*)"', source):
         given = dict(part.split(": ", 1) for part in style.split("; ") if ": " in part)
@@ -64,7 +66,6 @@ def test_the_weakest_lines_are_seen_in_both_schemes(dark: bool) -> None:
         couplings_over_text(strengths, list("abcde")),
         coupling_graph(strengths, PLACES, list("abcde")),
         coupling_graph(strengths + strengths.T, PLACES, list("abcde")),
-        couplings_over_image(strengths, np.ones((3, 3)), PLACES),
     ]
     for figure in graphs:
         assert min(contrasts(figure, "var(--blue)", dark)) > 2
@@ -72,6 +73,22 @@ def test_the_weakest_lines_are_seen_in_both_schemes(dark: bool) -> None:
     many = convergence(10 ** -random.uniform(0, 3, (5, 300)), 1e-3)
     assert min(contrasts(many, "var(--blue)", dark)) > 1.5
     assert min(contrasts(many, "var(--ink)", dark)) > 7
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_over_an_image_are_seen_on_all_of_it(dark: bool) -> None:
+    """The image and what lies around it are the same on every page."""
+    strengths = np.random.default_rng(0).uniform(0.01, 1, (5, 5))
+    strengths[0, 1:] = 1e-6
+    pixels = np.linspace(0, 1, 9).reshape(3, 3)
+    figure = couplings_over_image(strengths, pixels, PLACES - [1.0, 0.0])  # one beside the image
+    darkest = str(np.asarray(figure.axes[0].images[0].get_array()).min())
+    (around,) = (p for p in figure.axes[0].patches if isinstance(p, Rectangle))
+    assert around.get_bbox().x0 <= figure.axes[0].get_xlim()[0]
+    colour = to_hex(around.get_facecolor())
+    assert f"fill: {colour}" in picture(figure, "a picture")
+    for ground in (darkest, colour):
+        assert min(contrasts(figure, "#0073b2", dark, ground)) > 2
 
 
 def test_colours_of_different_names_stay_different_in_the_dark() -> None:
