@@ -96,12 +96,9 @@ class Story:
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """See `report_run`."""
     path = folder / REPORT if out is None else out
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} holds no run: it is a file, not the folder of a run")
-    if path.is_dir() or not path.parent.is_dir():
-        why = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        if out is not None:
-            raise ValueError(f"out must be a file in a folder that exists, got {path}: {why}")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        why = "that is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"out must be a file in a folder that exists, got {out}: {why}")
     run = Run(folder)
     story = Story(run, {}, owns_files=out is None)
     _read_config(story)

@@ -106,6 +106,8 @@ def _add_machine(story: Story, section: Section) -> None:
             f"{PARAMETERS} must hold fields (N,) and couplings (N, N) of at least {pixels} units, "
             f"got {fields.shape} and {strengths.shape}"
         )
+    if not np.isfinite(fields).all():
+        raise ValueError(f"the fields in {PARAMETERS} must be finite, got {fields.min()}")
     side = round(pixels**0.5)
     # Hidden units, which come last, have no place in the image.
     strengths, fields = np.abs(strengths[:pixels, :pixels]), fields[:pixels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from deep_implicit_attention import plots
 from deep_implicit_attention.training import Run
 
 from .conftest import Outcome, invoke
-from .reports import configure, records, reported, rescale
+from .reports import configure, records, reported, rescale, unpacked
 
 # --- what is missing is named, and the rest is shown ------------------------------------------
 
@@ -117,8 +118,9 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_run(copy: Path) -> None:
-    complaint = invoke(copy, "report", str(copy / "config.json")).complaint()
-    assert "holds no run: it is a file" in complaint
+    for command in ("report", "evaluate"):
+        complaint = invoke(copy, command, str(copy / "config.json")).complaint()
+        assert "config.json holds no run: it is a file, not a folder" in complaint
 
 
 @pytest.mark.parametrize("content", ["", '{"recipe": "dig', "[]"])
@@ -160,6 +162,28 @@ def test_settings_that_cannot_be_used(
     for words in said:
         assert any(words in notice for notice in page.notices), words
     assert {"Watch it settle", "Convergence", "Couplings", "Errors"} <= set(page.titles)
+
+
+@pytest.mark.parametrize("factor", [20.0, 1e4])
+def test_couplings_that_make_plain_steps_run_away(factor: float, copy: Path) -> None:
+    """What is finite is shown, on a scale on which the first step and the answer are seen; what is
+    not finite is said to be so."""
+    rescale(copy / "model.safetensors", "_weight", factor)
+    page = reported(copy)
+    assert not page.notices
+    assert re.search(r"run away from \d+ of these \d+ images: from step \d+ on", page.source)
+    shown = page.data
+    z = unpacked(shown["z"])
+    broken = z <= -32768 / 32767
+    assert not broken[:, [0, -1]].any()
+    assert shown["clipped"]
+    assert np.abs(z[:, [0, -1]]).max() >= 0.49
+    assert np.abs(z[~broken]).max() == 1
+    # Distances do not overflow where the numbers themselves do not.
+    finite = ~broken.any(axis=(2, 3))
+    solved = np.array(shown["solved"])
+    distances = np.array(shown["distances"], dtype=float)
+    assert np.isfinite(distances[solved][finite[solved]]).all()
 
 
 @pytest.mark.parametrize("part", ["", "head", "_weight"])
