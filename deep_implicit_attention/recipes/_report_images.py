@@ -150,7 +150,7 @@ def explored(
         "lengths": packed(lengths),
         "probabilities": packed(p.numpy()),
         "residuals": rounded(settling.residuals, 3),
-        "distances": rounded(distances(z), 4),
+        "distances": rounded(distances(settling.states), 4),
     }
 
 
