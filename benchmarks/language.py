@@ -48,7 +48,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "equilibrium-one": partial(_equilibrium, depth=1, dim=256, heads=16, **ROTARY),
     "explicit": partial(ExplicitTransformer, rotary_base=100.0),
     "explicit-learned": ExplicitTransformer,
-    "explicit-gpt2": partial(ExplicitTransformer, gpt2=True),
+    "explicit-gpt2": partial(ExplicitTransformer, gpt2=True),  # nanoGPT
+    "explicit-gpt2-rotary": partial(ExplicitTransformer, gpt2=True, rotary_base=100.0),
 }
 
 
@@ -116,7 +117,7 @@ def run_horizons(flags: argparse.Namespace) -> None:
 def run_iterations(flags: argparse.Namespace) -> None:
     """CPU milliseconds of a training iteration, over those of the explicit one, in turns."""
     ids = torch.randint(65, (100_000,), generator=torch.Generator().manual_seed(0))
-    kinds = [kind for kind in MODELS if kind not in ("explicit-learned", "explicit-gpt2")]
+    kinds = [kind for kind in MODELS if kind == "explicit" or not kind.startswith("explicit")]
     models = {kind: make(kind) for kind in kinds}
     best = dict.fromkeys(kinds, float("inf"))
     for turn in range(flags.turns):

@@ -1,4 +1,5 @@
-"""For the site only: the list of all public names, taken from the packages' `__all__`."""
+"""For the site only: the list of all public names, taken from the packages' `__all__`; pictures
+that can be enlarged; module docstrings without the floor, which matters to those who write them."""
 
 from __future__ import annotations
 
@@ -33,3 +34,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         )
         lists.append(f"**{room}**: " + ", ".join(links))
     return markdown.replace(MARK, "\n\n".join(lists))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by MkDocs with every page as HTML."""
+    html = re.sub(r"<p>Floor \d: (\w)", lambda found: f"<p>{found[1].upper()}", html)
+    return re.sub(
+        r'(?<!">)(<img alt="[^"]*" src="([^"]*pictures/[^"]*)"[^>]*>)',
+        r'<a class="enlarge" href="\2" title="Enlarge">\1</a>',
+        html,
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 
 def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) -> bytes:
     """A GIF of figures of one size, each shown for `seconds`, the last for a while; repeated.
+
+    The figures are drawn and left as they are.
 
     Raises:
         ValueError: for no figures, or figures of different sizes.
@@ -20,11 +21,11 @@ def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) ->
         raise ValueError(f"seconds must be above 0, got {seconds}")
     frames = []
     for figure in figures:
-        figure.set_dpi(dpi)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        frame = Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
-        frames.append(frame.convert("RGB").quantize(64, Image.Quantize.MEDIANCUT))
+        drawn = io.BytesIO()
+        # Unlike a canvas of one's own, this gives the figure its canvas and resolution back.
+        figure.savefig(drawn, format="png", dpi=dpi)
+        with Image.open(drawn) as frame:
+            frames.append(frame.convert("RGB").quantize(64, Image.Quantize.MEDIANCUT))
     if len({frame.size for frame in frames}) != 1:
         raise ValueError(
             "figures must be of one size, and there must be one; got sizes "

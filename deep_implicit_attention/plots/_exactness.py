@@ -23,15 +23,19 @@ def against_exact(
     """Estimates `(n,)` by name against exact values `(n,)`, over the diagonal.
 
     `standard_errors` `(n,)` of the names that have them are drawn as bars, two standard errors to
-    each side; an estimate that is right is within them 19 times of 20.
+    each side; an estimate that is right is within them 19 times of 20. Estimates that are not
+    finite have no point; the legend says how many they are.
 
     Raises:
-        ValueError: for arrays of other lengths, standard errors of unknown names, or more than six
-            names.
+        ValueError: for arrays of other lengths, exact values that are not finite, standard errors
+            of unknown names, or more than six names.
     """
     exact, errors = np.asarray(exact, float), dict(standard_errors or {})
     if len(estimates) > len(STYLES):
         raise ValueError(f"at most {len(STYLES)} names can be told apart, got {len(estimates)}")
+    if not np.isfinite(exact).all():
+        broken = int(np.flatnonzero(~np.isfinite(exact))[0])
+        raise ValueError(f"exact must be finite, got exact[{broken}] = {exact.flat[broken]}")
     unknown = [name for name in errors if name not in estimates]
     if unknown:
         raise ValueError(f"standard errors must be of estimates, got {', '.join(unknown)}")
@@ -44,6 +48,8 @@ def against_exact(
             raise ValueError(f"{name} must have shape {exact.shape}, got {values.shape}")
         bars = 2 * np.asarray(errors[name], float) if name in errors else None
         shown = f"{name}, ± 2 standard errors" if name in errors else name
+        if broken := int((~np.isfinite(values)).sum()):
+            shown += f" ({broken} of {values.size} not finite)"
         axes.errorbar(
             exact, values, yerr=bars, fmt=marker, color=colour, markersize=size,
             markerfacecolor="none", elinewidth=1, capsize=2, label=shown,
@@ -55,7 +61,7 @@ def against_exact(
     ends = (low - margin, high + margin)
     axes.plot(ends, ends, color=COLOURS[0], linewidth=1, label="_exact", zorder=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal", title=title)
-    axes.set(xlabel=f"exact {label}", ylabel="estimate")
+    axes.set(xlabel=f"exact {label}", ylabel=f"estimated {label}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -78,8 +84,10 @@ def phase_diagram(
     the same shape, for the methods that iterate.
 
     Raises:
-        ValueError: for an array of another shape.
+        ValueError: for no method, or an array of another shape.
     """
+    if not answers:
+        raise ValueError("answers must hold those of at least one method, got none")
     temperatures, fields = np.asarray(temperatures, float), np.asarray(fields, float)
     shape = (len(temperatures), len(fields))
     given = {name: np.asarray(values, float) for name, values in answers.items()}

@@ -66,15 +66,22 @@ def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
     """Relative residual of every sample, `trace` `(steps, samples)`, against solver steps.
 
     A sample that is done is NaN from there on; the median is drawn while half of them go on.
+
+    Raises:
+        ValueError: for a trace of another shape, or of no samples.
     """
-    trace = np.asarray(trace)
+    trace = np.asarray(trace, float)
+    if trace.ndim != 2 or not trace.shape[1]:
+        raise ValueError(
+            f"trace must have shape (steps, samples) with at least one sample, got {trace.shape}"
+        )
     going = np.isfinite(trace).mean(axis=1) >= 0.5
     middle = np.full(len(trace), np.nan)
     middle[going] = np.nanmedian(trace[going], axis=1)
     figure = Figure(figsize=(5.2, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(1, len(trace) + 1)
-    alpha = min(1.0, max(0.08, 2 / trace.shape[1]))
+    alpha = min(1.0, max(0.3, 2 / trace.shape[1]))
     axes.plot(steps, trace, color=COLOURS[2], alpha=alpha, linewidth=1)
     axes.plot(steps, middle, color=COLOURS[0], linewidth=2, label="median")
     axes.axhline(tolerance, color=COLOURS[4], linestyle="--", label=f"tolerance {tolerance:g}")

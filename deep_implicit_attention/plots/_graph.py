@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from ._figures import COLOURS
 
@@ -17,6 +18,14 @@ SHARE = 0.2
 _MOST = 120
 # J_ij and J_ji that differ by less than this part of the strongest coupling are drawn as one line.
 _SYMMETRIC = 1e-3
+# Opacity of the weakest line, whose contrast is then above 2 on white and on a dark page.
+PALEST = 0.6
+# The blue of lines over an image.
+OVER_IMAGE = "#0073b2"
+# Between arrows and the centres of sites, and between them and the edges of tokens, in points.
+_AT_SITE, _AT_TEXT = 5, 1
+# Between two lines of a text, and the highest arc above one, in widths of a token.
+_LINE, _HIGHEST = 3.5, 2.2
 STRENGTH = "coupling strength ‖J_ij‖_F (dimensionless)"
 
 
@@ -29,8 +38,16 @@ def coupling_graph(
     image. Lines are as wide and as dark as a coupling is strong; the strongest fifth is drawn.
     Where J_ij and J_ji differ, each is an arrow from the site j that pulls to the site i that is
     pulled, and at most 120 are drawn.
+
+    Raises:
+        ValueError: for fewer than two sites, strengths that are not finite, or another number of
+            positions or names than of sites.
     """
     strengths, positions = _checked(strengths, positions)
+    if len(strengths) < 2:
+        raise ValueError(f"strengths must be between at least 2 sites, got {len(strengths)}")
+    if len(names) != len(strengths):
+        raise ValueError(f"names must be one for each of {len(strengths)} sites, got {len(names)}")
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     apart = strengths[~np.eye(len(strengths), dtype=bool)]
@@ -78,9 +95,14 @@ def couplings_over_image(
     shape = (bottom - top) / (right - left)
     figure = Figure(figsize=(5.2, 0.8 + 5 * shape), layout="constrained")
     axes = figure.subplots()
-    # Pale, so that lines are seen on black and on white.
-    axes.imshow(0.55 + 0.45 * image, cmap="gray", vmin=0, vmax=1, zorder=0)
-    drawn = draw_couplings(axes, strengths, positions, weakest, strongest)
+    # Pale, so that lines are seen on black and on white; and the same on every page, light or dark,
+    # so neither the ground nor the lines are quite of a colour that a page replaces.
+    ground = Rectangle((left, top), right - left, bottom - top, facecolor="#fdfdfd", zorder=-1)
+    axes.add_patch(ground)
+    axes.imshow(0.75 + 0.25 * image, cmap="gray", vmin=0, vmax=1, zorder=0)
+    drawn = draw_couplings(
+        axes, strengths, positions, weakest, strongest, colour=OVER_IMAGE, palest=0.75
+    )
     axes.scatter(*positions.T, s=26, color="white", edgecolors=COLOURS[0], zorder=2)
     axes.set(title=title, xlabel=drawn, xlim=(left, right), ylim=(bottom, top))
     axes.set(xticks=[], yticks=[])
@@ -89,38 +111,90 @@ def couplings_over_image(
 
 
 def couplings_over_text(
-    strengths: np.ndarray, tokens: Sequence[str], title: str = "", per_line: int = 32
+    strengths: np.ndarray,
+    tokens: Sequence[str],
+    title: str = "",
+    per_line: int = 32,
+    strongest: float | None = None,
 ) -> Figure:
     """The couplings `(T, T)` between the tokens of a text, written in lines of `per_line`.
 
     For every token i an arrow from the other token j that pulls it most, as wide and as dark as
     J_ij is strong. (The strongest of all would be those of the first tokens, which have few others
-    to share their attention among.)
+    to share their attention among.) Within a line arrows to the right run above it, those to the
+    left below. `strongest` fixes the strength of the widest arrow, so that several figures can be
+    compared.
+
+    Raises:
+        ValueError: for `per_line` below 1, strengths that are not finite, or another number of
+            tokens.
     """
     if per_line < 1:
         raise ValueError(f"per_line must be at least 1, got {per_line}")
     rows, columns = np.divmod(np.arange(len(tokens)), per_line)
-    positions = np.stack([columns, 3.5 * rows], axis=1)
+    positions = np.stack([columns, _LINE * rows], axis=1)
     strengths, positions = _checked(strengths, positions)
-    width, lines = min(per_line, len(tokens)), (rows[-1] + 1 if len(rows) else 1)
-    figure = Figure(figsize=(0.6 + 0.28 * width, 1.4 + 1.0 * lines), layout="constrained")
-    axes = figure.subplots()
     others = np.where(np.eye(len(strengths), dtype=bool), -np.inf, strengths)
     sources = others.argmax(axis=1) if len(others) else np.zeros(0, int)
     pulled = np.nonzero(others.max(axis=1, initial=-np.inf) > 0)[0]
     values = others[pulled, sources[pulled]]
-    high = values.max(initial=0.0)
-    _arrows(axes, positions, pulled, sources[pulled], values / (high or 1.0), bend=-0.35)
-    drawn = "strongest coupling J_ij of every token i, j → i"
+    high = values.max(initial=0.0) if strongest is None else strongest
+
+    # What the arrows reach beyond the text, found before the figure is made to hold it.
+    width, lines = min(per_line, len(tokens)), (rows[-1] + 1 if len(rows) else 1)
+    arcs = [_arc(positions[j], positions[i]) for i, j in zip(pulled, sources[pulled], strict=True)]
+    reach = [[-1.0, -1.0], [width, _LINE * (lines - 1) + 1.0], *(p for a in arcs for p in a.path())]
+    (left, top), (right, bottom) = np.min(reach, axis=0) - 0.3, np.max(reach, axis=0) + 0.3
+    size = max(4.8, 0.6 + 0.28 * (right - left)), 1.1 + 0.28 * (bottom - top)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for i, j, value, arc in zip(pulled, sources[pulled], values, arcs, strict=True):
+        weight = min(1.0, value / (high or 1.0))
+        _arrow(axes, f"_{j}→{i}", arc.start, arc.stop, weight, arc.bend, _AT_TEXT)
+    drawn = "strongest coupling J_ij (dimensionless) of every token i, j → i"
+    if len(values):
+        drawn += f"\nfrom {values.min():.2g} (thin, pale) to {values.max():.2g} (wide, dark)"
     for token, place in zip(tokens, positions, strict=True):
         axes.annotate(
             _visible(token), place, ha="center", va="center", fontsize=10, family="monospace",
             zorder=3, bbox={"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none"},
         )  # fmt: skip
     axes.set(title=title, xlabel=drawn, xticks=[], yticks=[])
-    axes.set(xlim=(-1, width), ylim=(3.5 * (lines - 1) + 1.5, -4.0))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     _bare(axes)
     return figure
+
+
+@dataclass(frozen=True)
+class _Arc:
+    """An arrow from the edge of one token to that of another; x to the right, y downwards."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    bend: float
+
+    def path(self) -> list[np.ndarray]:
+        """Points on it: of the quadratic curve that matplotlib's `arc3` draws."""
+        across = self.stop - self.start
+        middle = (self.start + self.stop) / 2 + self.bend * np.array([-across[1], across[0]])
+        t = np.linspace(0, 1, 9)[:, None]
+        return list((1 - t) ** 2 * self.start + 2 * t * (1 - t) * middle + t**2 * self.stop)
+
+
+def _arc(source: np.ndarray, target: np.ndarray) -> _Arc:
+    """Between two tokens: above their line to the right, below it to the left, and from line to
+    line between the facing edges."""
+    across, down = target - source
+    distance = float(np.hypot(across, down))
+    edge = np.array([0.0, 0.5])
+    if down == 0:
+        # That of neighbours must be seen beside them, that of distant ones meet no other line.
+        height = min(max(0.17 * distance, 0.7), _HIGHEST)
+        side = -edge if across > 0 else edge
+        return _Arc(source + side, target + side, -2 * height / distance)
+    # Between lines nearly straight, not to dip below the line where an arrow ends.
+    side = edge if down > 0 else -edge
+    return _Arc(source + side, target - side, -0.35 * (abs(down) - 1) / distance)
 
 
 def draw_couplings(
@@ -129,6 +203,8 @@ def draw_couplings(
     positions: np.ndarray,
     weakest: float | None = None,
     strongest: float | None = None,
+    colour: str = COLOURS[2],
+    palest: float = PALEST,
 ) -> str:
     """Draw the strongest fifth of the couplings between places; returns what was drawn, in words.
 
@@ -153,35 +229,38 @@ def draw_couplings(
     high = drawn[-1] if strongest is None else strongest
     weight = np.clip((drawn - low) / ((high - low) or 1.0), 0, 1)
     if not symmetric:
-        _arrows(axes, positions, rows[order], columns[order], weight)
-        return f"the {len(drawn)} strongest couplings ‖J_ij‖, j → i: {span}"
+        for i, j, one in zip(rows[order], columns[order], weight, strict=True):
+            ends = positions[j], positions[i]
+            _arrow(axes, f"_{j}→{i}", *ends, one, 0.25, _AT_SITE, colour, palest)
+        return f"the {len(drawn)} strongest couplings ‖J_ij‖, j → i:\n{span} (dimensionless)"
     lines = np.stack([positions[rows[order]], positions[columns[order]]], axis=1)
     axes.add_collection(
-        LineCollection(list(lines), linewidths=0.3 + 4 * weight**2, colors=COLOURS[2],
-                       alpha=0.15 + 0.75 * weight, zorder=1)
+        LineCollection(list(lines), linewidths=0.6 + 3.7 * weight**2, colors=colour,
+                       alpha=palest + (0.95 - palest) * weight, zorder=1)
     )  # fmt: skip
-    return f"strongest fifth of the couplings ‖J_ij‖: {span}"
+    return f"strongest fifth of the couplings ‖J_ij‖:\n{span} (dimensionless)"
 
 
-def _arrows(
+def _arrow(
     axes: Axes,
-    positions: np.ndarray,
-    targets: np.ndarray,
-    sources: np.ndarray,
-    weights: np.ndarray,
-    bend: float = 0.25,
+    label: str,
+    start: np.ndarray,
+    stop: np.ndarray,
+    weight: float,
+    bend: float,
+    shrink: float,
+    colour: str = COLOURS[2],
+    palest: float = PALEST,
 ) -> None:
-    """Arrows from sources to targets, labelled ``_source→target``, weighted from 0 to 1."""
-    for i, j, weight in zip(targets, sources, weights, strict=True):
-        width = 0.3 + 2 * weight**2
-        axes.add_patch(
-            FancyArrowPatch(
-                tuple(positions[j]), tuple(positions[i]), label=f"_{j}→{i}",
-                connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>",
-                mutation_scale=5 + 3 * width, shrinkA=5, shrinkB=5, linewidth=width,
-                color=COLOURS[2], alpha=0.3 + 0.6 * weight, zorder=1,
-            )
-        )  # fmt: skip
+    """An arrow weighted from 0 to 1; also the weakest is seen on the paper."""
+    width = 0.6 + 1.9 * weight**2
+    axes.add_patch(
+        FancyArrowPatch(
+            tuple(start), tuple(stop), label=label, connectionstyle=f"arc3,rad={bend}",
+            arrowstyle="-|>", mutation_scale=5 + 3 * width, shrinkA=shrink, shrinkB=shrink,
+            linewidth=width, color=colour, alpha=palest + (0.95 - palest) * weight, zorder=1,
+        )
+    )  # fmt: skip
 
 
 def _checked(strengths: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,6 +271,10 @@ def _checked(strengths: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, 
         raise ValueError(
             f"there must be a place for each of {len(strengths)} sites, got {positions.shape}"
         )
+    for what, array in (("strengths", strengths), ("positions", positions)):
+        if not np.isfinite(array).all():
+            broken = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
+            raise ValueError(f"{what} must be finite, got {array[broken]} at {broken}")
     return strengths, positions
 
 

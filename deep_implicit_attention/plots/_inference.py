@@ -102,6 +102,7 @@ def _against_exact(
 ) -> None:
     """Points of each method over the diagonal, both axes the same."""
     everything = np.concatenate([exact, *answers.values()])
+    everything = everything[np.isfinite(everything)]
     low, high = (everything.min(), everything.max()) if len(everything) else (0.0, 0.0)
     margin = 0.05 * (high - low) or 0.05
     ends = low - margin, high + margin

@@ -22,6 +22,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _POINTS = 1.25  # pixels on the page for a point of a figure
+# Colours that the page has another shade of where it is dark; blues are too dark there.
+_SCHEME = {"#000000": "--ink", "#ffffff": "--paper", "#0072b2": "--blue", "#56b4e9": "--sky"}
+_NOT_FINITE = -32768  # no code of a number, which are from −32767 to 32767
 _READABLE = 0.72  # figures are never shrunk below this; narrow screens scroll them instead
 
 
@@ -123,7 +126,7 @@ def beside(*parts: str) -> str:
 
 
 def picture(figure: Figure, description: str) -> str:
-    """A figure as SVG in the page, its blacks and whites those of the reader's scheme."""
+    """A figure as SVG in the page, its blacks, whites and blues those of the reader's scheme."""
     drawn = io.StringIO()
     # Ids must be of one figure only, and the same every time.
     mark = f"f{_checksum(description)}"
@@ -134,7 +137,8 @@ def picture(figure: Figure, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{mark}-", svg)
-    svg = svg.replace("#000000", "var(--ink)").replace("#ffffff", "var(--paper)")
+    for colour, variable in _SCHEME.items():
+        svg = svg.replace(colour, f"var({variable})")
     # A hundredth of a point is enough, but for factors below 1.
     svg = re.sub(r"(?<![\d.])([1-9]\d*\.\d\d)\d+", r"\1", svg)
     width = 72 * figure.get_size_inches()[0] * _POINTS
@@ -156,18 +160,38 @@ def image(content: bytes, kind: str, description: str) -> str:
     )
 
 
+def moving_image(gif: bytes, still: bytes, description: str) -> str:
+    """An animation, in whose place readers who want less motion see `still`, a PNG."""
+    moving, calm = (base64.b64encode(content).decode() for content in (gif, still))
+    return (
+        '<figure><div class="scroll"><picture>'
+        f'<source media="(prefers-reduced-motion: reduce)" srcset="data:image/png;base64,{calm}">'
+        f'<img class="gif" src="data:image/gif;base64,{moving}" alt="{escape(description)}">'
+        f"</picture></div><figcaption>{escape(description)}</figcaption></figure>"
+    )
+
+
 def explorer(kind: str) -> str:
     """The elements that the script fills: of an ``"image"`` or of a ``"text"``."""
     return files(__package__ or __name__).joinpath(f"explore_{kind}.html").read_text("utf-8")
 
 
 def packed(array: np.ndarray) -> dict[str, Any]:
-    """An array from −1 to 1 in 16 bits, base64, with its shape: 1/32767 is the last digit."""
+    """An array from −1 to 1 in 16 bits, base64, with its shape: 1/32767 is the last digit.
+
+    What is not finite has the code −32768, and is NaN for the script.
+
+    Raises:
+        ValueError: for finite numbers beyond −1 or 1.
+    """
     array = np.asarray(array, dtype=float)
-    if not np.all(np.abs(array) <= 1 + 1e-9):
-        raise ValueError("packed numbers must be from -1 to 1")
-    codes = np.rint(32767 * np.clip(array, -1, 1)).astype("<i2")
-    return {"shape": list(array.shape), "codes": base64.b64encode(codes.tobytes()).decode()}
+    finite = np.isfinite(array)
+    largest = np.abs(array[finite]).max(initial=0.0)
+    if largest > 1 + 1e-9:
+        raise ValueError(f"array must hold numbers from -1 to 1, got one of size {largest:g}")
+    codes = np.where(finite, np.rint(32767 * np.clip(np.nan_to_num(array), -1, 1)), _NOT_FINITE)
+    text = base64.b64encode(codes.astype("<i2").tobytes()).decode()
+    return {"shape": list(array.shape), "codes": text}
 
 
 def _json(data: Any) -> str:

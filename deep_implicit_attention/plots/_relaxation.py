@@ -130,7 +130,18 @@ def relaxation_horizon(
     that at equilibrium.
 
     `label` says what the score is, with its unit. At most three equilibria can be told apart.
+
+    Raises:
+        ValueError: for no steps, or another number of scores than of steps.
     """
+    if not len(steps):
+        raise ValueError("steps must hold at least one number of steps, got none")
+    for name, values in by_steps.items():
+        if np.shape(values) != (len(steps),):
+            raise ValueError(
+                f"{name} must have a score for each of {len(steps)} steps, got shape "
+                f"{np.shape(values)}"
+            )
     ends = [min(steps), max(steps)]
     lines: dict[str, tuple[ArrayLike, ArrayLike]] = {
         name: (steps, values) for name, values in by_steps.items()

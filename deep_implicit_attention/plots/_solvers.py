@@ -26,8 +26,8 @@ def solver_comparison(
     every sample, sorted; below 1 plain iteration contracts.
 
     Raises:
-        ValueError: for more solvers than there are styles, six, or names in `radii` that are not
-            in `traces`.
+        ValueError: for more solvers than there are styles, six, names in `radii` that are not in
+            `traces`, or a trace of another shape.
     """
     if len(traces) > len(STYLES):
         raise ValueError(f"at most {len(STYLES)} solvers can be told apart, got {len(traces)}")
@@ -38,11 +38,21 @@ def solver_comparison(
     left, right = figure.subplots(1, 2)
     for (name, trace), (colour, marker, size) in zip(traces.items(), STYLES, strict=False):
         trace = np.asarray(trace, float)
+        if trace.ndim != 2 or not trace.shape[1]:
+            raise ValueError(
+                f"the trace of {name} must have shape (steps, samples) with at least one sample, "
+                f"got {trace.shape}"
+            )
         going = np.isfinite(trace).mean(axis=1) >= 0.5
         steps = np.arange(1, len(trace) + 1)[going]
-        low, middle, high = np.nanquantile(trace[going], [0.25, 0.5, 0.75], axis=1)
+        low, middle, high = (
+            np.nanquantile(trace[going], [0.25, 0.5, 0.75], axis=1)
+            if going.any()
+            else np.empty((3, 0))  # most samples are NaN from the first step on
+        )
+        shown = name if going.any() else f"{name} (most residuals are not finite)"
         style = {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": "none"}
-        left.plot(steps, middle, label=name, linewidth=1.5, **style)
+        left.plot(steps, middle, label=shown, linewidth=1.5, **style)
         left.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         if name in radii:
             ordered = np.sort(np.asarray(radii[name], float))

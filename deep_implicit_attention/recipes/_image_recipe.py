@@ -34,8 +34,8 @@ class ImageRecipe(TrainingFlags):
     validation: float
     """part of the training images set aside to choose the best epoch"""
 
-    def load(self) -> ImageData:
-        """The data of this recipe."""
+    def load(self, *, download: bool = True) -> ImageData:
+        """The data of this recipe; `download=False` takes only what is on this machine."""
         raise NotImplementedError
 
     def model(self, data: ImageData) -> ImageClassifier:
@@ -119,7 +119,7 @@ class Digits(SiteRecipe):
     threads: int = 1
     device: Device = "cpu"
 
-    def load(self) -> ImageData:
+    def load(self, *, download: bool = True) -> ImageData:
         return training.digits(self.validation, self.seed)
 
 
@@ -155,8 +155,8 @@ class Mnist(SiteRecipe):
     threads: int = 1
     device: Device = "cpu"
 
-    def load(self) -> ImageData:
-        return training.mnist(self.data_dir, self.validation, self.seed)
+    def load(self, *, download: bool = True) -> ImageData:
+        return training.mnist(self.data_dir, self.validation, self.seed, download=download)
 
 
 def measured_on_test(measured: Measured) -> dict[str, float]:

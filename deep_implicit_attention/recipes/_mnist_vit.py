@@ -66,8 +66,8 @@ class MnistViT(ImageRecipe):
     threads: int = 1
     device: Device = "cpu"
 
-    def load(self) -> ImageData:
-        return training.mnist(self.data_dir, self.validation, self.seed)
+    def load(self, *, download: bool = True) -> ImageData:
+        return training.mnist(self.data_dir, self.validation, self.seed, download=download)
 
     def model(self, data: ImageData) -> DeepImplicitAttentionViT:
         return DeepImplicitAttentionViT(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,43 +12,23 @@ from torch import Tensor
 
 from .. import plots
 from ..models import ImageClassifier
-from ..plots._page import Section, explorer, image, packed, paragraph
-from ..training import ImageData, Measured, Split, measure
-from ..training._state import weights
+from ..plots._page import Section, explorer, packed, paragraph
+from ..training import ImageData, Split, measure
 from ._image_recipe import ImageRecipe
-from ._images import sites_of, until_solved
-from ._report_page import CURVES, Story, pictures
+from ._images import sites_of
+from ._report_curves import training_section
+from ._report_film import add_film
+from ._report_page import Story, add_convergence, pictures
+from ._report_settling import MOST_STEPS, Settling, distances, rounded, scaled, settle
 
 NAMES = [str(digit) for digit in range(10)]
 _LOOKED_AT = 1000  # test images from which figures are made
+_CONVERGENCE_IMAGES, _RADII = 200, 32
 _HORIZON_IMAGES = 400  # every step of adaptive TAP costs the cube of all components
-_MOST_STEPS = 24
 _HORIZON = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _NUMBERS = 400_000  # magnetizations in the page at most, 2 bytes each
 _COMPONENTS = 16  # of a site that are shown
 _SHOWN = 24  # examples at most
-_FRAMES, _FEWEST = 40, 3  # of the animation
-
-
-def image_sections(story: Story, recipe: ImageRecipe) -> list[Section]:
-    """Relaxation, curves, convergence, couplings and errors, as far as they can be had."""
-    sections = [story.attempt(CURVES, lambda: _curves(story)) or Section("Training")]
-    model, data = _model(story, recipe)
-    if model is None or data is None:
-        return sections
-    test = data.test[torch.arange(min(_LOOKED_AT, len(data.test)))]
-    first = Section("Watch it settle")
-    measured = measure(model, test)
-    story.data = explored(model, test, measured.predictions, recipe.tol)
-    first.add(paragraph(_EXPLANATION), explorer("image"))
-    return [
-        first,
-        *sections,
-        _convergence(model, test, measured, recipe),
-        _couplings(story, model, test),
-        _errors(test, measured, len(data.test)),
-    ]
-
 
 _EXPLANATION = (
     "Pick a test image and move through the relaxation: the same weights after 1, 2, … plain steps "
@@ -57,9 +38,49 @@ _EXPLANATION = (
 )
 
 
+@dataclass(frozen=True)
+class Looked:
+    """The test images that are looked at, and the class read for each: −1 where scores are not
+    finite, which is no class and counts as wrong."""
+
+    test: Split
+    read: Tensor
+    whole: int  # images in the whole test set
+
+
+def image_sections(story: Story, recipe: ImageRecipe) -> list[Section]:
+    """Relaxation, curves, convergence, couplings and errors, as far as they can be had."""
+    curves = training_section(story)
+    model, data = _model(story, recipe)
+    if model is None or data is None:
+        return [curves]
+    test = data.test[torch.arange(min(_LOOKED_AT, len(data.test)))]
+    read = story.attempt("The test images cannot be read by the model", lambda: _read(model, test))
+    looked = Looked(test, read, len(data.test)) if read is not None else None
+    return [
+        story.section(
+            "Watch it settle", "The relaxation cannot be shown",
+            lambda part: looked and _add_explorer(story, part, model, looked, recipe.tol),
+        ),
+        curves,
+        story.section(
+            "Convergence", "The convergence cannot be shown",
+            lambda part: _add_convergence(story, part, model, test, looked, recipe),
+        ),
+        story.section(
+            "Couplings", "The couplings cannot be shown",
+            lambda part: _add_couplings(story, part, model, test),
+        ),
+        story.section(
+            "Errors", "The errors cannot be shown",
+            lambda part: looked and _add_errors(part, looked),
+        ),
+    ]  # fmt: skip
+
+
 def _model(story: Story, recipe: ImageRecipe) -> tuple[ImageClassifier | None, ImageData | None]:
     data = story.attempt("The images cannot be read, so figures that need them are missing",
-                         recipe.load)  # fmt: skip
+                         lambda: recipe.load(download=False))  # fmt: skip
     if data is None:
         return None, None
 
@@ -72,91 +93,64 @@ def _model(story: Story, recipe: ImageRecipe) -> tuple[ImageClassifier | None, I
     return model, data
 
 
-def _curves(story: Story) -> Section:
-    section, history = Section("Training"), story.history
-    if not history:
-        return section
-
-    def column(name: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-        values = [record.get(name) for record in history]
-        numbers = [math.nan if value is None else scale * value for value in values]
-        return [record.get("epoch", record["step"]) for record in history], numbers
-
-    def error(name: str) -> tuple[list[float], list[float]]:
-        epochs, accuracies = column(name, 100)
-        return epochs, [100 - accuracy for accuracy in accuracies]
-
-    loss = plots.Panel(
-        "epoch", "cross-entropy (nats)",
-        {"training": column("train_loss"), "validation": column("validation_loss")}, yscale="log",
-    )  # fmt: skip
-    wrong = plots.Panel(
-        "epoch", "error (%)",
-        {"training": error("train_accuracy"), "validation": error("validation_accuracy")},
-    )  # fmt: skip
-    steps = plots.Panel("epoch", "solver steps (mean)", {"training": column("solver_steps")})
-    radius = plots.Panel(
-        "epoch", "spectral radius of ∂F/∂z (dimensionless)",
-        {"validation": column("spectral_radius"), "plain iteration contracts below":
-         ([column("step")[0][0], column("step")[0][-1]], [1.0, 1.0])},
-    )  # fmt: skip
-    section.add(
-        pictures(
-            (plots.curves(loss), "Loss by epoch; training images are augmented"),
-            (plots.curves(wrong), "Error by epoch"),
-            (plots.curves(steps), "How many steps the solver takes"),
-            (
-                plots.curves(radius, reference=("plain iteration contracts below",)),
-                "How close the update is to not contracting",
-            ),
-        )
-    )
-    return section
+def _read(model: ImageClassifier, test: Split) -> Tensor:
+    measured = measure(model, test)
+    if math.isfinite(measured.loss):
+        return measured.predictions
+    with torch.no_grad():
+        scores = torch.cat([model(images) for images in test.images.split(500)])
+    return measured.predictions.where(scores.isfinite().all(dim=1), -1)
 
 
-@torch.no_grad()
-def explored(model: ImageClassifier, test: Split, read: Tensor, tol: float) -> dict[str, Any]:
-    """What the moving part shows: test images after 1, 2, ... steps and at equilibrium; `read` are
-    the classes that were read."""
-    sites = len(sites_of(model)[1])
+def _add_explorer(
+    story: Story, section: Section, model: ImageClassifier, looked: Looked, tol: float
+) -> None:
     parts = min(model.dim, _COMPONENTS)
-    count = max(1, min(_SHOWN, _NUMBERS // (sites * parts * (_MOST_STEPS + 1))))
-    chosen = _examples(test.labels, read, count)
-    images = test.images[chosen]
+    sites = len(sites_of(model)[1])
+    count = max(1, min(_SHOWN, _NUMBERS // (sites * parts * (MOST_STEPS + 1))))
+    chosen = _examples(looked.test.labels, looked.read, count)
+    images = looked.test.images[chosen]
+    settling = settle(lambda **given: model(images, return_solution=True, **given), tol)
+    data = explored(model, looked, chosen, settling, tol)
+    section.add(
+        paragraph(_EXPLANATION), *map(paragraph, settling.said("images")), explorer("image")
+    )
+    story.data = data
 
-    def frame(**overrides: Any) -> tuple[Tensor, Tensor, Tensor]:
-        scores, solutions = model(images, return_solution=True, **overrides)
-        residual = torch.stack([solution.residual for solution in solutions]).amax(dim=0)
-        return solutions[-1].value, scores.softmax(dim=1), residual
 
-    frames = [frame(steps=1)]
-    while len(frames) < _MOST_STEPS and bool((frames[-1][2] > tol).any()):
-        frames.append(frame(steps=len(frames) + 1))
-    frames.append(frame())
-    z, p, residual = (torch.stack(some, dim=1) for some in zip(*frames, strict=True))
-    z = z.nan_to_num(0.0, 0.0, 0.0)
-    lengths = z.norm(dim=-1)
-    distance = (z - z[:, -1:]).flatten(2).norm(dim=2) / z[:, -1:].flatten(2).norm(dim=2)
-    size, length = z.abs().max().item() or 1.0, lengths.max().item() or 1.0
+def explored(
+    model: ImageClassifier, looked: Looked, chosen: Tensor, settling: Settling, tol: float
+) -> dict[str, Any]:
+    """What the moving part shows: the test images `chosen` after 1, 2, ... steps and, last, as the
+    solver answers."""
+    z, test = settling.states.double(), looked.test
+    shown, size, clipped = scaled(z[..., :_COMPONENTS])
+    lengths, length, longer = scaled(z.norm(dim=-1))
+    p = settling.scores.softmax(dim=-1)
+    examples = zip(chosen.tolist(), test.labels[chosen], looked.read[chosen], strict=True)
     return {
         "kind": "image",
         "grid": model.grid,
         "token": model.token is not None,
         "dim": model.dim,
         "classes": NAMES,
-        "steps": list(range(1, len(frames))),
+        "steps": settling.steps,
         "tol": tol,
+        "solved": settling.solved.tolist(),
         "size": size,
         "length": length,
+        "clipped": clipped or longer,
+        "broken": not bool(settling.finite.all()),
         "examples": [
-            {"index": int(i), "label": int(test.labels[i]), "read": int(read[i])} for i in chosen
+            {"index": index, "label": int(label), "read": int(read) if read >= 0 else None}
+            for index, label, read in examples
         ],
-        "pixels": packed(_grey(images).permute(0, 2, 3, 1).numpy()),
-        "z": packed((z[..., :parts] / size).numpy()),
-        "lengths": packed((lengths / length).numpy()),
-        "probabilities": packed(p.nan_to_num(0.0).numpy()),
-        "residuals": [[float(f"{r:.3g}") for r in row] for row in residual.tolist()],
-        "distances": [[float(f"{d:.4g}") for d in row] for row in distance.tolist()],
+        "pixels": packed(_grey(test.images[chosen]).permute(0, 2, 3, 1).numpy()),
+        "z": packed(shown),
+        "lengths": packed(lengths),
+        "probabilities": packed(p.numpy()),
+        "residuals": rounded(settling.residuals, 3),
+        "distances": rounded(distances(settling.states), 4),
     }
 
 
@@ -179,41 +173,39 @@ def _grey(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _convergence(
-    model: ImageClassifier, test: Split, measured: Measured, recipe: ImageRecipe
-) -> Section:
-    section = Section("Convergence")
-    some = test[torch.arange(min(200, len(test)))]
-    _, solutions = model(some.images, return_solution=True)
-    radii = model.spectral_radius(some.images[:32], [solution.value[:32] for solution in solutions])
-    for number, solution in enumerate(solutions):
-        name = f"block {number + 1}: " if len(solutions) > 1 else ""
-        section.add(
-            paragraph(
-                f"{name}{int(solution.converged.sum())} of {len(some)} test images reach the "
-                f"tolerance {recipe.tol:g}, in {solution.steps.double().mean():.1f} steps on "
-                f"average; worst residual {solution.residual.max():.1e}; spectral radius of the "
-                f"update at the equilibria {radii[number].mean():.2f} (largest "
-                f"{radii[number].max():.2f})."
-            )
-        )
-    figures = [
-        (plots.convergence(until_solved(s), recipe.tol),
-         f"Residuals of {len(some)} solves" + (f", block {k + 1}" if len(solutions) > 1 else ""))
-        for k, s in enumerate(solutions)
-    ]  # fmt: skip
-    section.add(pictures(*figures, _horizon(model, test, measured)))
-    return section
+def _add_convergence(
+    story: Story,
+    section: Section,
+    model: ImageClassifier,
+    test: Split,
+    looked: Looked | None,
+    recipe: ImageRecipe,
+) -> None:
+    some = test.images[:_CONVERGENCE_IMAGES]
+    _, solutions = model(some, return_solution=True)
+
+    def radii() -> Tensor:
+        return model.spectral_radius(some[:_RADII], [s.value[:_RADII] for s in solutions])
+
+    add_convergence(
+        story, section, solutions, radii, recipe.tol, "test images",
+        lambda: _horizon(model, looked) if looked else None,
+    )  # fmt: skip
 
 
-def _horizon(model: ImageClassifier, test: Split, measured: Measured) -> tuple[Any, str]:
-    some = test[torch.arange(min(_HORIZON_IMAGES, len(test)))]
+def _horizon(model: ImageClassifier, looked: Looked) -> tuple[Any, str]:
+    some = looked.test[torch.arange(min(_HORIZON_IMAGES, len(looked.test)))]
 
-    def error(read: Tensor) -> float:
-        return 100 * (read != some.labels).double().mean().item()
+    def error(right: Tensor) -> float:
+        return 100 * (~right).double().mean().item()
 
-    errors = [error(model(some.images, steps=steps).argmax(dim=1)) for steps in _HORIZON]
-    last = error(measured.predictions[: len(some)])
+    errors = []
+    for steps in _HORIZON:
+        scores = model(some.images, steps=steps)
+        # Scores that are not finite are no answer, whatever their largest is said to be.
+        right = (scores.argmax(dim=1) == some.labels) & scores.isfinite().all(dim=1)
+        errors.append(error(right))
+    last = error(looked.read[: len(some)] == some.labels)
     figure = plots.relaxation_horizon(
         _HORIZON, {"explicit steps": errors}, {"equilibrium": last}, "error (%)"
     )
@@ -222,13 +214,12 @@ def _horizon(model: ImageClassifier, test: Split, measured: Measured) -> tuple[A
 
 
 @torch.no_grad()
-def _couplings(story: Story, model: ImageClassifier, test: Split) -> Section:
-    section = Section("Couplings")
+def _add_couplings(story: Story, section: Section, model: ImageClassifier, test: Split) -> None:
     images = test.images[:1]
     _, solutions = model(images, return_solution=True)
     strengths = model.couplings(images, solutions).mean(dim=2)[:, 0].numpy()
     if strengths.shape[-1] < 2:
-        return section
+        return
     section.add(
         paragraph(
             "Sites are the patches of the image and, at the left, the class token if there is one. "
@@ -237,31 +228,30 @@ def _couplings(story: Story, model: ImageClassifier, test: Split) -> Section:
         )
     )
     drawn = _grey(images)[0].permute(1, 2, 0).squeeze(-1).numpy()
+    places = pixel_places(model)
     for number, block in enumerate(strengths):
         name = f", block {number + 1}" if len(strengths) > 1 else ""
-        section.add(
-            pictures(
-                (plots.couplings_over_image(block, drawn, pixel_places(model)),
+        shown = story.attempt(
+            f"The couplings{name} cannot be drawn",
+            lambda block=block, name=name: pictures(
+                (plots.couplings_over_image(block, drawn, places),
                  f"Couplings between patches{name}"),
                 (plots.coupling_graph(block, *sites_of(model)), f"The same as a matrix{name}"),
-            )
+            ),
         )  # fmt: skip
-    animated = coupling_film(story, model, images)
-    if animated is not None:
-        content, steps = animated
-        (story.run.folder / "couplings.gif").write_bytes(content)
-        section.add(
-            image(content, "gif", f"The couplings in training, from {len(steps)} checkpoints, step "
-                  f"{steps[0]} to {steps[-1]}; also in couplings.gif")
-        )  # fmt: skip
-    else:
-        section.add(
-            paragraph(
-                f"For an animation of the couplings in training at least {_FEWEST} checkpoints "
-                "have to be kept: dia train ... --keep-checkpoints 40."
-            )
-        )
-    return section
+        if shown is not None:
+            section.add(shown)
+
+    def couplings() -> np.ndarray:
+        _, solutions = model(images, return_solution=True)
+        return model.couplings(images, solutions)[0, 0].mean(dim=0).numpy()
+
+    add_film(
+        story, section, model, couplings,
+        lambda strengths, title, weakest, strongest: plots.couplings_over_image(
+            strengths, drawn, places, title, weakest, strongest
+        ),
+    )  # fmt: skip
 
 
 def pixel_places(model: ImageClassifier) -> np.ndarray:
@@ -270,55 +260,22 @@ def pixel_places(model: ImageClassifier) -> np.ndarray:
     return (sites_of(model)[0] + 0.5) * size - 0.5
 
 
-def coupling_film(
-    story: Story, model: ImageClassifier, images: Tensor
-) -> tuple[bytes, list[int]] | None:
-    """A GIF of the first block's couplings at the checkpoints that were kept, and their steps.
-
-    None with fewer than three. Leaves other weights in `model`, which are put back at the end.
-    """
-    every = story.run.checkpoints.steps()
-    if len(every) < _FEWEST:
-        return None
-    best = {name: value.clone() for name, value in model.state_dict().items()}
-    chosen = np.unique(np.linspace(0, len(every) - 1, _FRAMES).round().astype(int))
-    found: dict[int, np.ndarray] = {}
-    for step in (every[k] for k in chosen):
-
-        def couplings(step: int = step) -> np.ndarray:
-            model.load_state_dict(weights(story.run.checkpoints.read(step).parts))
-            _, solutions = model(images, return_solution=True)
-            return model.couplings(images, solutions)[0, 0].mean(dim=0).numpy()
-
-        strengths = story.attempt(f"The checkpoint of step {step} is left out", couplings)
-        if strengths is not None:
-            found[step] = strengths
-    model.load_state_dict(best)
-    if len(found) < _FEWEST:
-        return None
-    apart = ~np.eye(len(next(iter(found.values()))), dtype=bool)
-    weakest = min(strengths[apart].min() for strengths in found.values())
-    strongest = max(strengths[apart].max() for strengths in found.values())
-    drawn = _grey(images)[0].permute(1, 2, 0).squeeze(-1).numpy()
-    figures = (
-        plots.couplings_over_image(
-            strengths, drawn, pixel_places(model), f"step {step}", weakest, strongest
+def _add_errors(section: Section, looked: Looked) -> None:
+    labels, read = looked.test.labels.numpy(), looked.read.numpy()
+    counts, known = np.zeros((10, 10), dtype=int), read >= 0
+    np.add.at(counts, (labels[known], read[known]), 1)
+    which = "all" if len(labels) == looked.whole else "the first"
+    if not known.all():
+        section.add(
+            paragraph(
+                f"The scores of {(~known).sum()} of {len(labels)} images are not finite: they "
+                "count as wrong, and stand in no column."
+            )
         )
-        for step, strengths in found.items()
-    )
-    return plots.animation(figures, seconds=0.3, dpi=72), list(found)
-
-
-def _errors(test: Split, measured: Measured, all_images: int) -> Section:
-    counts = np.zeros((10, 10), dtype=int)
-    np.add.at(counts, (test.labels.numpy(), measured.predictions.numpy()), 1)
-    which = "all" if len(test) == all_images else "the first"
-    section = Section("Errors")
     section.add(
         pictures(
             (plots.confusion_matrix(counts, NAMES),
-             f"True and predicted classes of {which} {len(test)} test images, accuracy "
-             f"{measured.accuracy:.2%}"),
+             f"True and predicted classes of {which} {len(labels)} test images, accuracy "
+             f"{(labels == read).mean():.2%}"),
         )
     )  # fmt: skip
-    return section

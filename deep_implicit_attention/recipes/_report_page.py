@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from .. import __version__
+from .. import __version__, plots
 from ..plots._page import Section, beside, folded, notice, page, paragraph, picture, table
+from ..solvers import Solution
 from ..training import Run
 from ..training._files import write_whole
 from ..training._run import CONFIG, METRICS
+from ._boltzmann import Boltzmann
 from ._image_recipe import ImageRecipe
-from ._saved import RECIPES, load_recipe
+from ._images import until_solved
+from ._ising import Ising
+from ._saved import RECIPES
+from ._settings import checked, usable
 from ._shakespeare import Shakespeare
 
 REPORT = "report.html"
-CURVES = "The metrics cannot be drawn"  # and why
 # Runs of commands of their own, which train no network.
-_OTHERS = ("ising", "boltzmann")
+_OTHERS: dict[str, type[Any]] = {"ising": Ising, "boltzmann": Boltzmann}
 T = TypeVar("T")
 
 
@@ -37,6 +42,7 @@ class Story:
         records: the lines of its metrics that could be read.
         missing: sentences, shown at the top.
         data: what the moving part shows, or None.
+        owns_files: whether pictures may be written into the folder of the run.
     """
 
     run: Run
@@ -44,6 +50,13 @@ class Story:
     records: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     data: dict[str, Any] | None = None
+    owns_files: bool = True
+
+    @property
+    def command(self) -> str | None:
+        """The command of its own that made the run, or None."""
+        name = self.config.get("recipe")
+        return name if isinstance(name, str) and name in _OTHERS else None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -57,42 +70,75 @@ class Story:
         return [record for record in self.records if "step" in record and "ending" not in record]
 
     def attempt(self, what: str, function: Callable[[], T]) -> T | None:
-        """The answer of `function`; where it fails as bad files do, None, and a sentence."""
+        """The answer of `function`; where it fails, None, and a sentence.
+
+        Whatever fails: a part that cannot be made from a damaged or a strange run, in any of the
+        ways in which a model, a solver or a figure may fail, must not cost the others.
+        """
         try:
             return function()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            self.missing.append(f"{what}: {str(error) or type(error).__name__}")
+        except Exception as error:
+            # Python's own words for these do not say what they are about.
+            bare = isinstance(error, KeyError | IndexError | AttributeError) or not str(error)
+            reason = f"{type(error).__name__} {error}" if bare else str(error)
+            if isinstance(error, OSError) and error.strerror and error.filename:
+                reason = f"{error.filename}: {error.strerror}"
+            self.missing.append(f"{what}: {reason}")
             return None
+
+    def section(self, title: str, what: str, build: Callable[[Section], Any]) -> Section:
+        """A section that `build` adds to; where it fails, what it added so far, and a sentence."""
+        section = Section(title)
+        self.attempt(what, lambda: build(section))
+        return section
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """See `report_run`."""
+    path = folder / REPORT if out is None else out
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        why = "that is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"out must be a file in a folder that exists, got {out}: {why}")
     run = Run(folder)
-    config = run.config()
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} must hold an object, got {type(config).__name__}")
-    story = Story(run, config)
-    story.records = _readable(story)
+    story = Story(run, {}, owns_files=out is None)
+    _read_config(story)
+    story.records = story.attempt("The metrics cannot be read", lambda: _readable(story)) or []
     sections = _sections(story)
     name = f"{story.config.get('recipe', 'run')}: {folder.resolve().name}"
     headline = story.attempt("The result cannot be summed up", lambda: _headline(story))
     lead = [headline or "", *(notice(sentence) for sentence in story.missing)]
-    path = folder / REPORT if out is None else out
     html = page(f"{name} – report", lead, sections, story.data)
     write_whole(path, html.encode())
     return path
 
 
+def _read_config(story: Story) -> None:
+    if not story.run.is_started():
+        story.run.config()  # which says that there is no run
+    config = story.attempt(
+        "The settings are lost, and with them the model", lambda: story.run.config()
+    )
+    if isinstance(config, dict):
+        story.config = config
+    elif config is not None:
+        story.missing.append(
+            f"The settings are lost, and with them the model: {CONFIG} must hold an object, got "
+            f"{type(config).__name__}."
+        )
+
+
 def _sections(story: Story) -> list[Section]:
-    if story.config.get("recipe") in _OTHERS:
+    name = story.command
+    if name is not None:
         from ._report_spins import boltzmann_sections, ising_sections
 
+        usable(story.config, _OTHERS[name], story.missing)
         known = {"ising": ising_sections, "boltzmann": boltzmann_sections}
-        own = known[story.config["recipe"]](story)
+        own = known[name](story)
         return [*own, _configuration(story), _making(story)]
+    from ._report_curves import training_section
+
     recipe = _recipe(story)
-    if recipe is not None and recipe.threads:
-        torch.set_num_threads(recipe.threads)
     own: list[Section] = []
     if isinstance(recipe, ImageRecipe):
         from ._report_images import image_sections
@@ -102,6 +148,8 @@ def _sections(story: Story) -> list[Section]:
         from ._report_text import text_sections
 
         own = text_sections(story, recipe)
+    else:
+        own = [training_section(story)]
     return [_results(story), *own, _configuration(story), _making(story)]
 
 
@@ -122,6 +170,8 @@ def _readable(story: Story) -> list[dict[str, Any]]:
             records.append(record)
         else:
             broken += 1
+    if not records and not broken:
+        story.missing.append(f"There are no metrics yet: {METRICS} is empty.")
     if broken:
         story.missing.append(
             f"{broken} line(s) of {METRICS} cannot be read: still being written, or damaged."
@@ -131,24 +181,24 @@ def _readable(story: Story) -> list[dict[str, Any]]:
 
 def _recipe(story: Story) -> Any:
     """The recipe with the run's settings, or None; says which settings are not this version's."""
-    name = story.config.get("recipe")
-    kind = RECIPES.get(str(name))
-    if kind is None:
-        story.missing.append(
-            f"The recipe {name!r} is unknown to this version ({__version__}), so there is no "
-            "model to look into."
-        )
+    if not story.config:
         return None
-    known = {entry.name for entry in dataclasses.fields(kind)}
-    strange = sorted(story.config.keys() - known - {"recipe"})
-    lacking = sorted(known - story.config.keys())
-    for settings, fate in ((strange, "left out"), (lacking, "taken at this version's defaults")):
-        if settings:
-            story.missing.append(
-                f"The run is of another version: the settings {', '.join(settings)} are "
-                f"{'not known here' if settings is strange else 'not in it'} and {fate}."
-            )
-    recipe = story.attempt("The settings cannot be used", lambda: load_recipe(story.run))
+    name = story.config.get("recipe")
+    kind = RECIPES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        what = f"The recipe {name!r} is unknown to this version ({__version__})"
+        if name is None:
+            what = f"{CONFIG} names no recipe"
+        story.missing.append(f"{what}, so there is no model to look into.")
+        return None
+    recipe = story.attempt(
+        "The settings cannot be used",
+        lambda: kind(**usable(story.config, kind, story.missing)),
+    )
+    if recipe is not None:
+        story.attempt("Settings are out of range", lambda: checked(recipe))
+        if recipe.threads > 0:
+            torch.set_num_threads(recipe.threads)
     if story.result is None:
         story.missing.append(
             "The training has not ended: it is still running or was killed. What is shown is of "
@@ -160,20 +210,22 @@ def _recipe(story: Story) -> Any:
 
 
 def _headline(story: Story) -> str:
-    if story.config.get("recipe") in _OTHERS:
+    if story.command:
         from ._report_spins import headline
 
         return paragraph(headline(story))
     result = story.result or {}
     if "test_accuracy" in result:
         return paragraph(
-            f"Test accuracy {result['test_accuracy']:.2%}, loss {result['test_loss']:.4f} nats; "
+            f"Test accuracy {said(result['test_accuracy'], '.2%')}, loss "
+            f"{said(result['test_loss'], '.4f')} nats; "
             f"{result['parameters']:,} effective parameters, weights of epoch "
             f"{result['best_epoch']}, {result['training_seconds']:.0f} s of training."
         )
     if "best_step" in result:
         return paragraph(
-            f"Validation loss {result['validation_loss']:.4f} nats per character over all windows; "
+            f"Validation loss {said(result['validation_loss'], '.4f')} nats per character over all "
+            "windows; "
             f"{result['parameters']:,} parameters, weights of step {result['best_step']}, "
             f"{result['training_seconds']:.0f} s of training."
         )
@@ -213,7 +265,7 @@ def _configuration(story: Story) -> Section:
 
 def _making(story: Story) -> Section:
     section = Section("How this was made")
-    anew = "" if story.config.get("recipe") in _OTHERS else (
+    anew = "" if story.command else (
         "; everything else was computed anew from the best weights"
     )  # fmt: skip
     section.add(
@@ -224,6 +276,53 @@ def _making(story: Story) -> Section:
         )
     )
     return section
+
+
+def add_convergence(
+    story: Story,
+    section: Section,
+    solutions: Sequence[Solution],
+    radii: Callable[[], Tensor],
+    tol: float,
+    what: str,
+    horizon: Callable[[], tuple[Any, str] | None],
+) -> None:
+    """How the solves of some samples, `what` they are, went in every block; the spectral radii
+    `(blocks, samples)` at their ends, and another figure."""
+    found = story.attempt("The spectral radius cannot be computed", radii)
+    figures = []
+    for number, solution in enumerate(solutions):
+        many, count = len(solutions) > 1, len(solution.residual)
+        name = f"block {number + 1}: " if many else ""
+        radius = ""
+        if found is not None:
+            radius = (
+                "; spectral radius of the update at the solver's answers "
+                f"{said(found[number].mean(), '.2f')} (largest {said(found[number].max(), '.2f')})"
+            )
+        section.add(
+            paragraph(
+                f"{name}{int(solution.converged.sum())} of {count} {what} reach the tolerance "
+                f"{tol:g}, in {solution.steps.double().mean():.1f} steps on average; worst "
+                f"residual {said(solution.residual.max(), '.1e')}{radius}."
+            )
+        )
+        figure = story.attempt(
+            f"{name}residuals cannot be drawn",
+            lambda solution=solution: plots.convergence(until_solved(solution), tol),
+        )
+        if figure is not None:
+            block = f", block {number + 1}" if many else ""
+            figures.append((figure, f"Residuals of {count} solves{block}"))
+    extra = story.attempt("The error as an explicit network cannot be drawn", horizon)
+    section.add(pictures(*figures, *([extra] if extra else [])))
+
+
+def said(number: Tensor | float | None, form: str) -> str:
+    """A number in a sentence; null in the metrics is one that was not finite."""
+    if number is None or not math.isfinite(number):
+        return "not finite"
+    return format(float(number), form)
 
 
 def pictures(*drawn: tuple[Any, str]) -> str:

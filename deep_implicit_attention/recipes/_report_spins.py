@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .. import plots
 from ..plots._page import Section, folded, image, paragraph
@@ -25,8 +27,13 @@ def headline(story: Story) -> str:
     """What kind of run this is, and what it cannot show."""
     if story.config["recipe"] == "ising":
         return f"Methods of inference on one system of spins. {_NO_NETWORK}"
-    machines = [r for r in story.records if r.get("l2") is not None]
+    scores = ("l2", "validation_error", "test_error")
+    machines = [r for r in story.records if all(r.get(name) is not None for name in scores)]
     best = ""
+    if story.records and not machines:
+        story.missing.append(
+            f"No line of the metrics has all of {', '.join(scores)}, so no machine is named best."
+        )
     if machines:
         one = min(machines, key=lambda record: record["validation_error"])
         best = (
@@ -38,44 +45,76 @@ def headline(story: Story) -> str:
 
 def ising_sections(story: Story) -> list[Section]:
     """The methods at the β of the table, the figure of the run, couplings."""
-    results, drawn, couplings = Section("Results"), Section("Pictures"), Section("Couplings")
+    results, drawn = Section("Results"), Section("Pictures")
     records, beta = story.records, story.config.get("beta")
-    at_beta = [record for record in records if record.get("beta") == beta]
-    if at_beta:
+    at_beta = [_by_method(record) for record in records if record.get("beta") == beta]
+    if beta is not None and at_beta:
         results.add(paragraph(f"At β = {beta}:"), records_table(at_beta))
+    elif records:
+        which = "The settings hold no beta" if beta is None else f"No answer is at beta = {beta}"
+        story.missing.append(f"{which}, so there is no table of the answers at it alone.")
     if records:
-        results.add(folded(f"All {len(records)} answers", records_table(records)))
+        every = records_table([_by_method(record) for record in records])
+        results.add(folded(f"All {len(records)} answers", every))
     _add_image(story, drawn, FIGURE, "Answers against the exact ones, and errors against β")
-    strengths = _array(story, ANSWERS, "couplings")
-    if strengths is not None and 2 <= len(strengths) <= _MOST_SPINS:
-        names = [str(i) for i in range(len(strengths))]
-        figure = plots.coupling_graph(np.abs(strengths), _circle(len(strengths)), names)
-        couplings.add(pictures((figure, "Sizes |J_ij| of the couplings between the spins")))
-    elif strengths is not None and len(strengths) > _MOST_SPINS:
-        couplings.add(
-            paragraph(f"{len(strengths)} spins: the graph of 2 to {_MOST_SPINS} is drawn.")
-        )
+    couplings = story.section(
+        "Couplings", "The couplings cannot be drawn", lambda part: _add_graph(story, part)
+    )
     return [results, drawn, couplings]
+
+
+def _by_method(record: dict[str, Any]) -> dict[str, Any]:
+    """The method first, which names the row."""
+    return {"method": record.get("method"), **record}
+
+
+def _add_graph(story: Story, section: Section) -> None:
+    strengths = _array(story, ANSWERS, "couplings")
+    if strengths is None:
+        return
+    if strengths.ndim != 2 or strengths.shape[0] != strengths.shape[1]:
+        raise ValueError(f"those in {ANSWERS} must have shape (N, N), got {strengths.shape}")
+    if not 2 <= len(strengths) <= _MOST_SPINS:
+        section.add(paragraph(f"{len(strengths)} spins: the graph of 2 to {_MOST_SPINS} is drawn."))
+        return
+    names = [str(i) for i in range(len(strengths))]
+    figure = plots.coupling_graph(np.abs(strengths), _circle(len(strengths)), names)
+    section.add(pictures((figure, "Sizes |J_ij| of the couplings between the spins")))
 
 
 def boltzmann_sections(story: Story) -> list[Section]:
     """The methods, what they completed and drew, and the parameters of the best machine."""
-    results, drawn, couplings = Section("Results"), Section("Pictures"), Section("Couplings")
+    results, drawn = Section("Results"), Section("Pictures")
     if story.records:
-        results.add(records_table(story.records))
+        results.add(records_table([_by_method(record) for record in story.records]))
     _add_image(story, drawn, COMPLETIONS, "Lower halves of held-out digits, by each method")
     if story.config.get("samples") != 0:
         _add_image(story, drawn, SAMPLES, "Digits drawn from the best machine")
+    couplings = story.section(
+        "Couplings", "The couplings cannot be drawn", lambda part: _add_machine(story, part)
+    )
+    return [results, drawn, couplings]
+
+
+def _add_machine(story: Story, section: Section) -> None:
     strengths, fields = (_array(story, PARAMETERS, name) for name in ("couplings", "fields"))
     if strengths is None or fields is None:
-        return [results, drawn, couplings]
-    side = round(len(KNOWN) ** 0.5)
+        return
+    pixels, count = len(KNOWN), len(fields)
+    if fields.ndim != 1 or count < pixels or strengths.shape != (count, count):
+        raise ValueError(
+            f"{PARAMETERS} must hold fields (N,) and couplings (N, N) of at least {pixels} units, "
+            f"got {fields.shape} and {strengths.shape}"
+        )
+    if not np.isfinite(fields).all():
+        raise ValueError(f"the fields in {PARAMETERS} must be finite, got {fields.min()}")
+    side = round(pixels**0.5)
     # Hidden units, which come last, have no place in the image.
-    strengths, fields = np.abs(strengths[: side**2, : side**2]), fields[: side**2]
+    strengths, fields = np.abs(strengths[:pixels, :pixels]), fields[:pixels]
     field_map = fields.reshape(side, side)
     low, high = field_map.min(), field_map.max()
     places = np.indices((side, side)).reshape(2, -1).T[:, ::-1]
-    couplings.add(
+    section.add(
         paragraph(
             "The best machine on the validation images: the fields of the pixels, and the "
             "couplings between them over the fields, dark to bright."
@@ -89,15 +128,26 @@ def boltzmann_sections(story: Story) -> list[Section]:
              "Sizes |J_ij| of the couplings between pixels"),
         ),
     )  # fmt: skip
-    return [results, drawn, couplings]
 
 
 def _add_image(story: Story, section: Section, name: str, description: str) -> None:
     path = story.run.folder / name
-    if path.exists():
-        section.add(image(path.read_bytes(), "png", description))
-    else:
+    if not path.exists():
         story.missing.append(f"There is no {name}: the run is still being written, or was killed.")
+        return
+    content = story.attempt(f"{name} is damaged", lambda: _picture(path))
+    if content is not None:
+        section.add(image(content, "png", description))
+
+
+def _picture(path: Path) -> bytes:
+    """The bytes of a PNG file that a browser will show."""
+    content = path.read_bytes()
+    if not content:
+        raise ValueError("it is empty")
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
+        opened.load()
+    return content
 
 
 def _array(story: Story, name: str, key: str) -> np.ndarray | None:

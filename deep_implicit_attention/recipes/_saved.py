@@ -12,6 +12,7 @@ from ..training._run import plain
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
 from ._mnist_vit import MnistViT
+from ._settings import typed
 from ._shakespeare import Shakespeare
 
 RECIPES: dict[str, type[Any]] = {
@@ -61,7 +62,7 @@ def load_recipe(run: Run) -> Any:
         )
     types = typing.get_type_hints(kind)
     return kind(
-        **{name: _typed(value, types[name]) for name, value in config.items() if name in types}
+        **{name: typed(value, types[name]) for name, value in config.items() if name in types}
     )
 
 
@@ -135,11 +136,3 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
             f"the run in {run.folder} was started with {', '.join(changed)}: resume with the same "
             "settings, or leave out --resume to start anew"
         )
-
-
-def _typed(value: Any, kind: Any) -> Any:
-    """A value of a JSON file as a field of type `kind` holds it."""
-    kinds = {kind, *typing.get_args(kind)}
-    if isinstance(value, str) and Path in kinds:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value

@@ -92,9 +92,11 @@ class Shakespeare(TrainingFlags):
         if self.sample < 1:
             raise ValueError(f"sample must be at least 1, got {self.sample}")
 
-    def load(self) -> TextData:
-        """The text of this recipe."""
-        return training.shakespeare(self.data_dir) if self.text is None else read_text(self.text)
+    def load(self, *, download: bool = True) -> TextData:
+        """The text of this recipe; `download=False` takes only what is on this machine."""
+        if self.text is not None:
+            return read_text(self.text)
+        return training.shakespeare(self.data_dir, download=download)
 
     def model(self, num_tokens: int) -> DeepImplicitAttentionTransformer:
         """The untrained model for so many characters."""
@@ -209,6 +211,9 @@ def _saved(run: Run) -> dict[str, Any]:
         raise ValueError(f"{run.folder} has no {_VOCABULARY}: its training never began") from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    names = ("characters", "text_sha256")
+    if not isinstance(content, dict) or not all(isinstance(content.get(n), str) for n in names):
+        raise ValueError(f"{path} must hold an object with the strings {' and '.join(names)}")
     return content
 
 

@@ -67,16 +67,19 @@ def digits(validation: float, seed: int) -> ImageData:
     return _split(images, labels, torch.tensor(rest), torch.tensor(test), validation, seed)
 
 
-def mnist(data_dir: Path | None, validation: float, seed: int) -> ImageData:
+def mnist(
+    data_dir: Path | None, validation: float, seed: int, *, download: bool = True
+) -> ImageData:
     """MNIST: 60,000 images of 28×28 pixels to learn from, 10,000 to test.
 
     Reads the four idx files, gzipped or not, from `data_dir` (or its folder ``mnist``), else from
     the folder that the variable ``DIA_DATA`` names, else from the cache, into which they are
-    downloaded first. Whatever the source, the bytes are checked by sha256. `seed` draws the part
-    `validation` of the training images.
+    downloaded first; with `download=False` what is not there is a `FileNotFoundError`. Whatever the
+    source, the bytes are checked by sha256. `seed` draws the part `validation` of the training
+    images.
     """
     images, labels = {}, {}
-    folder = _mnist_folder(data_dir)
+    folder = _mnist_folder(data_dir, download)
     for part in ("train", "t10k"):
         images[part] = _idx(_read(folder, f"{part}-images-idx3-ubyte"))
         labels[part] = _idx(_read(folder, f"{part}-labels-idx1-ubyte"))
@@ -109,11 +112,11 @@ def _split(
     return ImageData(data[order[cut:]], data[order[:cut]], data[test], (-mean / std).item())
 
 
-def _mnist_folder(data_dir: Path | None) -> Path:
+def _mnist_folder(data_dir: Path | None, download: bool) -> Path:
     if data_dir is None and "DIA_DATA" in os.environ:
         data_dir = Path(os.environ["DIA_DATA"])
     if data_dir is None:
-        return _download()
+        return _cached(download)
     for folder in (data_dir, data_dir / "mnist"):
         if all(_find(folder, name) for name in _MNIST):
             return folder
@@ -127,14 +130,19 @@ def _find(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
 
-def _download() -> Path:
+def _cached(download: bool) -> Path:
     """The cache folder with the four files in it."""
     pooch = require("pooch", "train")
     folder = Path(pooch.os_cache("deep-implicit-attention")) / "mnist"
-    for name in _MNIST:
-        if not _find(folder, name):
-            # The archive may be packed in many ways; what is in it is checked when it is read.
-            pooch.retrieve(f"{_MNIST_URL}{name}.gz", None, f"{name}.gz", folder)
+    lacking = [name for name in _MNIST if not _find(folder, name)]
+    if lacking and not download:
+        raise FileNotFoundError(
+            f"{folder}, where downloads are kept, does not hold the MNIST files "
+            f"{', '.join(lacking)}, and neither data_dir nor DIA_DATA names another folder"
+        )
+    for name in lacking:
+        # The archive may be packed in many ways; what is in it is checked when it is read.
+        pooch.retrieve(f"{_MNIST_URL}{name}.gz", None, f"{name}.gz", folder)
     return folder
 
 

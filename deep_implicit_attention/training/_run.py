@@ -83,6 +83,8 @@ class Run:
             return json.loads(path.read_text())
         except FileNotFoundError as error:
             raise ValueError(f"{self.folder} holds no run: it has no {CONFIG}") from error
+        except NotADirectoryError as error:
+            raise ValueError(f"{self.folder} holds no run: it is a file, not a folder") from error
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 

@@ -107,14 +107,15 @@ def _check_length(ids: Tensor, length: int) -> None:
         raise ValueError(f"a text of {len(ids)} characters is too short for length {length}")
 
 
-def shakespeare(data_dir: Path | None = None) -> TextData:
+def shakespeare(data_dir: Path | None = None, *, download: bool = True) -> TextData:
     """Tiny Shakespeare: 1,115,394 characters, the last tenth for validation.
 
     Reads ``tinyshakespeare.txt`` from `data_dir` (or its folder ``text``), else from the folder
-    that the variable ``DIA_DATA`` names, else from the cache, into which it is downloaded first.
-    Whatever the source, the bytes are checked by sha256.
+    that the variable ``DIA_DATA`` names, else from the cache, into which it is downloaded first;
+    with `download=False` a file that is not there is a `FileNotFoundError`. Whatever the source,
+    the bytes are checked by sha256.
     """
-    path = _shakespeare_file(data_dir)
+    path = _shakespeare_file(data_dir, download)
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != _SHAKESPEARE_SHA256:
@@ -125,12 +126,19 @@ def shakespeare(data_dir: Path | None = None) -> TextData:
     return text_data(content.decode())
 
 
-def _shakespeare_file(data_dir: Path | None) -> Path:
+def _shakespeare_file(data_dir: Path | None, download: bool) -> Path:
     if data_dir is None and "DIA_DATA" in os.environ:
         data_dir = Path(os.environ["DIA_DATA"])
     if data_dir is None:
         pooch = require("pooch", "train")
         folder = Path(pooch.os_cache("deep-implicit-attention")) / "text"
+        if not download and not (folder / _SHAKESPEARE).is_file():
+            raise FileNotFoundError(
+                f"{folder}, where downloads are kept, does not hold {_SHAKESPEARE}, and neither "
+                "data_dir nor DIA_DATA names another folder"
+            )
+        if not download:
+            return folder / _SHAKESPEARE
         return Path(pooch.retrieve(_SHAKESPEARE_URL, None, _SHAKESPEARE, folder))
     for folder in (data_dir, data_dir / "text"):
         if (folder / _SHAKESPEARE).is_file():

@@ -160,6 +160,12 @@ def test_convergence_draws_every_sample_and_the_median(
     assert to_hex(tolerance.get_color()) in OKABE_ITO - groups[0] - groups[1]
 
 
+def test_convergence_of_no_samples() -> None:
+    for trace in (np.zeros((4, 0)), np.zeros(4)):
+        with pytest.raises(ValueError, match=r"trace must have shape \(steps, samples\)"):
+            convergence(trace, 1e-3)
+
+
 # --- couplings ------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
 
 from deep_implicit_attention.plots import (
     coupling_graph,
@@ -50,7 +51,8 @@ def test_symmetric_couplings_are_lines_and_others_arrows(strengths: np.ndarray) 
     drawn = {frozenset(where[tuple(end)] for end in line) for line in lines.get_segments()}
     assert drawn == {frozenset(pair) for pair in pairs}
     high, low = (f"{both[pair]:.2g}" for pair in pairs)
-    assert axes.get_xlabel() == f"strongest fifth of the couplings ‖J_ij‖: {low} to {high}"
+    said = axes.get_xlabel().replace("\n", " ")
+    assert said == f"strongest fifth of the couplings ‖J_ij‖: {low} to {high} (dimensionless)"
 
     axes = couplings_over_image(strengths, PIXELS, PLACES).axes[0]
     assert not any(isinstance(c, LineCollection) for c in axes.collections)
@@ -117,8 +119,68 @@ def test_every_token_has_an_arrow_from_the_one_that_pulls_it_most() -> None:
     assert list(texts) == ["a", "␣", "↵", r"\$", "e"]
     assert texts["a"][1] == texts["↵"][1] < texts[r"\$"][1] == texts["e"][1]
     assert texts["a"][0] == texts[r"\$"][0] < texts["e"][0] == texts["␣"][0]
-    np.testing.assert_array_equal(ends(found[1, 4])[0], texts["␣"])
+    start, stop = ends(found[1, 4])  # from the lower edge of one to the upper edge of the other
+    assert (start[0], stop[0]) == (texts["␣"][0], texts["e"][0])
+    assert texts["␣"][1] < start[1] < stop[1] < texts["e"][1]
     assert "j → i" in axes.get_xlabel()
+    assert "0.2 (thin, pale) to 1 (wide, dark)" in axes.get_xlabel()
+    assert "dimensionless" in axes.get_xlabel()
+
+
+def outline(arrow: FancyArrowPatch) -> np.ndarray:
+    """Points on the line and the head of an arrow `(n, 2)`, where sites are measured."""
+    path = arrow.get_path().cleaned(curves=False)  # straight pieces instead of curves
+    assert path.codes is not None
+    return np.asarray(path.vertices)[np.isin(path.codes, (Path.MOVETO, Path.LINETO))]
+
+
+@pytest.mark.parametrize(("tokens", "per_line"), [(4, 32), (64, 32), (64, 10), (1, 32)])
+def test_a_text_has_room_for_all_arrows_and_words(tokens: int, per_line: int) -> None:
+    """Nothing is cut off: no arc, however long, at the border of the axes, no label at that of the
+    figure; and no arc within a line reaches another line."""
+    random = np.random.default_rng(0)
+    strengths = random.uniform(0, 1, (tokens, tokens))
+    strengths[per_line - 1 : per_line, 0] = 2.0  # the longest arc there can be in a line
+    strengths[:1, per_line - 1 : per_line] = 2.0
+    figure = couplings_over_text(strengths, ["x"] * tokens, "heading", per_line=per_line)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    for arrow in arrows(axes).values():
+        x, y = outline(arrow).T
+        assert left <= x.min() <= x.max() <= right
+        assert top <= y.min() <= y.max() <= bottom
+        start, stop = ends(arrow)
+        if start[1] == stop[1]:
+            assert np.abs(y - start[1]).max() < 3.5 - 0.5
+    page = figure.bbox
+    for label in (axes.xaxis.label, axes.title):
+        box = label.get_window_extent()
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1
+
+
+def test_an_arrow_between_neighbours_is_seen_beside_them() -> None:
+    strengths = np.array([[0.0, 1.0], [1.0, 0.0]])
+    figure = couplings_over_text(strengths, ["a", "b"])
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    for (source, _), arrow in arrows(axes).items():
+        heights = outline(arrow)[:, 1]
+        furthest = heights.min() if source == 0 else heights.max()
+        assert abs(furthest) > 1.0  # the edge of a token is at 0.5
+        assert np.sign(furthest) == (-1 if source == 0 else 1)  # there and back lie apart
+
+
+def test_arrows_over_text_can_be_compared_between_figures() -> None:
+    strengths = np.array([[0.0, 0.0], [0.5, 0.0]])
+
+    def width(strongest: float | None) -> float:
+        return arrows(couplings_over_text(strengths, "ab", strongest=strongest).axes[0])[
+            0, 1
+        ].get_linewidth()
+
+    assert width(1.0) < width(None) == width(0.5) == width(0.1)
 
 
 def test_colours_and_emptiness(strengths: np.ndarray) -> None:
@@ -140,3 +202,15 @@ def test_bad_input(strengths: np.ndarray) -> None:
         couplings_over_text(strengths, list("abc"))
     with pytest.raises(ValueError, match="per_line"):
         couplings_over_text(strengths, list("abcde"), per_line=0)
+    with pytest.raises(ValueError, match="at least 2 sites, got 1"):
+        coupling_graph(np.zeros((1, 1)), PLACES[:1], ["a"])
+    with pytest.raises(ValueError, match="names must be one for each of 5 sites, got 3"):
+        coupling_graph(strengths, PLACES, list("abc"))
+    strengths[1, 3] = np.nan
+    for figure in (
+        lambda: coupling_graph(strengths, PLACES, list("abcde")),
+        lambda: couplings_over_image(strengths, PIXELS, PLACES),
+        lambda: couplings_over_text(strengths, list("abcde")),
+    ):
+        with pytest.raises(ValueError, match=r"strengths must be finite, got nan at \(1, 3\)"):
+            figure()

@@ -145,6 +145,13 @@ def test_horizon_draws_scores_and_equilibrium() -> None:
     assert {text.get_text() for text in legend.get_texts()} == names
 
 
+def test_horizon_without_steps_or_with_other_scores() -> None:
+    with pytest.raises(ValueError, match="steps must hold at least one"):
+        relaxation_horizon([], {"a": []}, {"b": 0.5}, "error (%)")
+    with pytest.raises(ValueError, match=r"a must have a score for each of 2 steps, got .*\(3,\)"):
+        relaxation_horizon([1, 2], {"a": [1.0, 2.0, 3.0]}, {"b": 0.5}, "error (%)")
+
+
 # --- solvers --------------------------------------------------------------------------------
 
 
@@ -175,6 +182,18 @@ def test_solvers_have_medians_bands_and_radii() -> None:
         solver_comparison({"a": fast}, {"b": [0.1]}, 1e-3)
     with pytest.raises(ValueError, match="at most 6"):
         solver_comparison({str(k): slow for k in range(7)}, {}, 1e-3)
+
+
+def test_a_solver_whose_residuals_are_not_finite_is_named() -> None:
+    fine, lost = 10 ** -RANDOM.uniform(0, 4, (3, 5)), np.full((3, 5), np.nan)
+    lost[:, 0] = 0.1  # one sample of five goes on
+    figure = solver_comparison({"fine": fine, "lost": lost}, {"lost": np.ones(5)}, 1e-3)
+    figure.draw_without_rendering()
+    drawn = lines(figure.axes[0])
+    assert drawn["lost (most residuals are not finite)"] == ([], [])
+    assert drawn["fine"][0] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"trace of a must have shape .* got \(3, 0\)"):
+        solver_comparison({"a": np.zeros((3, 0))}, {}, 1e-3)
 
 
 # --- approximate against exact --------------------------------------------------------------
@@ -209,6 +228,18 @@ def test_estimates_have_points_and_bars_of_two_standard_errors() -> None:
         against_exact(exact, {str(k): exact for k in range(7)})
 
 
+def test_estimates_that_are_not_finite_are_counted() -> None:
+    exact = np.array([-0.5, 0.0, 0.7])
+    (axes,) = against_exact(exact, {"method": [np.nan, 0.1, np.inf]}).axes
+    axes.figure.draw_without_rendering()
+    (container,) = axes.containers
+    assert container.get_label() == "method (2 of 3 not finite)"
+    assert np.all(np.isfinite(axes.get_xlim()))
+    assert "dimensionless" in axes.get_ylabel()
+    with pytest.raises(ValueError, match=r"exact must be finite, got exact\[1\] = nan"):
+        against_exact([0.0, np.nan], {"method": [0.0, 0.1]})
+
+
 # --- phases ---------------------------------------------------------------------------------
 
 
@@ -216,7 +247,8 @@ def test_phases_of_each_method_and_where_it_failed() -> None:
     temperatures, fields = [0.5, 1.0, 2.0], [0.0, 0.1]
     exact = np.arange(6.0).reshape(3, 2) / 10
     answers = {"exact": exact, "method": exact + 0.2}
-    converged = {"method": np.array([[False, True], [True, False], [True, True]])}
+    # Not symmetric: what exchanges temperatures and fields fails.
+    converged = {"method": np.array([[True, False], [True, True], [False, True]])}
     figure = phase_diagram(temperatures, fields, answers, converged, order_label="|m| (unit)")
     first, second, bar = figure.axes
     for axes, values in ((first, exact), (second, exact + 0.2)):
@@ -232,13 +264,15 @@ def test_phases_of_each_method_and_where_it_failed() -> None:
         str(line.get_label()): set(zip(line.get_xdata(), line.get_ydata(), strict=True))
         for line in second.lines
     }
-    assert crosses == {"_failed": {(0.0, 0.5), (0.1, 1.0)}}
+    assert crosses == {"_failed": {(0.1, 0.5), (0.0, 2.0)}}
     assert "33% not converged" in second.get_title()
     assert "converged" not in first.get_title()
     assert first.get_ylabel()
     assert bar.get_ylabel() == "|m| (unit)"
     with pytest.raises(ValueError, match="3 temperatures and 2 fields"):
         phase_diagram(temperatures, fields, {"a": exact.T})
+    with pytest.raises(ValueError, match="at least one method, got none"):
+        phase_diagram(temperatures, fields, {})
 
 
 # --- animation ------------------------------------------------------------------------------
@@ -274,3 +308,13 @@ def test_animation_of_nothing_or_of_different_sizes() -> None:
         animation([frame(1), Figure(figsize=(3, 1))])
     with pytest.raises(ValueError, match="seconds"):
         animation([frame(1)], seconds=0)
+
+
+def test_animation_leaves_the_figures_as_they_are() -> None:
+    figures = [frame(1), frame(2)]
+    before = [(figure.dpi, figure.canvas, tuple(figure.get_size_inches())) for figure in figures]
+    animation(figures, dpi=50)
+    for figure, (dpi, canvas, size) in zip(figures, before, strict=True):
+        assert figure.dpi == dpi != 50
+        assert figure.canvas is canvas
+        assert tuple(figure.get_size_inches()) == size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
+from deep_implicit_attention.recipes import report_run
 from deep_implicit_attention.training import ImageData
 
 TINY = "--epochs 2 --batch-size 32 --widths 4 --strides 2 --dim 3 --threads 1 --learning-rate 0.01"
@@ -115,3 +117,50 @@ def saved(tmp_path: Path) -> Callable[[Any, Any], list[str]]:
         return ["--couplings", str(tmp_path / "J.npy"), "--fields", str(tmp_path / "x.npy")]
 
     return save
+
+
+# --- runs that are reported on, made once -----------------------------------------------------
+
+PHRASE = "the quick brown fox jumps over the lazy dog.\n"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run on the digits, with four checkpoints, and its report."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    flags = ("--epochs", "4", "--keep-checkpoints", "4", "--seed", "1", "--batch-size", "64")
+    assert call(folder, "digits", *flags).status == 0
+    assert invoke(folder, "report", str(folder)).status == 0
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run that may be damaged."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run on a text, with three checkpoints, and its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text(20 * PHRASE)
+    flags = (
+        "--dim 8 --heads 2 --length 12 --batch-size 4 --iterations 6 --warmup 2 --evaluate-every 2 "
+        "--sample 14 --evaluate-windows 3 --max-iter 200 --jacobian-penalty 0 --depth 2 "
+        "--keep-checkpoints 3"
+    )
+    own = ["--text", str(folder / "text.txt"), "--run-dir", str(folder / "run")]
+    outcome = invoke(folder / "run", "train", "shakespeare", *flags.split(), *own)
+    assert outcome.status == 0, outcome.err
+    report_run(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of machines on digits."""
+    folder = tmp_path_factory.mktemp("runs") / "boltzmann"
+    flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
+    assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
+    return folder

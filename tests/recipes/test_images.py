@@ -72,10 +72,11 @@ def test_every_setting_is_a_shared_one_but_the_data_folder() -> None:
 def test_seed_and_part_reach_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(training, "digits", lambda *a: asked.append(a))
-    monkeypatch.setattr(training, "mnist", lambda *a: asked.append(a))
+    monkeypatch.setattr(training, "mnist", lambda *a, download: asked.append((*a, download)))
     Digits(validation=0.3, seed=4).load()
     Mnist(validation=0.2, seed=5, data_dir=Path("x")).load()
-    assert asked == [(0.3, 4), (Path("x"), 0.2, 5)]
+    Mnist(validation=0.2, seed=5).load(download=False)
+    assert asked == [(0.3, 4), (Path("x"), 0.2, 5, True), (None, 0.2, 5, False)]
 
 
 def test_the_figures_show_the_run(

@@ -19,7 +19,7 @@ from deep_implicit_attention.recipes import MnistViT
 from deep_implicit_attention.training import ImageData, Progress, Run, Split
 
 from .conftest import Outcome, invoke
-from .test_report import Page, unpacked
+from .reports import Page, unpacked
 from .test_resume import assert_same_end, records
 
 TINY = (
@@ -54,7 +54,7 @@ def data() -> ImageData:
 @pytest.fixture
 def train(data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Call `dia train mnist-vit *flags` with those images in the place of MNIST."""
-    monkeypatch.setattr(training, "mnist", lambda *_: data)
+    monkeypatch.setattr(training, "mnist", lambda *_, **__: data)
     folder = tmp_path / "run"
 
     def call(*flags: str) -> Outcome:

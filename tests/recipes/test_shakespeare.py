@@ -360,7 +360,7 @@ def test_without_a_text_it_is_tiny_shakespeare(
 ) -> None:
     asked = []
 
-    def tiny(folder: Path | None) -> Any:
+    def tiny(folder: Path | None, *, download: bool) -> Any:
         asked.append(folder)
         return training.text_data("To be, or not to be: " * 20)
 
