@@ -17,7 +17,8 @@ class ExplicitTransformer(nn.Module):
     The default size is that of nanoGPT's small CPU baseline, 0.80 M parameters. Positions are
     learned, or rotary with `rotary_base`. Weights start as the equilibrium model's do: those of
     a Linear at its own scale, embeddings with `embedding_std`; or, with ``gpt2=True``, as GPT-2's
-    (std 0.02, no biases). In both, what adds to the residual is smaller by √(2 depth). It takes
+    (std 0.02, no biases). In both, what adds to the residual is smaller by √(2 depth). With
+    ``wide=True`` hidden units start with unit deviation, as the equilibrium model's do. It takes
     the options that the equilibrium model's training loop gives and has no use for them.
     """
 
@@ -32,6 +33,7 @@ class ExplicitTransformer(nn.Module):
         heads: int = 4,
         embedding_std: float = 0.05,
         gpt2: bool = False,
+        wide: bool = False,
     ) -> None:
         super().__init__()
         std = 0.02 if gpt2 else embedding_std
@@ -43,6 +45,10 @@ class ExplicitTransformer(nn.Module):
             _Block(dim, depth, heads, rotary_base, not gpt2) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, bias=not gpt2)
+        if wide:
+            with torch.no_grad():
+                for block in self.blocks:
+                    block.expand.weight.mul_(3**0.5)
         if gpt2:
             for block in self.blocks:
                 for layer in block.inner:

@@ -12,29 +12,32 @@ from torch import Tensor, nn
 class MovingAverage:
     """e ← d e + (1 − d) θ after every step of the optimizer, from e = θ at the start.
 
-    Holds a copy of every parameter; buffers are the model's own. Works on sharded parameters, too,
-    which `torch.optim.swa_utils.AveragedModel`, a deep copy of the model, does not.
+    θ are the parameters and the buffers of real numbers, such as the running statistics of batch
+    normalisation: those of other weights would not fit the averaged ones. Holds a copy of each.
+    Works on sharded parameters, too, which `torch.optim.swa_utils.AveragedModel`, a deep copy of
+    the model, does not.
 
     Args:
-        model: the model whose parameters θ are averaged.
+        model: the model that is averaged.
         decay: d, from 0 to below 1; the average looks back about 1/(1 − d) steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = list(model.parameters())
-        self._average = [p.detach().clone() for p in self._parameters]
+        buffers = (buffer for buffer in model.buffers() if buffer.is_floating_point())
+        self._live = [*model.parameters(), *buffers]
+        self._average = [t.detach().clone() for t in self._live]
         self.decay = decay
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are."""
-        for average, parameter in zip(self._average, self._parameters, strict=True):
-            average.lerp_(parameter, 1 - self.decay)
+        """Take in the model as it is."""
+        for average, live in zip(self._average, self._live, strict=True):
+            average.lerp_(live, 1 - self.decay)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The average in the place of the parameters, which come back unchanged at the end."""
-        own = [p.detach().clone() for p in self._parameters]
+        """The average in the place of the model's own, which comes back unchanged at the end."""
+        own = [t.detach().clone() for t in self._live]
         self._fill(self._average)
         try:
             yield
@@ -43,11 +46,11 @@ class MovingAverage:
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Make the parameters, as they are, the average."""
-        for average, parameter in zip(self._average, self._parameters, strict=True):
-            average.copy_(parameter)
+        """Make the model, as it is, the average."""
+        for average, live in zip(self._average, self._live, strict=True):
+            average.copy_(live)
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
-            parameter.copy_(value)
+        for live, value in zip(self._live, values, strict=True):
+            live.copy_(value)

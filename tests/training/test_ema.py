@@ -29,6 +29,23 @@ def test_the_average_is_the_weighted_sum_of_the_history(decay: float) -> None:
     assert torch.equal(model.weight, history[-1])
 
 
+def test_running_statistics_are_averaged_as_the_weights_are() -> None:
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(3).double()
+    average = MovingAverage(model, 0.6)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for k in range(5):
+        model(torch.randn(8, 3, dtype=torch.float64) + k)
+        average.update()
+        assert model.running_mean is not None
+        expected = 0.6 * expected + 0.4 * model.running_mean
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with average.in_model():
+        torch.testing.assert_close(model.running_mean, expected, rtol=1e-14, atol=1e-14)
+        assert model.num_batches_tracked == 5  # a count has no average
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
 def test_the_weights_come_back_after_an_error() -> None:
     model = nn.Linear(2, 2)
     average = MovingAverage(model, 0.5)
