@@ -338,7 +338,7 @@ def test_plain_iteration_converges_as_initialised(attention: str, positions: str
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-@pytest.mark.parametrize(("dim", "heads"), [(4, 1), (8, 2), (16, 2)])
+@pytest.mark.parametrize(("dim", "heads"), [(4, 1), (8, 2), (16, 2), (32, 4)])
 def test_narrow_models_converge_from_every_seed(positions: str, dim: int, heads: int) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
@@ -348,6 +348,14 @@ def test_narrow_models_converge_from_every_seed(positions: str, dim: int, heads:
         )  # fmt: skip
         with torch.no_grad():
             model(torch.randint(65, (8, 16)))
+
+
+def test_hidden_units_start_with_unit_deviation() -> None:
+    torch.manual_seed(0)
+    model = DeepImplicitAttentionTransformer(num_tokens=65, max_seq_len=64, dim=128)
+    correction = model.blocks[0].fun.correction  # type: ignore[union-attr]
+    acting = torch.nn.functional.layer_norm(torch.randn(4096, 128), (128,))
+    assert correction.expand(acting).std().item() == pytest.approx(1.0, rel=0.02)
 
 
 def test_diagnostics_against_the_jacobian() -> None:
