@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ from ._shakespeare import Shakespeare
 REPORT = "report.html"
 # Runs of commands of their own, which train no network.
 _OTHERS: dict[str, type[Any]] = {"ising": Ising, "boltzmann": Boltzmann}
+# Not what is raised of a damaged run: Python's and PyTorch's own words, which do not say what they
+# are about.
+_UNEXPECTED = (
+    LookupError, AttributeError, TypeError, AssertionError, NameError, RuntimeError,
+)  # fmt: skip
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Drawn = tuple[Figure, str]  # and what it shows
 Make = Callable[[], Drawn | None]
@@ -76,14 +83,17 @@ class Story:
         """The answer of `function`; where it fails, None, and a sentence.
 
         Whatever fails: a part that cannot be made from a damaged or a strange run, in any of the
-        ways in which a model, a solver or a figure may fail, must not cost the others.
+        ways in which a model, a solver or a figure may fail, must not cost the others. Errors
+        that a fault of this program may raise are named by their type, and the trace of each is
+        logged at level DEBUG.
         """
         try:
             return function()
         except Exception as error:
-            # Python's own words for these do not say what they are about.
-            bare = isinstance(error, KeyError | IndexError | AttributeError) or not str(error)
-            reason = f"{type(error).__name__} {error}" if bare else str(error)
+            _LOG.debug("%s", what, exc_info=True)
+            reason = str(error)
+            if isinstance(error, _UNEXPECTED) or not reason:
+                reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
             if isinstance(error, OSError) and error.strerror and error.filename:
                 reason = f"{error.filename}: {error.strerror}"
             self.missing.append(f"{what}: {reason}")

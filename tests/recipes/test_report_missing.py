@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from deep_implicit_attention import plots
+from deep_implicit_attention.recipes._report_page import Story
 from deep_implicit_attention.training import Run
 
 from .conftest import Outcome, invoke
@@ -355,6 +357,39 @@ def test_a_machine_of_another_size(machines: Path, tmp_path: Path) -> None:
         assert any(said in notice for notice in page.notices)
     assert any("settings l2 are not in it" in notice for notice in page.notices)
     assert {"Results", "Pictures"} <= set(page.titles)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("f() takes 2"), "TypeError: f() takes 2"),
+        (AssertionError(), "AssertionError"),
+        (NameError("name 'z' is not defined"), "NameError: name 'z' is not defined"),
+        (RuntimeError("a (2) and b (3)"), "RuntimeError: a (2) and b (3)"),
+        (KeyError("step"), "KeyError: 'step'"),
+        (AttributeError("no 'z'"), "AttributeError: no 'z'"),
+        (IndexError(""), "IndexError"),
+        (ValueError("tol must be above 0"), "tol must be above 0"),
+        (OSError(2, "No such file", "model.safetensors"), "model.safetensors: No such file"),
+    ],
+)
+def test_a_fault_of_the_program_can_be_recognised(
+    error: Exception, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its type is in the page, where it was raised is in the log."""
+
+    def raises_it() -> None:
+        raise error
+
+    story = Story(Run(tmp_path), {})
+    with caplog.at_level(logging.DEBUG, "deep_implicit_attention"):
+        assert story.attempt("It cannot be shown", raises_it) is None
+    assert story.missing == [f"It cannot be shown: {reason}"]
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage()) == (logging.DEBUG, "It cannot be shown")
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+    assert "in raises_it" in caplog.text
 
 
 FIELDS, COUPLINGS = "Blue: rather black. Red: rather white", "Sizes |J_ij| of the couplings"
