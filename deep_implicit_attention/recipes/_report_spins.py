@@ -102,8 +102,6 @@ def _add_machine(story: Story, section: Section) -> None:
     shown = None
     if fields is not None:
         shown = story.attempt("The fields cannot be drawn", lambda: _field_map(fields))
-    if couplings is None and shown is None:
-        return
     over = "" if shown is None else ", over the fields, dark to bright"
 
     def graph() -> Drawn | None:
@@ -119,12 +117,13 @@ def _add_machine(story: Story, section: Section) -> None:
         figure = plots.magnetization_maps([shown], ["fields"], label=label)
         return figure, "Blue: rather black. Red: rather white"
 
-    section.add(paragraph("Of the best machine on the validation images:"))
     story.add_pictures(
         section,
         ("The fields cannot be drawn", fields_map),
         ("The couplings cannot be drawn", graph),
     )
+    if section.parts:
+        section.parts.insert(0, paragraph("Of the best machine on the validation images:"))
 
 
 def _field_map(fields: np.ndarray) -> np.ndarray:

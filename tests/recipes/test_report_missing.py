@@ -427,5 +427,6 @@ def test_fields_and_couplings_of_a_machine_are_shown_without_each_other(
         assert any(words in notice for notice in page.notices), words
     assert len(page.notices) <= len(said)
     assert len(page.figures) == len(shown)
+    assert ("Couplings" in page.titles) == bool(shown)  # no heading of nothing
     for figure, start in zip(page.figures, shown, strict=True):
         assert figure.startswith(start)
