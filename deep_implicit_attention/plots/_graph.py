@@ -122,8 +122,8 @@ def couplings_over_text(
     For every token i an arrow from the other token j that pulls it most, as wide and as dark as
     J_ij is strong. (The strongest of all would be those of the first tokens, which have few others
     to share their attention among.) Within a line arrows to the right run above it, those to the
-    left below. `strongest` fixes the strength of the widest arrow, so that several figures can be
-    compared.
+    left below. `strongest` fixes the strength of the widest arrow, and is said below the text, so
+    that several figures can be compared.
 
     Raises:
         ValueError: for `per_line` below 1, strengths that are not finite, or another number of
@@ -138,7 +138,7 @@ def couplings_over_text(
     sources = others.argmax(axis=1) if len(others) else np.zeros(0, int)
     pulled = np.nonzero(others.max(axis=1, initial=-np.inf) > 0)[0]
     values = others[pulled, sources[pulled]]
-    high = values.max(initial=0.0) if strongest is None else strongest
+    high = (values.max(initial=0.0) if strongest is None else strongest) or 1.0
 
     # What the arrows reach beyond the text, found before the figure is made to hold it.
     width, lines = min(per_line, len(tokens)), (rows[-1] + 1 if len(rows) else 1)
@@ -149,11 +149,15 @@ def couplings_over_text(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for i, j, value, arc in zip(pulled, sources[pulled], values, arcs, strict=True):
-        weight = min(1.0, value / (high or 1.0))
+        weight = min(1.0, value / high)
         _arrow(axes, f"_{j}→{i}", arc.start, arc.stop, weight, arc.bend, _AT_TEXT)
     drawn = "strongest coupling J_ij (dimensionless) of every token i, j → i"
     if len(values):
-        drawn += f"\nfrom {values.min():.2g} (thin, pale) to {values.max():.2g} (wide, dark)"
+        low, most = f"{values.min():.2g}", f"{values.max():.2g}"
+        if strongest is None:
+            drawn += f"\nfrom {low} (thin, pale) to {most} (wide, dark)"
+        else:
+            drawn += f"\nfrom {low} to {most}; wide and dark: {high:.2g} or more"
     for token, place in zip(tokens, positions, strict=True):
         axes.annotate(
             _visible(token), place, ha="center", va="center", fontsize=10, family="monospace",

@@ -18,7 +18,7 @@ from ._image_recipe import ImageRecipe
 from ._images import sites_of
 from ._report_curves import training_section
 from ._report_film import add_film
-from ._report_page import Story, add_convergence, pictures
+from ._report_page import Story, add_convergence, alone
 from ._report_settling import MOST_STEPS, Settling, distances, rounded, scaled, settle
 
 NAMES = [str(digit) for digit in range(10)]
@@ -231,16 +231,17 @@ def _add_couplings(story: Story, section: Section, model: ImageClassifier, test:
     places = pixel_places(model)
     for number, block in enumerate(strengths):
         name = f", block {number + 1}" if len(strengths) > 1 else ""
-        shown = story.attempt(
-            f"The couplings{name} cannot be drawn",
-            lambda block=block, name=name: pictures(
-                (plots.couplings_over_image(block, drawn, places),
-                 f"Couplings between patches{name}"),
-                (plots.coupling_graph(block, *sites_of(model)), f"The same as a matrix{name}"),
-            ),
+        story.add_pictures(
+            section,
+            (f"The couplings{name} cannot be drawn over the image",
+             lambda block=block, name=name: (
+                 plots.couplings_over_image(block, drawn, places),
+                 f"Couplings between patches{name}")),
+            (f"The couplings{name} cannot be drawn as a matrix",
+             lambda block=block, name=name: (
+                 plots.coupling_graph(block, *sites_of(model)),
+                 f"Couplings between patches{name}, as a matrix")),
         )  # fmt: skip
-        if shown is not None:
-            section.add(shown)
 
     def couplings() -> np.ndarray:
         _, solutions = model(images, return_solution=True)
@@ -273,9 +274,9 @@ def _add_errors(section: Section, looked: Looked) -> None:
             )
         )
     section.add(
-        pictures(
-            (plots.confusion_matrix(counts, NAMES),
-             f"True and predicted classes of {which} {len(labels)} test images, accuracy "
-             f"{(labels == read).mean():.2%}"),
+        alone(
+            plots.confusion_matrix(counts, NAMES),
+            f"True and predicted classes of {which} {len(labels)} test images, accuracy "
+            f"{(labels == read).mean():.2%}",
         )
-    )  # fmt: skip
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import __version__, plots
@@ -29,7 +31,15 @@ from ._shakespeare import Shakespeare
 REPORT = "report.html"
 # Runs of commands of their own, which train no network.
 _OTHERS: dict[str, type[Any]] = {"ising": Ising, "boltzmann": Boltzmann}
+# Not what is raised of a damaged run: Python's and PyTorch's own words, which do not say what they
+# are about.
+_UNEXPECTED = (
+    LookupError, AttributeError, TypeError, AssertionError, NameError, RuntimeError,
+)  # fmt: skip
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+Drawn = tuple[Figure, str]  # and what it shows
+Make = Callable[[], Drawn | None]
 
 
 @dataclass
@@ -73,14 +83,17 @@ class Story:
         """The answer of `function`; where it fails, None, and a sentence.
 
         Whatever fails: a part that cannot be made from a damaged or a strange run, in any of the
-        ways in which a model, a solver or a figure may fail, must not cost the others.
+        ways in which a model, a solver or a figure may fail, must not cost the others. Errors
+        that a fault of this program may raise are named by their type, and the trace of each is
+        logged at level DEBUG.
         """
         try:
             return function()
         except Exception as error:
-            # Python's own words for these do not say what they are about.
-            bare = isinstance(error, KeyError | IndexError | AttributeError) or not str(error)
-            reason = f"{type(error).__name__} {error}" if bare else str(error)
+            _LOG.debug("%s", what, exc_info=True)
+            reason = str(error)
+            if isinstance(error, _UNEXPECTED) or not reason:
+                reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
             if isinstance(error, OSError) and error.strerror and error.filename:
                 reason = f"{error.filename}: {error.strerror}"
             self.missing.append(f"{what}: {reason}")
@@ -91,6 +104,18 @@ class Story:
         section = Section(title)
         self.attempt(what, lambda: build(section))
         return section
+
+    def add_pictures(self, section: Section, *drawn: tuple[str, Make]) -> None:
+        """Add figures side by side. Each has a function of its own that makes it and describes it;
+        for one that fails there is a sentence, which begins as is said beside it."""
+
+        def made(make: Make) -> str | None:
+            found = make()
+            return None if found is None else picture(*found)
+
+        shown = [self.attempt(what, lambda make=make: made(make)) for what, make in drawn]
+        if any(shown):
+            section.add(beside(*filter(None, shown)))
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -285,12 +310,12 @@ def add_convergence(
     radii: Callable[[], Tensor],
     tol: float,
     what: str,
-    horizon: Callable[[], tuple[Any, str] | None],
+    horizon: Make,
 ) -> None:
     """How the solves of some samples, `what` they are, went in every block; the spectral radii
     `(blocks, samples)` at their ends, and another figure."""
     found = story.attempt("The spectral radius cannot be computed", radii)
-    figures = []
+    figures: list[tuple[str, Make]] = []
     for number, solution in enumerate(solutions):
         many, count = len(solutions) > 1, len(solution.residual)
         name = f"block {number + 1}: " if many else ""
@@ -307,15 +332,14 @@ def add_convergence(
                 f"residual {said(solution.residual.max(), '.1e')}{radius}."
             )
         )
-        figure = story.attempt(
-            f"{name}residuals cannot be drawn",
-            lambda solution=solution: plots.convergence(until_solved(solution), tol),
-        )
-        if figure is not None:
-            block = f", block {number + 1}" if many else ""
-            figures.append((figure, f"Residuals of {count} solves{block}"))
-    extra = story.attempt("The error as an explicit network cannot be drawn", horizon)
-    section.add(pictures(*figures, *([extra] if extra else [])))
+        described = f"Residuals of {count} solves" + (f", block {number + 1}" if many else "")
+
+        def residuals(solution: Solution = solution, described: str = described) -> Drawn:
+            return plots.convergence(until_solved(solution), tol), described
+
+        figures.append((f"{name}residuals cannot be drawn", residuals))
+    figures.append(("The error as an explicit network cannot be drawn", horizon))
+    story.add_pictures(section, *figures)
 
 
 def said(number: Tensor | float | None, form: str) -> str:
@@ -325,6 +349,6 @@ def said(number: Tensor | float | None, form: str) -> str:
     return format(float(number), form)
 
 
-def pictures(*drawn: tuple[Any, str]) -> str:
-    """Figures and their descriptions, side by side."""
-    return beside(*(picture(figure, description) for figure, description in drawn))
+def alone(figure: Figure, description: str) -> str:
+    """One figure, as wide as it would be beside others."""
+    return beside(picture(figure, description))

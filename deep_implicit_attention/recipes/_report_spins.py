@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import plots
 from ..plots._page import Section, folded, image, paragraph
 from ._boltzmann import COMPLETIONS, KNOWN, PARAMETERS, SAMPLES
 from ._compare import ANSWERS, FIGURE
-from ._report_page import Story, pictures, records_table
+from ._report_page import Drawn, Story, alone, records_table
 
 _MOST_SPINS = 40  # as circles in a graph
 
@@ -79,7 +80,7 @@ def _add_graph(story: Story, section: Section) -> None:
         return
     names = [str(i) for i in range(len(strengths))]
     figure = plots.coupling_graph(np.abs(strengths), _circle(len(strengths)), names)
-    section.add(pictures((figure, "Sizes |J_ij| of the couplings between the spins")))
+    section.add(alone(figure, "Sizes |J_ij| of the couplings between the spins"))
 
 
 def boltzmann_sections(story: Story) -> list[Section]:
@@ -97,37 +98,66 @@ def boltzmann_sections(story: Story) -> list[Section]:
 
 
 def _add_machine(story: Story, section: Section) -> None:
-    strengths, fields = (_array(story, PARAMETERS, name) for name in ("couplings", "fields"))
-    if strengths is None or fields is None:
-        return
-    pixels, count = len(KNOWN), len(fields)
-    if fields.ndim != 1 or count < pixels or strengths.shape != (count, count):
+    couplings, fields = (_array(story, PARAMETERS, name) for name in ("couplings", "fields"))
+    shown = None
+    if fields is not None:
+        shown = story.attempt("The fields cannot be drawn", lambda: _field_map(fields))
+    over = "" if shown is None else ", over the fields, dark to bright"
+
+    def graph() -> Drawn | None:
+        if couplings is None:
+            return None
+        figure = _coupling_graph(couplings, fields, shown)
+        return figure, f"Sizes |J_ij| of the couplings between pixels{over}"
+
+    def fields_map() -> Drawn | None:
+        if shown is None:
+            return None
+        label = "field on a pixel (dimensionless)"
+        figure = plots.magnetization_maps([shown], ["fields"], label=label)
+        return figure, "Blue: rather black. Red: rather white"
+
+    story.add_pictures(
+        section,
+        ("The fields cannot be drawn", fields_map),
+        ("The couplings cannot be drawn", graph),
+    )
+    if section.parts:
+        section.parts.insert(0, paragraph("Of the best machine on the validation images:"))
+
+
+def _field_map(fields: np.ndarray) -> np.ndarray:
+    """The fields of the pixels, as an image. Hidden units come last and have no place in it."""
+    pixels = len(KNOWN)
+    if fields.ndim != 1 or len(fields) < pixels:
         raise ValueError(
-            f"{PARAMETERS} must hold fields (N,) and couplings (N, N) of at least {pixels} units, "
-            f"got {fields.shape} and {strengths.shape}"
+            f"those in {PARAMETERS} must have shape (N,) of at least {pixels} units, got "
+            f"{fields.shape}"
         )
     if not np.isfinite(fields).all():
-        raise ValueError(f"the fields in {PARAMETERS} must be finite, got {fields.min()}")
+        raise ValueError(f"those in {PARAMETERS} must be finite, got {fields.min()}")
+    return fields[:pixels].reshape(round(pixels**0.5), -1)
+
+
+def _coupling_graph(
+    couplings: np.ndarray, fields: np.ndarray | None, ground: np.ndarray | None
+) -> Figure:
+    """The couplings between the pixels over their fields `ground`, or else over nothing."""
+    pixels = len(KNOWN)
+    count = fields.size if fields is not None else max(couplings.shape, default=0)
+    if count < pixels or couplings.shape != (count, count):
+        many = "" if fields is None else f"for {count} fields, "
+        raise ValueError(
+            f"those in {PARAMETERS} must have shape (N, N), {many}of at least {pixels} units, got "
+            f"{couplings.shape}"
+        )
     side = round(pixels**0.5)
-    # Hidden units, which come last, have no place in the image.
-    strengths, fields = np.abs(strengths[:pixels, :pixels]), fields[:pixels]
-    field_map = fields.reshape(side, side)
-    low, high = field_map.min(), field_map.max()
     places = np.indices((side, side)).reshape(2, -1).T[:, ::-1]
-    section.add(
-        paragraph(
-            "The best machine on the validation images: the fields of the pixels, and the "
-            "couplings between them over the fields, dark to bright."
-        ),
-        pictures(
-            (plots.magnetization_maps(
-                [field_map], ["fields"], label="field on a pixel (dimensionless)"),
-             "Blue: rather black. Red: rather white"),
-            (plots.couplings_over_image(
-                strengths, (field_map - low) / ((high - low) or 1.0), places),
-             "Sizes |J_ij| of the couplings between pixels"),
-        ),
-    )  # fmt: skip
+    image = np.ones((side, side))
+    if ground is not None:
+        low, high = ground.min(), ground.max()
+        image = (ground - low) / ((high - low) or 1.0)
+    return plots.couplings_over_image(np.abs(couplings[:pixels, :pixels]), image, places)
 
 
 def _add_image(story: Story, section: Section, name: str, description: str) -> None:

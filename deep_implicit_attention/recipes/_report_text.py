@@ -16,7 +16,7 @@ from ..training import TextData, windows
 from ._language import _SAMPLE as SAMPLE
 from ._report_curves import training_section
 from ._report_film import add_film
-from ._report_page import Story, add_convergence, pictures
+from ._report_page import Story, add_convergence, alone
 from ._report_settling import MOST_STEPS, Settling, rounded, scaled, settle
 from ._shakespeare import Shakespeare, check_text
 
@@ -204,8 +204,8 @@ def _add_couplings(
         name = f", block {number + 1}" if len(strengths) > 1 else ""
         shown = story.attempt(
             f"The couplings{name} cannot be drawn",
-            lambda block=block, name=name: pictures(
-                (plots.couplings_over_text(block, tokens), f"Couplings between characters{name}")
+            lambda block=block, name=name: alone(
+                plots.couplings_over_text(block, tokens), f"Couplings between characters{name}"
             ),
         )
         if shown is not None:

@@ -18,7 +18,7 @@ from ._devices import Devices
 from ._plan import Plan
 from ._progress import Progress
 from ._run import Run
-from ._task import Outcome, Task
+from ._task import Outcome, Task, worst_of
 from ._trainer import Trainer
 
 
@@ -173,7 +173,8 @@ def train_classifier(
 
 @torch.no_grad()
 def measure(model: ImageClassifier, split: Split, batch_size: int = 500) -> Measured:
-    """Loss, accuracy and predictions on `split`; mean solver steps of a layer, worst residual."""
+    """Loss, accuracy and predictions on `split`; mean solver steps of a layer; the worst residual,
+    which is NaN if that of any image is."""
     if not len(split):
         raise ValueError("split must hold at least one image, got none")
     model.eval()
@@ -185,7 +186,7 @@ def measure(model: ImageClassifier, split: Split, batch_size: int = 500) -> Meas
         scores.append(some.cpu())
         for solution in solutions:
             steps += solution.steps.sum().item() / len(solutions)
-            worst = max(worst, solution.residual.max().item())
+            worst = worst_of(worst, solution.residual.max().item())
     every = torch.cat(scores)
     predictions = every.argmax(dim=1)
     return Measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ class Outcome:
         }
         if self.solutions:
             found["solver_steps"] = _mean([s.steps.double() for s in self.solutions])
-            found["residual"] = max(s.residual.max().item() for s in self.solutions)
+            found["residual"] = worst_of(*(s.residual.max().item() for s in self.solutions))
             found["failed"] = _mean([_failed(s).double() for s in self.solutions])
         return found
 
@@ -85,6 +86,11 @@ class Task(ABC):
     def sample(self, model: nn.Module) -> str | None:
         """Something the model makes, to be looked at after each evaluation."""
         return None
+
+
+def worst_of(*residuals: float) -> float:
+    """The largest; NaN if any is, for no residual is worse than one that is no number."""
+    return math.nan if any(map(math.isnan, residuals)) else max(residuals)
 
 
 def _mean(values: list[Tensor]) -> float:

@@ -20,7 +20,7 @@ from ._plan import Plan
 from ._progress import Progress
 from ._random import derived_seed
 from ._run import Run
-from ._task import Task
+from ._task import Task, worst_of
 from ._watch import DivergenceWarning, Watch
 
 _SOLVER = ("solver_steps", "failed")  # means of the solvers' work, not of the learning
@@ -135,7 +135,7 @@ class Trainer:
         """Add the statistics of a step to those since the last evaluation."""
         course = self.course
         course.batches += 1
-        course.residual = max(course.residual, found.pop("residual", 0.0))
+        course.residual = worst_of(course.residual, found.pop("residual", 0.0))
         for name, value in found.items():
             course.sums[name] = course.sums.get(name, 0.0) + value
         if self.progress:

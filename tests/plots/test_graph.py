@@ -183,6 +183,25 @@ def test_arrows_over_text_can_be_compared_between_figures() -> None:
     assert width(1.0) < width(None) == width(0.5) == width(0.1)
 
 
+@pytest.mark.parametrize(
+    ("strongest", "said"),
+    [
+        (None, "from 0.3 (thin, pale) to 0.5 (wide, dark)"),
+        (1.0, "from 0.3 to 0.5; wide and dark: 1 or more"),
+        (0.4, "from 0.3 to 0.5; wide and dark: 0.4 or more"),
+    ],
+)
+def test_what_a_wide_arrow_over_text_stands_for(strongest: float | None, said: str) -> None:
+    """Of all that are compared, not the widest in this figure."""
+    strengths = np.array([[0.0, 0.0, 0.0], [0.3, 0.0, 0.0], [0.5, 0.0, 0.0]])
+    figure = couplings_over_text(strengths, "abc", strongest=strongest)
+    (axes,) = figure.axes
+    assert axes.get_xlabel().splitlines()[1] == said
+    figure.draw_without_rendering()
+    box = axes.xaxis.label.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+
+
 def test_colours_and_emptiness(strengths: np.ndarray) -> None:
     axes = couplings_over_text(strengths, list("abcde")).axes[0]
     assert {to_hex(arrow.get_edgecolor()) for arrow in arrows(axes).values()} == {"#0072b2"}

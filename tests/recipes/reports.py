@@ -16,7 +16,8 @@ from deep_implicit_attention.recipes import report_run
 
 
 class Page(HTMLParser):
-    """What stands in a report: exact values by kind and name, text, notices, the script's data."""
+    """What stands in a report: exact values by kind and name, text, notices, descriptions of
+    figures, the script's data."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -26,6 +27,7 @@ class Page(HTMLParser):
         self.titles: list[str] = []
         self.references: list[str] = []
         self.ids: list[str] = []
+        self.figures: list[str] = []
         self.data: Any = None
         self._inside: list[tuple[str, dict[str, str | None]]] = []
         self.feed(self.source)
@@ -44,6 +46,8 @@ class Page(HTMLParser):
             self.ids.append(str(given["id"]))
         if given.get("class") == "notice":
             self.notices.append("")
+        if tag == "svg" and "aria-label" in given:
+            self.figures.append(str(given["aria-label"]))
 
     def handle_endtag(self, tag: str) -> None:
         while self._inside and self._inside.pop()[0] != tag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from deep_implicit_attention import plots
+from deep_implicit_attention.recipes._report_page import Story
 from deep_implicit_attention.training import Run
 
 from .conftest import Outcome, invoke
@@ -68,17 +70,21 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
-def test_metrics_of_another_version(copy: Path) -> None:
+def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     """Names that are not there, and values of another kind."""
     lines = [{**record, "train_loss": "low"} for record in records(copy)]
     del lines[-1]["best_epoch"]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = reported(copy)
     assert any("summed up" in notice and "best_epoch" in notice for notice in page.notices)
-    assert any("cannot be drawn" in notice for notice in page.notices)
+    undrawn = [notice for notice in page.notices if "cannot be drawn" in notice]
+    assert undrawn == [
+        "The curve of cross-entropy (nats) cannot be drawn: train_loss must be numbers, got 'low'"
+    ]
     assert page.values["metric"] == lines[-1]
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
-    assert "Training" not in page.titles
+    lost = {"Loss by epoch; training images are augmented"}
+    assert set(page.figures) == set(reported(run).figures) - lost
 
 
 def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None:
@@ -219,17 +225,39 @@ def test_files_that_are_folders(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
-def test_one_part_that_fails_costs_no_other(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("of all things")
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("confusion_matrix", "True and predicted classes"),
+        ("coupling_graph", "Couplings between patches, as a matrix"),
+        ("couplings_over_image", "Couplings between patches"),
+        ("convergence", "Residuals of"),
+        ("relaxation_horizon", "Error on"),
+        ("curves", "Loss by epoch"),
+    ],
+)
+def test_one_part_that_fails_costs_no_other(
+    name: str, lost: str, run: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands beside it, or below it, is there: all that a whole report has, but one."""
+    works: Callable[..., Any] = getattr(plots, name)
+    calls = []
 
-    for name in ("confusion_matrix", "coupling_graph", "relaxation_horizon", "curves"):
-        with monkeypatch.context() as patch:
-            patch.setattr(plots, name, fail)
-            page = reported(copy)
-        assert ["of all things" in notice for notice in page.notices] == [True]
-        assert "Watch it settle" in page.titles
-        assert page.values["metric"] == records(copy)[-1]
+    def fail_at_first(*given: object, **options: object) -> object:
+        calls.append(name)
+        if len(calls) == 1:
+            raise RuntimeError("of all things")
+        return works(*given, **options)
+
+    whole = reported(run)
+    monkeypatch.setattr(plots, name, fail_at_first)
+    page = reported(copy)
+    assert ["of all things" in notice for notice in page.notices] == [True]
+    (gone,) = set(whole.figures) - set(page.figures)
+    assert gone.startswith(lost)
+    assert page.figures == [figure for figure in whole.figures if figure != gone]
+    assert set(whole.titles) - set(page.titles) <= {"Errors"}  # which has no other figure
+    assert page.values["metric"] == records(copy)[-1]
 
 
 def test_metrics_without_evaluations(copy: Path) -> None:
@@ -325,6 +353,80 @@ def test_a_machine_of_another_size(machines: Path, tmp_path: Path) -> None:
     np.savez(copy / "machine.npz", couplings=np.zeros((2, 2)), fields=np.zeros(2))
     configure(copy, l2=...)
     page = reported(copy)
-    assert any("at least 64 units, got (2,) and (2, 2)" in notice for notice in page.notices)
+    for said in ("shape (N,) of at least 64 units, got (2,)", "at least 64 units, got (2, 2)"):
+        assert any(said in notice for notice in page.notices)
     assert any("settings l2 are not in it" in notice for notice in page.notices)
     assert {"Results", "Pictures"} <= set(page.titles)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("f() takes 2"), "TypeError: f() takes 2"),
+        (AssertionError(), "AssertionError"),
+        (NameError("name 'z' is not defined"), "NameError: name 'z' is not defined"),
+        (RuntimeError("a (2) and b (3)"), "RuntimeError: a (2) and b (3)"),
+        (KeyError("step"), "KeyError: 'step'"),
+        (AttributeError("no 'z'"), "AttributeError: no 'z'"),
+        (IndexError(""), "IndexError"),
+        (ValueError("tol must be above 0"), "tol must be above 0"),
+        (OSError(2, "No such file", "model.safetensors"), "model.safetensors: No such file"),
+    ],
+)
+def test_a_fault_of_the_program_can_be_recognised(
+    error: Exception, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its type is in the page, where it was raised is in the log."""
+
+    def raises_it() -> None:
+        raise error
+
+    story = Story(Run(tmp_path), {})
+    with caplog.at_level(logging.DEBUG, "deep_implicit_attention"):
+        assert story.attempt("It cannot be shown", raises_it) is None
+    assert story.missing == [f"It cannot be shown: {reason}"]
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage()) == (logging.DEBUG, "It cannot be shown")
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+    assert "in raises_it" in caplog.text
+
+
+FIELDS, COUPLINGS = "Blue: rather black. Red: rather white", "Sizes |J_ij| of the couplings"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "shown"),
+    [
+        ({}, [], [FIELDS, COUPLINGS]),
+        ({"couplings": math.nan}, ["strengths must be finite, got nan"], [FIELDS]),
+        ({"couplings": None}, ["couplings are missing"], [FIELDS]),
+        ({"fields": math.nan}, ["must be finite, got nan"], [COUPLINGS]),
+        ({"fields": None}, ["fields are missing"], [COUPLINGS]),
+        ({"couplings": np.zeros((65, 65))}, ["for 64 fields", "got (65, 65)"], [FIELDS]),
+        ({"couplings": np.zeros(()), "fields": None}, ["got ()", "fields are missing"], []),
+    ],
+)
+def test_fields_and_couplings_of_a_machine_are_shown_without_each_other(
+    changes: dict[str, Any], said: list[str], shown: list[str], machines: Path, tmp_path: Path
+) -> None:
+    """An array that is not there, of another shape, or with one number that is not finite."""
+    copy = Path(shutil.copytree(machines, tmp_path / "copy"))
+    with np.load(copy / "machine.npz") as found:
+        arrays = {name: np.array(found[name]) for name in ("couplings", "fields")}
+    for name, change in changes.items():
+        if change is None:
+            del arrays[name]
+        elif isinstance(change, float):
+            arrays[name].flat[1] = change
+        else:
+            arrays[name] = change
+    np.savez(copy / "machine.npz", **arrays)
+    page = reported(copy)
+    for words in said:
+        assert any(words in notice for notice in page.notices), words
+    assert len(page.notices) <= len(said)
+    assert len(page.figures) == len(shown)
+    assert ("Couplings" in page.titles) == bool(shown)  # no heading of nothing
+    for figure, start in zip(page.figures, shown, strict=True):
+        assert figure.startswith(start)
