@@ -34,6 +34,7 @@ class MnistViT(ImageRecipe):
     shift: float = 1.5
     rotation: float = 8.0
     zoom: float = 0.1
+    ema: float | None = 0.999
     validation: float = 1 / 12
     attention: Literal["mean-field", "mlp-mixer", "adaptive-tap", "softmax", "vector-spin"] = (
         "mean-field"

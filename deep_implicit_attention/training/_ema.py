@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """e ← d e + (1 − d) θ after every step of the optimizer, from e = θ at the start.
+    """e ← d_n e + (1 − d_n) θ after step n of the optimizer, with d_n = min(d, n / (9 + n)).
+
+    So the average first looks back over about a tenth of the steps there have been, and soon
+    forgets the weights of the start.
 
     θ are the parameters and the buffers of real numbers, such as the running statistics of batch
     normalisation: those of other weights would not fit the averaged ones. Holds a copy of each.
@@ -19,7 +22,7 @@ class MovingAverage:
 
     Args:
         model: the model that is averaged.
-        decay: d, from 0 to below 1; the average looks back about 1/(1 − d) steps.
+        decay: d, from 0 to below 1; in the end the average looks back about 1/(1 − d) steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,10 +32,11 @@ class MovingAverage:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the model as it is."""
+    def update(self, step: int) -> None:
+        """Take in the model as it is after `step` steps, counted from 1."""
+        decay = min(self.decay, step / (9 + step))
         for average, live in zip(self._average, self._live, strict=True):
-            average.lerp_(live, 1 - self.decay)
+            average.lerp_(live, 1 - decay)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

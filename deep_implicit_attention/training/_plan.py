@@ -28,8 +28,8 @@ class Plan:
         accumulate: parts into which a batch is cut to save memory; the gradient is that of the
             whole batch (batch normalisation, though, sees the parts).
         clip: largest Euclidean norm of the gradient, of all parameters together.
-        ema: decay d of the moving average e ← d e + (1 − d) θ of the weights, from e = θ at the
-            start. It is what is evaluated and kept as the best weights.
+        ema: largest decay of the moving average of the weights, see `MovingAverage`. It is what is
+            evaluated and kept as the best weights.
         patience: evaluations without improvement after which the training ends.
         checkpoint_every: steps between checkpoints, beside those after each evaluation.
         keep: newest checkpoints that are kept, beside the best one.

@@ -126,9 +126,9 @@ class Trainer:
         if plan.clip is not None:
             self.devices.accelerator.clip_grad_norm_(self.model.parameters(), plan.clip)
         self.optimizer.step()
-        if self.average:
-            self.average.update()
         course.step += 1
+        if self.average:
+            self.average.update(course.step)
         self._note(self.devices.combine(statistics))
 
     def _note(self, found: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ from .test_resume import assert_same_end, records
 
 TINY = (
     "--epochs 2 --batch-size 20 --patch-size 4 --dim 6 --widths 6 6 --learning-rate 0.02 "
-    "--coupling-rate 0.5 --shift 0 --rotation 0 --zoom 0 --seed 3"
+    "--coupling-rate 0.5 --shift 0 --rotation 0 --zoom 0 --ema None --seed 3"
 )
 # Every mechanism, stem, pooling and kind of positions at least once.
 VARIANTS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -15,15 +17,18 @@ def test_the_average_is_the_weighted_sum_of_the_history(decay: float) -> None:
     model = nn.Linear(3, 2).double()
     average = MovingAverage(model, decay)
     history = [model.weight.detach().clone()]
-    for _ in range(7):
+    for step in range(1, 8):
         with torch.no_grad():
             model.weight.copy_(torch.randn(2, 3))
         history.append(model.weight.detach().clone())
-        average.update()
-    # e_n = d^n θ_0 + (1 − d) Σ_k d^(n−k) θ_k
-    expected = decay**7 * history[0]
+        average.update(step)
+    # e_n = Π_j d_j θ_0 + Σ_k (1 − d_k) Π_{j>k} d_j θ_k
+    decays = [min(decay, n / (9 + n)) for n in range(8)]
+    assert decay < 0.4 or decays[1] == 0.1  # the start is forgotten soon
+    kept = [math.prod(decays[k + 1 :]) for k in range(8)]
+    expected = kept[0] * history[0]
     for k in range(1, 8):
-        expected = expected + (1 - decay) * decay ** (7 - k) * history[k]
+        expected = expected + (1 - decays[k]) * kept[k] * history[k]
     with average.in_model():
         torch.testing.assert_close(model.weight, expected, rtol=1e-14, atol=1e-14)
     assert torch.equal(model.weight, history[-1])
@@ -34,9 +39,9 @@ def test_running_statistics_are_averaged_as_the_weights_are() -> None:
     model = nn.BatchNorm1d(3).double()
     average = MovingAverage(model, 0.6)
     expected = torch.zeros(3, dtype=torch.float64)
-    for k in range(5):
-        model(torch.randn(8, 3, dtype=torch.float64) + k)
-        average.update()
+    for step in range(100, 105):
+        model(torch.randn(8, 3, dtype=torch.float64) + step)
+        average.update(step)
         assert model.running_mean is not None
         expected = 0.6 * expected + 0.4 * model.running_mean
     own = {name: value.clone() for name, value in model.state_dict().items()}
