@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,15 +65,18 @@ def learn_from_moments(settings: Settings, moments: Moments) -> Learned:
     return ascend(nothing, start, lambda *_: second, chains, settings.schedule(), generator)
 
 
-def learn_from_rows(settings: Settings, data: Data) -> Learned:
-    """Parameters from rows, where there are hidden units or gaps, or the method needs them."""
+def learn_from_rows(settings: Settings, data: Data, names: Sequence[str]) -> Learned:
+    """Parameters from rows, where there are hidden units or gaps, or the method needs them.
+
+    `names` are those of the columns, for what is said of them.
+    """
     rows = data
     if settings.pseudocount and (settings.needs_rows or settings.method == "pcd"):
         rows = join(data, pseudo_rows(data.spins.shape[1], settings.pseudocount))
     if settings.num_hidden or settings.method == "pcd":
         return _ascend(settings, rows)
     if settings.method in ("naive", "tap", "adaptive_tap"):
-        filled = fill(settings, data)
+        filled = fill(settings, data, names)
         chosen = dataclasses.replace(settings, shrinkage=filled.shrinkage)
         learned = learn_from_moments(chosen, filled.moments)
         return dataclasses.replace(learned, steps=filled.steps)

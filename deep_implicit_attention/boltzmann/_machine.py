@@ -151,7 +151,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
         Raises:
             ValueError: for entries that are no spins, columns without an entry, weights that are
-                negative, parameters out of range, more spins than the method can enumerate.
+                negative, parameters out of range, more spins than the method can enumerate, and
+                (naive, tap, adaptive_tap) gaps that would take the mean of a column to ±1.
         """
         settings = Settings.of(self, self._seed())
         read = self._read(X, None, sample_weight, reset=True)

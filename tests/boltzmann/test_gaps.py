@@ -12,6 +12,7 @@ from deep_implicit_attention.boltzmann import BoltzmannMachine, FitWarning, _gap
 from deep_implicit_attention.deq import ConvergenceWarning
 
 RESPONSES = ["naive", "tap", "adaptive_tap"]
+ALL = [*RESPONSES, "exact", "independent", "pseudolikelihood", "pcd"]
 
 
 def states(n: int) -> np.ndarray:
@@ -197,6 +198,25 @@ def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.nd
     assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "hidden"), [*((m, 0) for m in ALL), *((m, 1) for m in ("tap", "exact", "pcd"))]
+)
+def test_gaps_in_a_constant_column_alone_change_nothing_else(
+    method: str, hidden: int, X: np.ndarray
+) -> None:
+    options = {"num_hidden": hidden, "num_updates": 5, "num_chains": 20}
+    X[:, 2] = 1.0
+    with pytest.warns(FitWarning, match=r"2 \(always up\)"):
+        whole = BoltzmannMachine(method, **options).fit(X)
+    X[3, 2] = np.nan
+    with pytest.warns(FitWarning, match=r"2 \(always up\)"):
+        machine = BoltzmannMachine(method, **options).fit(X)
+    assert machine.couplings_ == pytest.approx(whole.couplings_, abs=1e-12)
+    others = np.arange(len(whole.fields_)) != 2
+    assert machine.fields_[others] == pytest.approx(whole.fields_[others], abs=1e-12)
+    assert machine.fields_[2] == pytest.approx(np.arctanh(499 / 500), rel=1e-12)
+
+
 @pytest.mark.parametrize("method", RESPONSES)
 def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray) -> None:
     X = np.c_[X, X[:, 0]]
@@ -205,3 +225,37 @@ def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray)
         machine = BoltzmannMachine(method).fit(X)
     assert 0 < machine.shrinkage_ < 0.2
     assert np.abs(machine.couplings_).max() < 100
+
+
+def extrapolating(sure: float) -> np.ndarray:
+    """S_0 is mostly down only where both others are down, and missing where both are up."""
+    rng = np.random.default_rng(0)
+    others = rng.random((4000, 2)) < 0.8
+    first = rng.random(4000) < np.where(others.any(axis=1), sure, 1 - sure)
+    X = np.where(np.c_[others, first], 1.0, -1.0)[:, [2, 0, 1]]
+    X[others.all(axis=1), 0] = np.nan
+    return X
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+@pytest.mark.parametrize("options", [{}, {"max_iter": 2000}, {"pseudocount": 0.1, "l2": 0.01}])
+def test_means_that_regressions_take_beyond_one_are_refused_by_name(
+    method: str, options: dict[str, float]
+) -> None:
+    holes = np.c_[np.ones(4000), extrapolating(0.97)]
+    column = 0 if "pseudocount" in options else 1  # then the first is constant, and left out
+    said = rf"the mean of columns to ±1 or beyond: {column} \([12]\.\d+\)\."
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+        warnings.simplefilter("ignore")
+        BoltzmannMachine(method, **options).fit(holes[:, 1 - column :])
+    assert np.isfinite(BoltzmannMachine("exact").fit(holes[:, 1:]).couplings_).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_means_that_the_data_have_are_not_refused(scale: float, X: np.ndarray) -> None:
+    X[:, 1] = 1.0
+    X[0, 1] = -1.0
+    X[5, 3] = np.nan
+    weights = np.full(500, scale)
+    weights[0] *= 1e-3  # its share of the mean is far less than that of an observation
+    assert np.isfinite(BoltzmannMachine().fit(X, sample_weight=weights).couplings_).all()
