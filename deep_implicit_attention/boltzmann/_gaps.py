@@ -7,7 +7,10 @@ What a gap holds is its linear response to the spins that are clamped in its row
 
 and the rounds of filling in and estimating are expectation maximisation of a Gaussian (Little,
 Rubin 2002, *Statistical Analysis with Missing Data*, section 11.2). Its m and C are consistent for
-spins as well if entries are missing at random, because they rest on regressions only. The nonlinear
+spins as well if entries are missing completely at random, because they rest on regressions only.
+Where gaps depend on spins that are observed they are approximate, because regressions of spins on
+several others are not linear: C_ij is off by some hundredths, and where gaps hide what regressions
+extrapolate to, means may leave [−1, 1], which is refused. The nonlinear
 clamped response is not the one that maximising matches, and inflates couplings.
 """
 
