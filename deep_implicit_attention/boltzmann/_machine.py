@@ -104,7 +104,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
         residual_: largest difference of the two sides of the method's equation that is left; of
-            gradient ascent, at what it returns, noise of the chains included.
+            gradient ascent, noise of the chains included, at what it returns; where that is its
+            end, before the last update.
     """
 
     # Set by a fit.
