@@ -66,7 +66,7 @@ def fit_columns(
             learned = learn_from_moments(settings, complete.moments(settings.pseudocount))
         else:
             assert left is not None
-            left_names = [names[i] for i in kept.nonzero().flatten().tolist()]
+            left_names = [name for name, there in zip(names, kept.tolist(), strict=True) if there]
             learned = learn_from_rows(settings, left, left_names)
         always = torch.ones(1, dtype=torch.bool, device=kept.device)
         there = torch.cat([always, kept, always.expand(hidden)]).nonzero().flatten()
