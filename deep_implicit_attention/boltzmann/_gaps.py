@@ -10,8 +10,8 @@ Rubin 2002, *Statistical Analysis with Missing Data*, section 11.2). Its m and C
 spins as well if entries are missing completely at random, because they rest on regressions only.
 Where gaps depend on spins that are observed they are approximate, because regressions of spins on
 several others are not linear: C_ij is off by some hundredths, and where gaps hide what regressions
-extrapolate to, means may leave [−1, 1], which is refused. The nonlinear
-clamped response is not the one that maximising matches, and inflates couplings.
+extrapolate to, means may leave [−1, 1], which is refused. The nonlinear clamped response is not the
+one that maximising matches, and inflates couplings.
 """
 
 from __future__ import annotations
