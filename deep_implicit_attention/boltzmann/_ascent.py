@@ -50,7 +50,8 @@ def ascend(
 
     (Ackley, Hinton, Sejnowski 1985, Cogn. Sci. 9, 147), with steps by Adam (Kingma, Ba 2015). Where
     `data` have fewer columns than there are spins, the others are hidden units, which have no
-    couplings among each other.
+    couplings among each other. The residual is the largest gradient at what is returned; where that
+    is the end of the ascent, before its last update.
     """
     n, visible = len(start) - 1, data.spins.shape[1]
     penalty = schedule.l2 * is_coupling(n + 1, start)

@@ -39,6 +39,8 @@ class Data:
     def columns(self, kept: Tensor) -> Data:
         """The columns where `kept` `(N,)` is True."""
         observed = None if self.observed is None else self.observed[:, kept]
+        if observed is not None and bool(observed.all()):
+            observed = None
         return Data(self.spins[:, kept], observed, self.weights)
 
     def weighed(self, spins: Tensor) -> Tensor:

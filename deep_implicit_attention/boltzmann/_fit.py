@@ -48,7 +48,8 @@ def fit_columns(
     if settings.pseudocount:
         constant = torch.zeros_like(constant)
     # Of weights that sum to less than the rows, as shares do, an observation is a share as well.
-    extra = torch.where(constant, min(1.0, total / rows), settings.pseudocount)
+    extra = torch.full_like(first, settings.pseudocount)
+    extra[constant] = min(1.0, total / rows)
     base = torch.atanh(first / (seen + extra))
     report_constant(constant, names, first)
     kept = ~constant
@@ -57,12 +58,16 @@ def fit_columns(
     learned = Learned(theta)
     if bool(kept.any()):
         report_few(settings, rows, int(kept.sum()))
-        if data is None:
-            assert sums is not None
-            moments = sums.columns(kept).moments(settings.pseudocount)
-            learned = learn_from_moments(settings, moments)
+        left = None if data is None else data.columns(kept)
+        complete = None if sums is None else sums.columns(kept)
+        if left is not None and left.observed is None and not settings.needs_rows:
+            complete = Sums.of(left)  # all gaps were in columns that never change
+        if complete is not None:
+            learned = learn_from_moments(settings, complete.moments(settings.pseudocount))
         else:
-            learned = learn_from_rows(settings, data.columns(kept))
+            assert left is not None
+            left_names = [name for name, there in zip(names, kept.tolist(), strict=True) if there]
+            learned = learn_from_rows(settings, left, left_names)
         always = torch.ones(1, dtype=torch.bool, device=kept.device)
         there = torch.cat([always, kept, always.expand(hidden)]).nonzero().flatten()
         theta[there[:, None], there] = learned.theta

@@ -7,15 +7,18 @@ What a gap holds is its linear response to the spins that are clamped in its row
 
 and the rounds of filling in and estimating are expectation maximisation of a Gaussian (Little,
 Rubin 2002, *Statistical Analysis with Missing Data*, section 11.2). Its m and C are consistent for
-spins as well if entries are missing at random, because they rest on regressions only. The nonlinear
-clamped response is not the one that maximising matches, and inflates couplings.
+spins as well if entries are missing completely at random, because they rest on regressions only.
+Where gaps depend on spins that are observed they are approximate, because regressions of spins on
+several others are not linear: C_ij is off by some hundredths, and where gaps hide what regressions
+extrapolate to, means may leave [−1, 1], which is refused. The nonlinear clamped response is not the
+one that maximising matches, and inflates couplings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +49,16 @@ class Filled:
     steps: int
 
 
-def fill(settings: Settings, data: Data) -> Filled:
+def fill(settings: Settings, data: Data, names: Sequence[str]) -> Filled:
     """m and C of rows with gaps, from rounds until they settle.
 
     The covariance that fills the gaps is regularised as in `inverse_covariance`, by the same
     shrinkage in all rounds. Where none is asked for it is 0 if pairs of spins are observed often
     enough and the rounds settle; otherwise `optimal_shrinkage` of the pairs that are observed,
     with a `FitWarning`. Cost: O(M N²) a round, and O(f³) for each pattern of f gaps.
+
+    Raises:
+        ValueError: where what is filled in takes the mean of a column to ±1 or beyond.
     """
     given = settings.shrinkage
     free_to_choose = given is None and not settings.l2 and not settings.pseudocount
@@ -66,6 +72,7 @@ def fill(settings: Settings, data: Data) -> Filled:
     if not free_to_choose or pairs.count > _ENOUGH * n:
         filled, change = _rounds(settings, data, gaps, start, given)
         if filled is not None and (change <= FILLED or not free_to_choose):
+            _check_means(settings, data, filled, pairs, names)
             report_unsettled(change)
             return filled
         short = f"but max_iter={settings.max_iter} rounds do not suffice"
@@ -80,8 +87,30 @@ def fill(settings: Settings, data: Data) -> Filled:
     )
     filled, change = _rounds(settings, data, gaps, start, rho)
     assert filled is not None  # a shrunk covariance has an inverse
+    _check_means(settings, data, filled, pairs, names)
     report_unsettled(change)
     return filled
+
+
+def _check_means(
+    settings: Settings, data: Data, filled: Filled, pairs: Moments, names: Sequence[str]
+) -> None:
+    """Refuse means nearer to ±1 than what is observed and half an observation against it.
+
+    Regressions extrapolate, and C_ii = 1 − m_i² would vanish.
+    """
+    total = data.total() + settings.pseudocount
+    rows = len(data) if data.weights is None else int((data.weights > 0).sum())
+    furthest = pairs.mean.abs().clamp(min=total / (total + min(1.0, data.total() / rows)))
+    m = filled.moments.mean
+    beyond = (1 - m.abs() < 0.5 * (1 - furthest)).nonzero().flatten().tolist()
+    if beyond:
+        shown = ", ".join(f"{names[i]} ({m[i]:.3g})" for i in beyond)
+        raise ValueError(
+            f"the regressions that fill in missing entries of X take the mean of columns to ±1 or "
+            f"beyond: {shown}. Their gaps depend too much on other columns for "
+            f"method={settings.method!r}: choose 'exact' or 'pseudolikelihood', or set l2"
+        )
 
 
 def observed_pairs(data: Data) -> Moments:

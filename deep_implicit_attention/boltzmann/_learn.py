@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,15 +65,18 @@ def learn_from_moments(settings: Settings, moments: Moments) -> Learned:
     return ascend(nothing, start, lambda *_: second, chains, settings.schedule(), generator)
 
 
-def learn_from_rows(settings: Settings, data: Data) -> Learned:
-    """Parameters from rows, where there are hidden units or gaps, or the method needs them."""
+def learn_from_rows(settings: Settings, data: Data, names: Sequence[str]) -> Learned:
+    """Parameters from rows, where there are hidden units or gaps, or the method needs them.
+
+    `names` are those of the columns, for what is said of them.
+    """
     rows = data
     if settings.pseudocount and (settings.needs_rows or settings.method == "pcd"):
         rows = join(data, pseudo_rows(data.spins.shape[1], settings.pseudocount))
     if settings.num_hidden or settings.method == "pcd":
-        return _ascend(settings, rows)
+        return _ascend(settings, rows, len(data))
     if settings.method in ("naive", "tap", "adaptive_tap"):
-        filled = fill(settings, data)
+        filled = fill(settings, data, names)
         chosen = dataclasses.replace(settings, shrinkage=filled.shrinkage)
         learned = learn_from_moments(chosen, filled.moments)
         return dataclasses.replace(learned, steps=filled.steps)
@@ -140,7 +144,8 @@ def _draw_and_maximise(settings: Settings, rows: Data, options: dict[str, Any]) 
     return dataclasses.replace(learned, theta=average, steps=_ROUNDS)
 
 
-def _ascend(settings: Settings, data: Data) -> Learned:
+def _ascend(settings: Settings, data: Data, rows: int) -> Learned:
+    """Gradient ascent on data whose first `rows` rows are no pseudo-rows."""
     generator = settings.generator(data.spins.device)
     hidden = settings.num_hidden
     start = with_hidden(_fields_only(data), hidden, generator)
@@ -156,8 +161,8 @@ def _ascend(settings: Settings, data: Data) -> Learned:
         free = lambda theta: states.second_moments(states.distribution(theta)[1])  # noqa: E731
     else:
         free = _Response(RESPONSES[settings.method])
-        if Best.possible(data):
-            best = Best(data, start, settings.l2, settings.num_updates, settings.seed)
+        if Best.possible(data, rows):
+            best = Best(data, rows, start, settings.l2, settings.num_updates, settings.seed)
     kind = RESPONSES[settings.method]
     return ascend(
         data, start, lambda theta, part, _: clamped_moments(kind, theta, part), free,

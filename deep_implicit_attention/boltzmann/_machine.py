@@ -104,7 +104,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
         residual_: largest difference of the two sides of the method's equation that is left; of
-            gradient ascent, at what it returns, noise of the chains included.
+            gradient ascent, noise of the chains included, at what it returns; where that is its
+            end, before the last update.
     """
 
     # Set by a fit.
@@ -151,7 +152,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
         Raises:
             ValueError: for entries that are no spins, columns without an entry, weights that are
-                negative, parameters out of range, more spins than the method can enumerate.
+                negative, parameters out of range, more spins than the method can enumerate, and
+                (naive, tap, adaptive_tap) gaps that would take the mean of a column to ±1.
         """
         settings = Settings.of(self, self._seed())
         read = self._read(X, None, sample_weight, reset=True)

@@ -7,11 +7,16 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from deep_implicit_attention.boltzmann import BoltzmannMachine, FitWarning, _gaps
+from deep_implicit_attention.boltzmann._data import Data
+from deep_implicit_attention.boltzmann._settings import Settings
 from deep_implicit_attention.deq import ConvergenceWarning
+from deep_implicit_attention.spins import sherrington_kirkpatrick
 
 RESPONSES = ["naive", "tap", "adaptive_tap"]
+ALL = [*RESPONSES, "exact", "independent", "pseudolikelihood", "pcd"]
 
 
 def states(n: int) -> np.ndarray:
@@ -131,21 +136,53 @@ def test_gaps_cost_little_where_couplings_are_strong(at_random: str) -> None:
     assert divergence(np.where(gaps, np.nan, X)) < 1.15 * divergence(X)
 
 
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("at_random", ["completely", "given another spin"])
+def test_what_gaps_cost_where_rows_are_unlimited(at_random: str, beta: float) -> None:
+    """All states with all patterns of gaps, weighted by their probabilities."""
+    S = states(5)
+    couplings, fields = (part.numpy() for part in sherrington_kirkpatrick(5, beta, 0.3, 4))
+    p = np.exp(0.5 * ((S @ couplings) * S).sum(axis=1) + S @ fields)
+    p /= p.sum()
+    gaps, rows = np.tile(S < 0, (32, 1)), np.repeat(S, 32, axis=0)
+    chance = np.full(rows.shape, 0.2)
+    if at_random != "completely":
+        chance[:] = np.where(rows[:, :1] > 0, 0.5, 0.05)
+        chance[:, 0] = 0
+    weights = np.repeat(p, 32) * np.where(gaps, chance, 1 - chance).prod(axis=1)
+    spins, observed = np.where(gaps, 0.0, rows), ~gaps
+    data = Data(*(torch.from_numpy(part[weights > 0]) for part in (spins, observed, weights)))
+    settings = Settings.of(BoltzmannMachine(max_iter=1000), 0)
+    moments = _gaps.fill(settings, data, "abcde").moments
+    m = p @ S
+    C = S.T @ (p[:, None] * S) - np.outer(m, m)
+    assert moments.mean.numpy() == pytest.approx(m, abs=1e-5)
+    error = np.abs(moments.covariance.numpy() - C).max()
+    assert error < 1e-5 if at_random == "completely" else 0.01 < error < 0.04
+
+
 @pytest.mark.parametrize("method", RESPONSES)
 @pytest.mark.parametrize(
     ("rows", "n", "seed"), [(10, 15, 1), (10, 15, 3), (25, 30, 2), (20, 15, 2), (40, 24, 0)]
 )
 def test_few_rows_with_gaps_are_shrunk_and_said(method: str, rows: int, n: int, seed: int) -> None:
-    _, holes = correlated(rows, n, seed, 0.1)
+    whole, holes = correlated(rows, n, seed, 0.1)
     new, _ = correlated(500, n, 99, 0.0)
     with pytest.warns(FitWarning, match=r"too few to fill in .* it is shrunk by"):
         machine = BoltzmannMachine(method).fit(holes)
     assert 0 < machine.shrinkage_ <= 1
     assert np.abs(machine.couplings_).max() < 0.5
+
+    def gain(fitted: BoltzmannMachine, data: np.ndarray) -> float:
+        """What couplings add to the likelihood of new rows; what fields do has other errors."""
+        p = (1 + new * np.nanmean(data, axis=0)) / 2
+        return fitted.score(new) - np.log(p).sum(axis=1).mean()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        alone = BoltzmannMachine("independent").fit(holes).score(new)
-        assert machine.score(new) > alone - 0.5
+        same = BoltzmannMachine(method, shrinkage=machine.shrinkage_).fit(whole)
+        assert gain(machine, holes) > -0.1
+        assert gain(machine, holes) == pytest.approx(gain(same, whole), abs=0.06)
 
 
 def test_the_shrinkage_is_that_of_the_pairs_that_are_observed() -> None:
@@ -197,6 +234,25 @@ def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.nd
     assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("method", "hidden"), [*((m, 0) for m in ALL), *((m, 1) for m in ("tap", "exact", "pcd"))]
+)
+def test_gaps_in_a_constant_column_alone_change_nothing_else(
+    method: str, hidden: int, X: np.ndarray
+) -> None:
+    options = {"num_hidden": hidden, "num_updates": 5, "num_chains": 20}
+    X[:, 2] = 1.0
+    with pytest.warns(FitWarning, match=r"2 \(always up\)"):
+        whole = BoltzmannMachine(method, **options).fit(X)
+    X[3, 2] = np.nan
+    with pytest.warns(FitWarning, match=r"2 \(always up\)"):
+        machine = BoltzmannMachine(method, **options).fit(X)
+    assert machine.couplings_ == pytest.approx(whole.couplings_, abs=1e-12)
+    others = np.arange(len(whole.fields_)) != 2
+    assert machine.fields_[others] == pytest.approx(whole.fields_[others], abs=1e-12)
+    assert machine.fields_[2] == pytest.approx(np.arctanh(499 / 500), rel=1e-12)
+
+
 @pytest.mark.parametrize("method", RESPONSES)
 def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray) -> None:
     X = np.c_[X, X[:, 0]]
@@ -205,3 +261,37 @@ def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray)
         machine = BoltzmannMachine(method).fit(X)
     assert 0 < machine.shrinkage_ < 0.2
     assert np.abs(machine.couplings_).max() < 100
+
+
+def extrapolating(sure: float) -> np.ndarray:
+    """S_0 is mostly down only where both others are down, and missing where both are up."""
+    rng = np.random.default_rng(0)
+    others = rng.random((4000, 2)) < 0.8
+    first = rng.random(4000) < np.where(others.any(axis=1), sure, 1 - sure)
+    X = np.where(np.c_[others, first], 1.0, -1.0)[:, [2, 0, 1]]
+    X[others.all(axis=1), 0] = np.nan
+    return X
+
+
+@pytest.mark.parametrize("method", RESPONSES)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"max_iter": 2000}, {"pseudocount": 0.1, "l2": 0.01}])
+def test_means_that_regressions_take_beyond_one_are_refused_by_name(
+    method: str, options: dict[str, float]
+) -> None:
+    holes = np.c_[np.ones(4000), extrapolating(0.97)]
+    column = 0 if "pseudocount" in options else 1  # then the first is constant, and left out
+    said = rf"the mean of columns to ±1 or beyond: {column} \([12]\.\d+\)\."
+    with pytest.raises(ValueError, match=said):
+        BoltzmannMachine(method, **options).fit(holes[:, 1 - column :])
+    assert np.isfinite(BoltzmannMachine("exact").fit(holes[:, 1:]).couplings_).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_means_that_the_data_have_are_not_refused(scale: float, X: np.ndarray) -> None:
+    X[:, 1] = 1.0
+    X[0, 1] = -1.0
+    X[5, 3] = np.nan
+    weights = np.full(500, scale)
+    weights[0] *= 1e-3  # its share of the mean is far less than that of an observation
+    assert np.isfinite(BoltzmannMachine().fit(X, sample_weight=weights).couplings_).all()

@@ -199,6 +199,14 @@ def test_the_field_of_a_constant_column_does_not_depend_on_the_unit_of_weights(
     assert share.fields_ == pytest.approx(one.fields_)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_the_field_of_a_constant_column_has_all_its_digits(share: float, X: np.ndarray) -> None:
+    X[:, 2] = 1.0
+    with pytest.warns(FitWarning, match="never change"):
+        machine = BoltzmannMachine("independent").fit(X, sample_weight=np.full(500, share))
+    assert machine.fields_[2] == pytest.approx(np.arctanh(500 / 501), rel=1e-12)
+
+
 def test_all_constant_columns_are_named(X: np.ndarray) -> None:
     data = np.concatenate([X, np.ones((500, 8))], axis=1)
     with pytest.warns(FitWarning) as caught:
