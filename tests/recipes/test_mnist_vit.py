@@ -28,11 +28,11 @@ TINY = (
 )
 # Every mechanism, stem, pooling and kind of positions at least once.
 VARIANTS = {
-    "mean-field": "--positions none",
+    "mean-field": "--positions none --solver broyden",
     "mlp-mixer": "--depth 2 --weight-norm --positions sinusoidal --widths",
     "adaptive-tap": "--positions learned",
-    "softmax": "--heads 2 --dim 8 --positions rotary --dropout 0.1 --solver picard",
-    "vector-spin": "--heads 1 --depth 2 --pooling mean --solver broyden",
+    "softmax": "--heads 2 --dim 8 --positions rotary --dropout 0.1",
+    "vector-spin": "--heads 1 --depth 2 --pooling mean --solver picard",
 }
 Train = Callable[..., Outcome]
 
