@@ -33,7 +33,7 @@ def trained(
     model = DeepImplicitAttentionTransformer(
         num_tokens=5, max_seq_len=example.LENGTH, dim=16, heads=2, on_failure="ignore"
     )
-    example.train(model, ids, 50, seed=0, rate=2e-2)
+    example.train(model, ids, 80, seed=0, rate=1e-2)
     return model.eval()
 
 

@@ -99,16 +99,17 @@ def test_the_average_is_evaluated_and_kept(
     trainer(task, model, ema=0.8, evaluate_every=12).train()
     average = weights(other)
     history = by_hand(other, regression(), 12)
-    for now in history:
-        average = [0.8 * e + 0.2 * p for e, p in zip(average, now, strict=True)]
+    for step, now in enumerate(history, start=1):
+        kept = min(0.8, step / (9 + step))
+        average = [kept * e + (1 - kept) * p for e, p in zip(average, now, strict=True)]
     assert same(weights(model), history[-1])  # training goes on from the weights themselves
-    kept = network()
-    Run(tmp_path).load_weights(kept)
-    for a, b in zip(weights(kept), average, strict=True):
+    best = network()
+    Run(tmp_path).load_weights(best)
+    for a, b in zip(weights(best), average, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
     (record,) = Run(tmp_path).metrics()
     with torch.no_grad():
-        loss = (kept.eval()(task.x) - task.y).square().mean().item()
+        loss = (best.eval()(task.x) - task.y).square().mean().item()
     assert record["validation_loss"] == pytest.approx(loss, rel=1e-12)
 
 
