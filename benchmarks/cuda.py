@@ -133,6 +133,9 @@ def memory_by_steps() -> dict[int, int]:
 def main() -> None:
     page = parse_out(__doc__)
     if not torch.cuda.is_available():
+        # What was measured where there was one stays.
+        if f"\n## {TITLE}\n" not in (page.read_text() if page.exists() else ""):
+            write_section(page, TITLE, "Not measured: no CUDA device was at hand.")
         print("no CUDA device: nothing is measured")
         return
     command = "python -m benchmarks.cuda"
