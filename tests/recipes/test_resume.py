@@ -266,7 +266,7 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    flags = ["--epochs", "20", "--dropout", "0.1", "--ema", "0.9", "--checkpoint-every", "9"]
+    flags = ["--epochs", "80", "--dropout", "0.1", "--ema", "0.9", "--checkpoint-every", "9"]
     finish(tmp_path / "whole", flags)
     chance = random.Random(0)
     kills = 0
