@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ class ExplicitTransformer(nn.Module):
     """`depth` pre-normalised blocks of attention and feed-forward, head tied.
 
     The default size is that of nanoGPT's small CPU baseline, 0.80 M parameters. Positions are
-    learned, or rotary with `rotary_base`. Weights start as the equilibrium model's do: those of
-    a Linear at its own scale, embeddings with `embedding_std`; or, with ``gpt2=True``, as GPT-2's
-    (std 0.02, no biases). In both, what adds to the residual is smaller by √(2 depth). With
-    ``wide=True`` hidden units start with unit deviation, as the equilibrium model's do. It takes
-    the options that the equilibrium model's training loop gives and has no use for them.
+    learned, or rotary with `rotary_base`. Weights start at the scale of a Linear's own and
+    embeddings with `embedding_std` (``start="linear"``); so, but hidden units with unit deviation,
+    as in the equilibrium model (``"wide"``); or as GPT-2's, std 0.02 and no biases (``"gpt2"``).
+    What adds to the residual is smaller by √(2 depth) in each. It takes the options that the
+    equilibrium model's training loop gives and has no use for them.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class ExplicitTransformer(nn.Module):
         depth: int = 4,
         heads: int = 4,
         embedding_std: float = 0.05,
-        gpt2: bool = False,
-        wide: bool = False,
+        start: Literal["linear", "wide", "gpt2"] = "linear",
     ) -> None:
         super().__init__()
+        gpt2 = start == "gpt2"
         std = 0.02 if gpt2 else embedding_std
         self.tokens = nn.Embedding(num_tokens, dim)
         nn.init.normal_(self.tokens.weight, std=std)
@@ -45,7 +45,7 @@ class ExplicitTransformer(nn.Module):
             _Block(dim, depth, heads, rotary_base, not gpt2) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, bias=not gpt2)
-        if wide:
+        if start == "wide":
             with torch.no_grad():
                 for block in self.blocks:
                     block.expand.weight.mul_(3**0.5)

@@ -47,10 +47,10 @@ MODELS: dict[str, Callable[..., Any]] = {
     "equilibrium-two": partial(_equilibrium, depth=2, dim=176, heads=8, **ROTARY),
     "equilibrium-one": partial(_equilibrium, depth=1, dim=256, heads=16, **ROTARY),
     "explicit": partial(ExplicitTransformer, rotary_base=100.0),
-    "explicit-wide": partial(ExplicitTransformer, rotary_base=100.0, wide=True),
+    "explicit-wide": partial(ExplicitTransformer, rotary_base=100.0, start="wide"),
     "explicit-learned": ExplicitTransformer,
-    "explicit-gpt2": partial(ExplicitTransformer, gpt2=True),  # nanoGPT
-    "explicit-gpt2-rotary": partial(ExplicitTransformer, gpt2=True, rotary_base=100.0),
+    "explicit-gpt2": partial(ExplicitTransformer, start="gpt2"),  # nanoGPT
+    "explicit-gpt2-rotary": partial(ExplicitTransformer, start="gpt2", rotary_base=100.0),
 }
 
 

@@ -46,9 +46,10 @@ MISSED = (
     "Where a bar is missed: mean field (4, 128, 32) is bound by memory, one copy of the 64 MB of "
     "couplings in the order that products want and one reading of them for each evaluation; mean "
     "field (32, 64, 16) has couplings whose spectrum is a disc, for which plain iteration is "
-    "optimal, so no solver saves evaluations, and half of its time is bare products; mean field "
-    "(60, 17, 10), softmax (32, 64, 16) and small adaptive TAP are mostly dispatching of small "
-    "operations, the first of them also a quarter the inverse that its preconditioner is made of."
+    "optimal, so no solver saves evaluations, and over half of its forward time is bare products; "
+    "mean field (60, 17, 10) spends over a quarter on the inverse that its preconditioner is made "
+    "of. What else there is there, in softmax (32, 64, 16) and in small adaptive TAP is many small "
+    "operations."
 )
 
 

@@ -31,7 +31,7 @@ VARIANTS = {
     "mean-field": "--positions none --solver broyden",
     "mlp-mixer": "--depth 2 --weight-norm --positions sinusoidal --widths",
     "adaptive-tap": "--positions learned",
-    "softmax": "--heads 2 --dim 8 --positions rotary --dropout 0.1",
+    "softmax": "--heads 2 --dim 8 --positions rotary --dropout 0.1 --epochs 16",
     "vector-spin": "--heads 1 --depth 2 --pooling mean --solver picard",
 }
 Train = Callable[..., Outcome]
@@ -79,7 +79,7 @@ def test_learns_what_can_be_learned(attention: str, train: Train, data: ImageDat
     assert run.status == 0, run.err
     *epochs, last = records(run.folder)
     found = scores(run.folder, data.test.images, data)
-    assert last["test_accuracy"] > 0.85  # chance is 0.25
+    assert last["test_accuracy"] > 0.9  # chance is 0.25
     right = (found.argmax(dim=1) == data.test.labels).double().mean().item()
     assert last["test_accuracy"] == pytest.approx(right)
     assert last["test_loss"] == pytest.approx(F.cross_entropy(found, data.test.labels).item(), 1e-4)

@@ -363,31 +363,6 @@ def test_measure_shows_an_image_that_could_not_be_solved(
         assert not math.isfinite(measure(model, split, batch_size).residual)
 
 
-@pytest.mark.parametrize("broken", [0, 3, 5])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_no_residual_is_worse_than_one_that_is_no_number(
-    broken: int, layer: int, small_model: Build, quadrants: Callable, monkeypatch: Any
-) -> None:
-    """Whichever image it is of, in whichever layer and batch, and whatever comes after it."""
-    model, split = small_model(), quadrants(6, 3)
-    split.images[broken, 0, 0, 0] = 77.0
-    forward = model.forward
-
-    def two_layers(images: Tensor, **options: Any) -> Any:
-        scores, (solution,) = forward(images, **options)
-        mark = torch.where(images[:, 0, 0, 0] == 77.0, torch.nan, 0.5)
-        other = replace(solution, residual=torch.full_like(mark, 0.25))
-        solutions = [other, other]
-        solutions[layer] = replace(solution, residual=mark)
-        return scores, tuple(solutions)
-
-    monkeypatch.setattr(model, "forward", two_layers)
-    for batch_size in (1, 2, 6):
-        assert math.isnan(measure(model, split, batch_size).residual)
-    split.images[broken, 0, 0, 0] = 0.0
-    assert measure(model, split, 2).residual == 0.5
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_spectral_radius_against_eigenvalues(
     symmetric: bool, small_model: Build, quadrants: Callable

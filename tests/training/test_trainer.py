@@ -7,7 +7,6 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deep_implicit_attention.solvers import picard
 from deep_implicit_attention.training import (
     DivergenceWarning,
     Outcome,
@@ -188,27 +186,6 @@ def test_a_sample_is_said_and_logged(
     assert len(set(first)) == 4
     trainer(Talking()).train()
     assert [r["sample"] for r in Run(tmp_path).metrics()] == first
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_residual_that_is_no_number_is_the_worst_of_its_steps(
-    layer: int, regression: Build, trainer: Build, tmp_path: Path
-) -> None:
-    """It is null in the metrics, and that of the next steps is a number again."""
-    solved = picard(lambda z: z / 2, torch.ones(1, 1))
-
-    class Unsolved(regression):  # type: ignore[valid-type, misc]
-        count = 0
-
-        def loss(self, model: nn.Module, batch: Any) -> Outcome:
-            self.count += 1
-            found = [0.25, 0.25]
-            found[layer] = math.nan if self.count == 2 else self.count / 2
-            solutions = tuple(replace(solved, residual=torch.tensor([r])) for r in found)
-            return replace(super().loss(model, batch), solutions=solutions)
-
-    trainer(Unsolved()).train()
-    assert [r["residual"] for r in Run(tmp_path).metrics()] == [None, 3.0, 4.5, 6.0]
 
 
 class Rising:
