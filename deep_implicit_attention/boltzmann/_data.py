@@ -51,6 +51,10 @@ class Data:
         """Sum of the weights."""
         return float(len(self)) if self.weights is None else self.weights.sum().item()
 
+    def counted(self) -> int:
+        """Number of rows that have a weight."""
+        return len(self) if self.weights is None else int((self.weights > 0).sum())
+
 
 class Completion(NamedTuple):
     """Rows with their missing entries filled in, and what that rests on.

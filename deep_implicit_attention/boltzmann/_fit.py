@@ -84,6 +84,6 @@ def _counts(sums: Sums | None, data: Data | None) -> tuple[Tensor, Tensor, int, 
     return (
         weights @ data.spins,
         weights @ (data.spins != 0).to(data.spins),
-        int((weights > 0).sum()),
+        data.counted(),
         data.total(),
     )

@@ -100,8 +100,7 @@ def _check_means(
     Regressions extrapolate, and C_ii = 1 − m_i² would vanish.
     """
     total = data.total() + settings.pseudocount
-    rows = len(data) if data.weights is None else int((data.weights > 0).sum())
-    furthest = pairs.mean.abs().clamp(min=total / (total + min(1.0, data.total() / rows)))
+    furthest = pairs.mean.abs().clamp(min=total / (total + min(1.0, data.total() / data.counted())))
     m = filled.moments.mean
     beyond = (1 - m.abs() < 0.5 * (1 - furthest)).nonzero().flatten().tolist()
     if beyond:
@@ -133,8 +132,7 @@ def observed_pairs(data: Data) -> Moments:
     second.fill_diagonal_(1.0)
     apart = ~torch.eye(len(m), dtype=torch.bool, device=m.device)
     # Weights below 1 are shares of a row, not less than an observation.
-    rows = len(data) if data.weights is None else int((data.weights > 0).sum())
-    scale = max(1.0, rows / data.total())
+    scale = max(1.0, data.counted() / data.total())
     often = (scale * (number[apart] if len(m) > 1 else total)).clamp(min=1.0)
     return Moments(m, second, len(often) / (1 / often).sum().item())
 

@@ -32,10 +32,9 @@ class Sums:
     def of(cls, data: Data) -> Sums:
         """The sums over complete rows. Cost: O(M N²)."""
         weighted = data.weighed(data.spins)
-        rows = len(data) if data.weights is None else int((data.weights > 0).sum())
         # The sum over rows as a product, which is faster than `sum(dim=0)`.
         first = weighted.mT @ torch.ones_like(weighted[:, 0])
-        return cls(data.total(), rows, first, data.spins.mT @ weighted)
+        return cls(data.total(), data.counted(), first, data.spins.mT @ weighted)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
