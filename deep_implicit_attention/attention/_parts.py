@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..deq._linear_map import LinearMap
 from ..deq._state import full_precision
 from ..solvers._validate import check_count
+from ._products import gelu_linear, linear
 
 
 class Weights(NamedTuple):
@@ -58,20 +59,20 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = full_precision(layer.weight)  # read once: a parametrisation may stand behind it
     hooked = layer._forward_pre_hooks or layer._forward_hooks
     if isinstance(layer, nn.Linear) and not hooked:
-        return F.linear(x, weight)
+        return linear(x, weight)
     return layer(x)
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     """The network of `FeedForward` with the given weights."""
-    hidden = F.gelu(F.linear(x, weights.w_in, weights.b_in))
-    return F.linear(hidden, weights.w_out, weights.b_out)
+    return linear(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 
 def feed_forward_vjp(z: Tensor, weights: Weights) -> Callable[[Tensor], Tensor]:
     """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once."""
-    slope = _gelu_slope(F.linear(z, weights.w_in, weights.b_in))
-    return lambda v: ((v @ weights.w_out) * slope) @ weights.w_in
+    slope = _gelu_slope(linear(z, weights.w_in, weights.b_in))
+    out, back = weights.w_out.mT, weights.w_in.mT
+    return lambda v: linear(linear(v, out) * slope, back)
 
 
 def feed_forward_slope(weights: Weights) -> Tensor:
@@ -93,7 +94,7 @@ def inverse_or_identity(matrix: Tensor) -> Tensor:
 
 def on_sites(matrix: Tensor) -> LinearMap:
     """r ↦ A r_i for every site of `(B, N, d)`."""
-    return LinearMap(lambda r: r @ matrix.mT, lambda r: r @ matrix)
+    return LinearMap(lambda r: linear(r, matrix), lambda r: linear(r, matrix.mT))
 
 
 def normalized(x: Tensor) -> Tensor:

@@ -34,21 +34,25 @@ class Couplings(NamedTuple):
     queries: Tensor | None = None  # (B, h, N, k)
     keys: Tensor | None = None
     scale: float = 1.0
+    mask: Tensor | None = None  # (B, N), True = keep
     causal: bool = False
+    fused: bool = False  # whether gradients are by fused attention
 
     def act(self, z: Tensor) -> Tensor:
         """Σ_j J_ij z_j for `z` `(B, h, N, k)`."""
-        differentiated = self.matrix is None or torch.is_grad_enabled()
-        if self.queries is not None and self.keys is not None and differentiated:
-            return _Fused.apply(self.queries, self.keys, z, self.scale, self.causal)
-        assert self.matrix is not None
-        return self.matrix @ z.contiguous()
+        if self.matrix is not None and (self.queries is None or not torch.is_grad_enabled()):
+            return _times(self.matrix.mT, z)
+        assert self.queries is not None
+        assert self.keys is not None
+        how = self.scale, self.mask, self.causal
+        matrix = None if self.fused else self.matrix
+        return _Pooled.apply(self.queries, self.keys, z, matrix, how)
 
     def transposed(self) -> Callable[[Tensor], Tensor]:
         """v ↦ Σ_i J_ij v_i."""
         if self.matrix is not None:
-            matrix = self.matrix.mT
-            return lambda v: matrix @ v.contiguous()
+            matrix = self.matrix
+            return lambda v: _times(matrix, v)
         assert self.queries is not None
         assert self.keys is not None
         q, k = self.queries.detach(), self.keys.detach()
@@ -58,18 +62,24 @@ class Couplings(NamedTuple):
         return lambda v: torch.autograd.grad(pooled, z, v.contiguous(), retain_graph=True)[0]
 
 
+def _times(transposed: Tensor, z: Tensor) -> Tensor:
+    """J z, given Jᵀ: the states as rows of a few components each, four times as fast as columns."""
+    return (z.mT.contiguous() @ transposed).mT
+
+
 def couple(
     q: Tensor, k: Tensor, width: int, scale: float, mask: Tensor | None, causal: bool
 ) -> Couplings:
     """The couplings of `q`, `k` `(B, h, N, k)`, to act on states of `width` components a head."""
     sites = q.shape[2]
     # Fused attention knows no row without a key, and its fast form wants equal widths.
-    if sites < _FUSED or mask is not None or q.shape[3] != width:
+    fused = sites >= _FUSED and mask is None and q.shape[3] == width
+    if torch.compiler.is_compiling() and not fused:
         return Couplings(softmax_couplings(q, k, scale, mask, causal))
     matrix = None
-    if sites < _LONG and torch.is_grad_enabled():
-        matrix = softmax_couplings(q.detach(), k.detach(), scale, None, causal)
-    return Couplings(matrix, q, k, scale, causal)
+    if not fused or (sites < _LONG and torch.is_grad_enabled()):
+        matrix = softmax_couplings(q.detach(), k.detach(), scale, mask, causal)
+    return Couplings(matrix, q, k, scale, mask, causal, fused)
 
 
 def softmax_couplings(
@@ -111,28 +121,51 @@ def _fused(q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool) -> Tenso
     return F.scaled_dot_product_attention(q, k, z, is_causal=causal, scale=scale)
 
 
-class _Fused(torch.autograd.Function):
-    """Fused attention; its second derivatives, which torch has none of, by the matrix."""
+class _Pooled(torch.autograd.Function):
+    """Σ_j J_ij z_j of queries and keys, by their `matrix` or by fused attention.
+
+    torch has no second derivatives of fused attention: they come from the matrix, made anew.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool
+        ctx: Any, q: Tensor, k: Tensor, z: Tensor, matrix: Tensor | None, how: tuple
     ) -> Tensor:
+        scale, mask, causal = how
+        pooled = _fused(q, k, z, scale, causal) if matrix is None else _times(matrix.mT, z)
         ctx.scale, ctx.causal = scale, causal
-        ctx.save_for_backward(q, k, z)
-        return _fused(q, k, z, scale, causal)
+        ctx.save_for_backward(q, k, z, matrix, mask, pooled)
+        return pooled
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        q, k, z, matrix, mask, pooled = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            if twice:
-                q, k, z = (t.view_as(t) for t in ctx.saved_tensors)
-                pooled = softmax_couplings(q, k, ctx.scale, None, ctx.causal) @ z
-            else:
-                q, k, z = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-                pooled = _fused(q, k, z, ctx.scale, ctx.causal)
-            wanted = [t for t, need in zip((q, k, z), needed, strict=True) if need]
-            found = iter(torch.autograd.grad(pooled, wanted, g, create_graph=twice))
-        return *(next(found) if need else None for need in needed), None, None
+        if torch.is_grad_enabled() or matrix is None:
+            return *_by_autograd(ctx, q, k, z, mask, g), None, None
+        by_q = by_k = by_z = None
+        if needed[2]:
+            by_z = _times(matrix, g)
+        if needed[0] or needed[1]:
+            # Of the softmax: J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, whose sum is g·(J z).
+            logits = (ctx.scale * g) @ z.mT
+            logits.sub_(ctx.scale * (g * pooled).sum(dim=-1, keepdim=True)).mul_(matrix)
+            by_q, by_k = _times(logits.mT, k), _times(logits, q)
+        return by_q, by_k, by_z, None, None
+
+
+def _by_autograd(
+    ctx: Any, q: Tensor, k: Tensor, z: Tensor, mask: Tensor | None, g: Tensor
+) -> list[Tensor | None]:
+    needed = ctx.needs_input_grad[:3]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if twice:
+            q, k, z = (t.view_as(t) for t in (q, k, z))
+            pooled = softmax_couplings(q, k, ctx.scale, mask, ctx.causal) @ z
+        else:
+            q, k, z = (t.detach().requires_grad_() for t in (q, k, z))
+            pooled = _fused(q, k, z, ctx.scale, ctx.causal)
+        wanted = [t for t, need in zip((q, k, z), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(pooled, wanted, g, create_graph=twice))
+    return [next(found) if need else None for need in needed]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..deq._linear_map import LinearMap
 from ._parts import (
@@ -26,6 +25,7 @@ from ._parts import (
     split_heads,
 )
 from ._pooling import Couplings, couple
+from ._products import linear
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
@@ -151,7 +151,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
     def update(self, z: Tensor, context: _Context) -> Tensor:
         acting = self._acting(z)
         pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
-        response = F.linear(pooled, context.w_out, context.b_out)
+        response = linear(pooled, context.w_out, context.b_out)
         if context.kept is not None:
             response = context.kept[0] * response
         field = response + context.x
@@ -177,12 +177,12 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         correct = None
         if context.correction is not None:
             correct = feed_forward_vjp(acting, context.correction)
-        transposed = context.couplings.transposed()
+        transposed, w_out = context.couplings.transposed(), context.w_out.mT
 
         def product(v: Tensor) -> Tensor:
             v = hide(v, context.mask)
             pooled = v if context.kept is None else context.kept[0] * v
-            out = merge_heads(transposed(split_heads(pooled @ context.w_out, self.heads)))
+            out = merge_heads(transposed(split_heads(linear(pooled, w_out), self.heads)))
             if correct is not None:
                 out = out - correct(v if context.kept is None else context.kept[1] * v)
             return out if back is None else back(out)
@@ -214,8 +214,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             return r if kept is None else kept * r
 
         return LinearMap(
-            lambda r: r @ apart.mT + spread(averaged(r) @ common.mT),
-            lambda r: r @ apart + spread(averaged(r) @ common),
+            lambda r: linear(r, apart) + spread(averaged(r) @ common.mT),
+            lambda r: linear(r, apart.mT) + spread(averaged(r) @ common),
         )
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
@@ -233,7 +233,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         """
         pooled, own, memory = self.one_more(context.memory, self._acting(state), x_new)
         kept = self.draw_dropout(x_new.expand(2, *x_new.shape))
-        field = F.linear(merge_heads(pooled), context.w_out)
+        field = linear(merge_heads(pooled), context.w_out)
         if kept is not None:
             field = kept[0] * field
         return context._replace(

@@ -72,19 +72,31 @@ class TestContext:
         torch.testing.assert_close(found.value, plain.value, rtol=1e-9, atol=1e-10)
 
 
-def test_the_preconditioner_of_few_sites_inverts_all_but_what_the_correction_bends():
-    """With f linear at its bias, (1 − ∂F/∂z)⁻¹ is exact where z is zero and so are the biases."""
+@pytest.mark.parametrize("strength", [0.3, 1.0, 3.0], ids=["weak", "initial", "strong"])
+def test_the_preconditioner_of_few_sites_inverts_all_but_what_the_correction_bends(strength):
+    """With f linear at its bias, (1 − ∂F/∂z)⁻¹ where z is zero and so are the biases.
+
+    Exact where couplings are strong, else by eight terms of a series, with a known remainder.
+    """
     torch.manual_seed(0)
     module = DEQMeanFieldAttention(4, 3).double()
     torch.nn.init.zeros_(module.correction.expand.bias)
+    with torch.no_grad():
+        module._weight.mul_(strength)
     context = module.prepare(torch.randn(1, 4, 3).double())
     z = torch.zeros(1, 4, 3).double()
-    exact = torch.linalg.inv(
-        torch.eye(12).double() - jacobian(lambda v: module.update(v, context), z)
-    )
-    r = torch.randn(1, 4, 3).double()
-    found = module.preconditioner(context)(r)
-    torch.testing.assert_close(found.flatten(), exact @ r.flatten())
+    inverted = torch.eye(12).double() - jacobian(lambda v: module.update(v, context), z)
+    r = torch.randn(12).double()
+    found = module.preconditioner(context)(r.view(1, 4, 3)).flatten()
+    own = inverted + module.coupling_matrix()  # 1 + ∂f/∂z
+    fourth = torch.linalg.matrix_power(torch.linalg.solve(own, module.coupling_matrix()), 4)
+    exact = torch.linalg.solve(inverted, r)
+    if torch.linalg.matrix_norm(fourth) < 1:
+        assert strength < 3
+        torch.testing.assert_close(found, exact - fourth @ (fourth @ exact))
+    else:
+        assert strength == 3
+        torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

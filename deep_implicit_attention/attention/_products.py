@@ -1,0 +1,100 @@
+"""Products with matrices of weights, which are most of the arithmetic of an update.
+
+On the host torch takes float32 products to a BLAS that uses half of some processors (measured on
+one of AMD: 110 GFLOP/s of 250), while oneDNN, which torch also ships and calls in compiled code,
+uses them well. So products go there, whether a gradient follows or not; second derivatives, other
+types and devices, compiled and functionally transformed code take the plain path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+# Below these many multiplications the way to oneDNN takes longer than it saves.
+_SMALL = 1 << 17
+# A gradient by weights this narrow is the faster by the BLAS.
+_NARROW = 64
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for `x` `(..., k)`, `weight` `(n, k)` and `bias` `(n,)`."""
+    if not _fast(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x Wᵀ + b), in one pass where no gradient is wanted."""
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or bias.requires_grad
+    )
+    if wanted or not _fast(x, weight):
+        return F.gelu(linear(x, weight, bias))
+    return _product(x, weight, bias, "gelu", "none")
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", how: str = ""
+) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], how)
+
+
+def _fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is there for this product and worth the way."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not _observed(x, weight)
+        and x.numel() * len(weight) >= _SMALL
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _observed(x: Tensor, weight: Tensor) -> bool:
+    """Whether anybody is to see what is computed (a compiler, `vmap`, a counter of operations)."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or is_functorch_wrapped_tensor(x)
+        or is_functorch_wrapped_tensor(weight)
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with its derivative by oneDNN too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        by_x = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_x = linear(g, weight.mT)
+        if ctx.needs_input_grad[1]:
+            rows, columns = g.reshape(-1, g.shape[-1]).mT, x.reshape(-1, x.shape[-1]).mT
+            wide = min(len(rows), len(columns)) >= _NARROW
+            by_weight = linear(rows, columns) if wide else rows @ columns.mT
+        if ctx.needs_input_grad[2]:
+            by_bias = g.reshape(-1, g.shape[-1]).sum(dim=0)
+        return by_x, by_weight, by_bias

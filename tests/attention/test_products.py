@@ -1,0 +1,107 @@
+"""Products by oneDNN, each held against torch's own in double precision."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from deep_implicit_attention.attention import _products
+from deep_implicit_attention.attention._products import gelu_linear, linear
+
+fast = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="torch without oneDNN",
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often oneDNN was asked."""
+    seen = []
+    plain = _products._product
+
+    def counted(*args):
+        seen.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(_products, "_product", counted)
+    return seen
+
+
+def shapes():
+    """Rows as they come: many, few, in sites, not contiguous, spread, none; and weights."""
+    torch.manual_seed(0)
+    wide, tall = torch.randn(256, 64), torch.randn(64, 256)
+    return {
+        "rows": (torch.randn(500, 64), wide),
+        "one row": (torch.randn(1, 1024), torch.randn(1024, 1024)),
+        "sites": (torch.randn(3, 50, 64), wide),
+        "transposed": (torch.randn(64, 500).mT, wide),
+        "sliced": (torch.randn(500, 128)[:, ::2], wide),
+        "spread": (torch.randn(1, 64).expand(500, 64), wide),
+        "weight transposed": (torch.randn(500, 64), tall.mT),
+        "weight sliced": (torch.randn(500, 64), torch.randn(256, 96)[:, :64]),
+        "narrow": (torch.randn(2000, 16), torch.randn(16, 16)),
+        "small": (torch.randn(2, 64), wide),
+        "no rows": (torch.randn(0, 64), wide),
+    }
+
+
+@pytest.mark.parametrize("name", shapes())
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_and_their_gradients_are_those_of_torch(name, biased):
+    x, weight = shapes()[name]
+    bias = torch.randn(len(weight)) if biased else None
+    inputs = [x, weight] + ([bias] if biased else [])
+    fast = [t.detach().requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    found, expected = linear(*fast), F.linear(*exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    g = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, fast, g),
+        torch.autograd.grad(expected, exact, g.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-3)
+    if biased:
+        with torch.no_grad():
+            found = gelu_linear(x, weight, bias)
+        torch.testing.assert_close(found.double(), F.gelu(expected), rtol=1e-5, atol=1e-4)
+
+
+@fast
+def test_gradients_can_be_differentiated_again(calls):
+    torch.manual_seed(0)
+    inputs = [torch.randn(40, 64), torch.randn(96, 64), torch.randn(96)]
+
+    def second(product, dtype):
+        given = [t.to(dtype).requires_grad_() for t in inputs]
+        first = torch.autograd.grad(product(*given).pow(3).mean(), given, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), given)
+
+    for ours, theirs in zip(
+        second(linear, torch.float32), second(F.linear, torch.float64), strict=True
+    ):
+        scale = theirs.abs().max()
+        torch.testing.assert_close(ours.double() / scale, theirs / scale, rtol=0, atol=1e-5)
+    assert calls
+
+
+@fast
+def test_the_plain_path_is_taken_where_somebody_looks(calls):
+    x, weight = torch.randn(500, 64), torch.randn(256, 64)
+    expected = F.linear(x, weight)
+    linear(x, weight)
+    assert len(calls) == 1
+    with FlopCounterMode(display=False) as counter:
+        linear(x, weight)
+    assert counter.get_total_flops() == 2 * 500 * 64 * 256
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(linear(x, weight), expected)
+    rows = torch.func.vmap(linear, in_dims=(0, None))(x.view(5, 100, 64), weight)
+    torch.testing.assert_close(rows.view_as(expected), expected)
+    _, tangent = torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
+    torch.testing.assert_close(tangent, expected)
+    linear(x.double(), weight.double())
+    assert len(calls) == 1
