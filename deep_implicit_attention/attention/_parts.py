@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..deq._linear_map import LinearMap
 from ..deq._state import full_precision
 from ..solvers._validate import check_count
-from ._products import gelu_linear, linear
+from ._products import gelu_linear, linear, linear_times
 
 
 class Weights(NamedTuple):
@@ -72,7 +72,7 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> Callable[[Tensor], Tensor]:
     """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once."""
     slope = _gelu_slope(linear(z, weights.w_in, weights.b_in))
     out, back = weights.w_out.mT, weights.w_in.mT
-    return lambda v: linear(linear(v, out) * slope, back)
+    return lambda v: linear(linear_times(v, out, slope), back)
 
 
 def feed_forward_slope(weights: Weights) -> Tensor:

@@ -48,6 +48,14 @@ class Couplings(NamedTuple):
         matrix = None if self.fused else self.matrix
         return _Pooled.apply(self.queries, self.keys, z, matrix, how)
 
+    def narrowed(self) -> Couplings:
+        """In bfloat16."""
+        if self.matrix is not None:
+            return Couplings(self.matrix.bfloat16())
+        assert self.queries is not None
+        assert self.keys is not None
+        return self._replace(queries=self.queries.bfloat16(), keys=self.keys.bfloat16())
+
     def transposed(self) -> Callable[[Tensor], Tensor]:
         """v ↦ Σ_i J_ij v_i."""
         if self.matrix is not None:
@@ -64,7 +72,7 @@ class Couplings(NamedTuple):
 
 def _times(transposed: Tensor, z: Tensor) -> Tensor:
     """J z, given Jᵀ: the states as rows of a few components each, four times as fast as columns."""
-    return (z.mT.contiguous() @ transposed).mT
+    return (z.mT.to(transposed.dtype).contiguous() @ transposed).mT
 
 
 def couple(
@@ -132,6 +140,7 @@ class _Pooled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, z: Tensor, matrix: Tensor | None, how: tuple
     ) -> Tensor:
         scale, mask, causal = how
+        z = z.to(q.dtype)
         pooled = _fused(q, k, z, scale, causal) if matrix is None else _times(matrix.mT, z)
         ctx.scale, ctx.causal = scale, causal
         ctx.save_for_backward(q, k, z, matrix, mask, pooled)

@@ -25,7 +25,7 @@ from ._parts import (
     split_heads,
 )
 from ._pooling import Couplings, couple
-from ._products import linear
+from ._products import linear, narrow_pays, narrowed
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
@@ -149,7 +149,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         )
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        acting = self._acting(z)
+        acting = self._acting(z.to(context.w_out.dtype))
         pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
         response = linear(pooled, context.w_out, context.b_out)
         if context.kept is not None:
@@ -185,9 +185,23 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             out = merge_heads(transposed(split_heads(linear(pooled, w_out), self.heads)))
             if correct is not None:
                 out = out - correct(v if context.kept is None else context.kept[1] * v)
-            return out if back is None else back(out)
+            return out if back is None else back(out.to(z.dtype))
 
         return product
+
+    def rough(self, context: _Context) -> _Context | None:
+        """The context with weights and couplings in bfloat16, where products with them are faster.
+
+        None without `normalize`: the preconditioner leaves no steps to save.
+        """
+        if not self.normalize or not narrow_pays(context.x):
+            return None
+        return context._replace(
+            couplings=context.couplings.narrowed(),
+            w_out=context.w_out.bfloat16(),
+            b_out=context.b_out.bfloat16(),
+            correction=None if context.correction is None else narrowed(context.correction),
+        )
 
     def preconditioner(self, context: _Context) -> LinearMap | None:
         """r ↦ P r with f linearised where its hidden units are at their biases, D = ∂f/∂z.

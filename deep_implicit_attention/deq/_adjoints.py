@@ -45,6 +45,7 @@ class Adjoint:
         max_iter: int,
         on_failure: str,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
+        rough: bool = False,
     ) -> Tensor:
         """`z` `(B, n)`, bit for bit, as a differentiable function of what `f` depends on."""
         raise NotImplementedError
@@ -117,6 +118,7 @@ class Implicit(Adjoint):
         max_iter: int,
         on_failure: str,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
+        rough: bool = False,
     ) -> Tensor:
         if not takes(self.solver, "preconditioner") or "preconditioner" in self.options:
             preconditioner = None
@@ -126,6 +128,7 @@ class Implicit(Adjoint):
             max_iter if self.max_iter is None else self.max_iter,
             on_failure,
             preconditioner,
+            rough and takes(self.solver, "rough") and "rough" not in self.options,
         )
         tape = None
         if f.closes_over:
@@ -162,6 +165,7 @@ class Phantom(Adjoint):
         max_iter: int,
         on_failure: str,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
+        rough: bool = False,
     ) -> Tensor:
         unrolled = z
         for _ in range(self.steps):
@@ -187,7 +191,8 @@ class OneStep(Phantom):
 class _Equation:
     """How the linear equation u = (∂f/∂z)ᵀ u + g of one backward pass is solved.
 
-    `preconditioner` is that of the forward equation, whose transpose serves here.
+    `preconditioner` is that of the forward equation, whose transpose serves here; `rough` says that
+    f has an approximation for the first steps.
     """
 
     adjoint: Implicit
@@ -195,8 +200,14 @@ class _Equation:
     max_iter: int
     on_failure: str
     preconditioner: Callable[[Tensor], Tensor] | None = None
+    rough: bool = False
 
-    def solve(self, product: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
+    def solve(
+        self,
+        product: Callable[[Tensor], Tensor],
+        g: Tensor,
+        rough: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         solver, settings = self.adjoint.solver, self.adjoint.options
         settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
         if self.preconditioner is not None:
@@ -208,6 +219,8 @@ class _Equation:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
             start = g if self.preconditioner is None else settings["preconditioner"](g)
+            if rough is not None:
+                settings["rough"] = lambda u: rough(u) + g
             solution = solver(lambda u: product(u) + g, start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
@@ -285,17 +298,22 @@ def _solve_adjoint(
     g: Tensor,
 ) -> _Adjoined:
     """Solve u = (∂f/∂z)ᵀ u + g with one evaluation of f and no graph of the solve."""
+    aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+    by_hand = rough = None
+    if isinstance(f, TracedMap):
+        with torch.no_grad(), without_autocast(z):
+            by_hand = f.vjp(z.detach(), aliases)
+            if by_hand is not None and equation.rough:
+                rough = f.vjp(z.detach(), aliases, rough=True)
     with torch.enable_grad(), without_autocast(z):
-        z = z.detach().requires_grad_()
-        aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        z = z.detach().requires_grad_(by_hand is None)
         image = f(z, aliases)
 
     def product(v: Tensor) -> Tensor:
         return _vjp(image, z, v, create_graph=False)
 
     with torch.no_grad(), without_autocast(z):
-        by_hand = f.vjp(z.detach(), aliases) if isinstance(f, TracedMap) else None
-        u = equation.solve(by_hand or product, g.detach())
+        u = equation.solve(by_hand or product, g.detach(), rough)
     return _Adjoined(u, image, aliases, needed)
 
 

@@ -96,11 +96,14 @@ def solve_and_attach(
     tol: float,
     max_iter: int,
     state_preconditioner: Callable[[State], State] | None = None,
+    rough_args: Sequence[Any] | None = None,
     **solver_options: Any,
 ) -> Solution:
     """`fixed_point` without its report on the forward solve.
 
     `state_preconditioner` is for solvers that take a preconditioner, forward and backward.
+    f(z, *rough_args) is an approximation of f(z, *args) for the first steps of solvers that take a
+    rough map; backward asks f for its own, `f.rough(*args)`.
     """
     if not callable(f):
         raise TypeError(f"f must be callable, got {type(f).__name__}")
@@ -119,6 +122,8 @@ def solve_and_attach(
         flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
+    if rough_args is not None and takes(solver, "rough"):
+        solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
     if not torch.is_grad_enabled() and is_plain(f, args):
         with without_autocast(flat):
@@ -157,6 +162,7 @@ def solve_and_attach(
                 max_iter=max_iter,
                 on_failure=on_failure,
                 preconditioner=flat_preconditioner,
+                rough=rough_args is not None,
             )
     traced.tensors = []  # from here on what autograd saved is all that is held
     return solution.with_value(layout.unpack(value))

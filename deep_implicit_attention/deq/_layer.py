@@ -220,6 +220,13 @@ class DEQFixedPoint(nn.Module):
             return None
         return self.fun.preconditioner(context)
 
+    @torch.no_grad()
+    def _rough(self, context: Any, settings: Settings) -> Any:
+        """The context of the mechanism's approximate update, or None."""
+        if "rough" in settings.solver_options or not hasattr(self.fun, "rough"):
+            return None
+        return self.fun.rough(context)
+
     def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
         """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
         if full_precision(x) is x or in_autocast(x):
@@ -252,6 +259,7 @@ class DEQFixedPoint(nn.Module):
                 with torch.no_grad():
                     start = fun.first_step(context)
                     start = start if preconditioner is None else preconditioner(start)
+            rough = self._rough(context, settings) if state is None else None
             solution = solve_and_attach(
                 _Update(fun),
                 start,
@@ -262,6 +270,7 @@ class DEQFixedPoint(nn.Module):
                 tol=settings.tol,
                 max_iter=settings.max_iter,
                 state_preconditioner=preconditioner,
+                rough_args=None if rough is None else (rough,),
                 **settings.solver_options,
             )
             value = solution.value
@@ -329,6 +338,10 @@ class _Update(nn.Module):
     def vjp(self) -> Any:
         """That of `fun`; where it has none, neither has this."""
         return self.fun.vjp
+
+    def rough(self, context: Any) -> tuple[Any]:
+        """The arguments of the approximate update."""
+        return (self.fun.rough(context),)  # type: ignore[operator]
 
 
 class _Poison(torch.autograd.Function):

@@ -76,15 +76,21 @@ class TracedMap:
             # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
 
-    def vjp(self, z: Tensor, tensors: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`."""
+    def vjp(
+        self, z: Tensor, tensors: Sequence[Tensor], rough: bool = False
+    ) -> Callable[[Tensor], Tensor] | None:
+        """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`.
+
+        With `rough`, an approximation of it: that of `f.rough(*args)`.
+        """
         if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
             return None
         leaves = list(self._leaves)
         for slot, tensor in zip(self._slots, tensors, strict=False):
             leaves[slot] = full_precision(tensor.detach())
         args = pytree.tree_unflatten(leaves, self._tree)
-        product: Any = self.f.vjp(self.layout.unpack(z), *args)  # type: ignore[operator]
+        module: Any = self.f
+        product = module.vjp(self.layout.unpack(z), *(module.rough(*args) if rough else args))
         return lambda v: self.layout.pack(product(self.layout.unpack(v)))
 
     def _fill(self, tensors: Any) -> None:

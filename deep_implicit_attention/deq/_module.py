@@ -31,6 +31,9 @@ class DEQModule(nn.Module):
       `deq._linear_map.LinearMap` it knows its transpose, which backward needs and autograd finds
       otherwise. It sees no gradients. Residuals stay those of the plain map, and a sample whose
       residual the first preconditioned step does not halve goes on without it.
+    - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
+      the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
+      backward; or None. The last steps, and residuals, are those of the update itself.
     - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
       The solve from zeros starts there.
     - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.

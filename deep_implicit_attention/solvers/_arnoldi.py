@@ -16,12 +16,13 @@ def extend(basis: Tensor, k: int, image: Tensor) -> Tensor:
     """
     previous = basis[:, : k + 1]
     size = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-    first = previous @ image.unsqueeze(2)
-    image = image - (first.mT @ previous).squeeze(1)
-    second = previous @ image.unsqueeze(2)
-    image = image - (second.mT @ previous).squeeze(1)
+    # Vectors as rows: as columns MKL takes ten times as long.
+    first = image.unsqueeze(1) @ previous.mT
+    image = image - (first @ previous).squeeze(1)
+    second = image.unsqueeze(1) @ previous.mT
+    image = image - (second @ previous).squeeze(1)
     norm = torch.linalg.vector_norm(image, dim=1, keepdim=True)
     # What is left after two passes is rounding noise if it is this small.
     norm = torch.where(norm > 10 * torch.finfo(image.dtype).eps * size, norm, 0)
     basis[:, k + 1] = torch.where(norm > 0, image / norm, 0)
-    return torch.cat([(first + second).squeeze(2), norm], dim=1)
+    return torch.cat([(first + second).squeeze(1), norm], dim=1)

@@ -19,6 +19,7 @@ def broyden(
     stop_mode: str = "rel",
     memory: int = 20,
     preconditioner: Map | None = None,
+    rough: Map | None = None,
 ) -> Solution:
     """Solve g(z) = f(z) − z = 0 by Broyden's good method, each sample by itself.
 
@@ -31,7 +32,7 @@ def broyden(
     vanishes is skipped. Converges superlinearly near a solution, also where f does not contract.
 
     Args:
-        f, z0, tol, max_iter, stop_mode, preconditioner: as for `picard`.
+        f, z0, tol, max_iter, stop_mode, preconditioner, rough: as for `picard`.
         memory: rank-one corrections kept.
 
     Returns:
@@ -59,6 +60,7 @@ def broyden(
         max_iter=max_iter,
         stop_mode=stop_mode,
         preconditioner=preconditioner,
+        rough=rough,
     )
 
 
@@ -78,8 +80,9 @@ class _Inverse:
     def _product(self, x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
         if self.used == 0:
             return -x
-        weights = inner[:, : self.used] @ x.unsqueeze(2)
-        return (weights.mT @ outer[:, : self.used]).squeeze(1) - x
+        # Vectors as rows: as columns MKL takes ten times as long.
+        weights = x.unsqueeze(1) @ inner[:, : self.used].mT
+        return (weights @ outer[:, : self.used]).squeeze(1) - x
 
     def update(self, z: Tensor, g: Tensor) -> None:
         if self.used == self.size:

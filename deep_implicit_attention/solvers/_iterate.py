@@ -27,6 +27,12 @@ _GROWTH = 10.0
 # A preconditioner that helps takes more than this off the residual in its first step.
 _HELPS = 0.5
 
+# A rough map serves down to this residual, or as many times the tolerance, from where few steps
+# end the solve; and as long as residuals fall.
+_ROUGH = 5e-3
+_NEAR = 5.0
+_FALLS = 0.95
+
 # On an accelerator asking "is everybody done?" stalls the queue, so ask only now and then.
 _STEPS_BETWEEN_SYNCS = 4
 
@@ -41,6 +47,7 @@ def iterate(
     max_iter: int,
     stop_mode: str,
     preconditioner: Map | None = None,
+    rough: Map | None = None,
 ) -> Solution:
     """Iterate `z ← propose(k, z, f(z), f(z) − z)` until each sample's residual is within `tol`.
 
@@ -53,8 +60,11 @@ def iterate(
     not halve goes back to where it was and goes on without P, so that an approximation which is
     bad there costs one evaluation and not the solution. `propose` is told of a new beginning by
     k = 0.
+
+    `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
+    iterate is returned or counts as converged by what `rough` says of it.
     """
-    check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner)
+    check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner, rough)
     on_host = is_host(z0)
     # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
     # than torch, and which case holds may be asked; elsewhere they stay on the device.
@@ -72,9 +82,15 @@ def iterate(
     residual = residual_norm = first_norm = last_norm = numbers(nothing + torch.inf)
     trace: list[Any] = []
     guard = None if preconditioner is None else _Guard(preconditioner, select)
+    first = None
+    if rough is not None and on_host and stop_mode == "rel":
+        first = _Rough(f, rough, len(z), tol)
 
     for k in range(max_iter):
-        fz = f(z)
+        if first is not None and k + 1 < max_iter and first.serves.any():
+            fz, exact = first(z), ~first.serves
+        else:
+            fz, exact, first = f(z), True, None
         if k == 0:
             check_same_shape(fz, z, "the map")
         g = fz - z
@@ -87,15 +103,17 @@ def iterate(
             first_norm = last_norm = g_norm
 
         usable = active & finite
-        better = usable & (now < residual) if k else usable
+        better = usable & exact & ((now < residual) | xp.isinf(residual))
         best = select(better, z, best)
         residual = xp.where(better, now, residual)
         residual_norm = xp.where(better, g_norm, residual_norm)
         last_norm = xp.where(usable, g_norm, last_norm)
         trace.append(xp.where(usable, now, residual))
+        if first is not None:
+            first.look(now)
         steps = steps + active
         broken = broken | (active & ~finite)
-        converged = converged | (usable & (now <= tol))
+        converged = converged | (usable & exact & (now <= tol))
         active = usable & ~converged
 
         last = k + 1 == max_iter
@@ -122,6 +140,29 @@ def iterate(
         trace=torch.as_tensor(xp.stack(trace)[:rows]),
         residual_norm=torch.as_tensor(residual_norm),
     )
+
+
+class _Rough:
+    """f, or `rough` for the samples that it still serves.
+
+    They are far from their solutions: `rough` is near f as seen from there, and what it is wrong by
+    the steps that follow take away. Each sample decides by itself, by its own residuals.
+    """
+
+    def __init__(self, f: Map, rough: Map, samples: int, tol: float):
+        self.f, self.rough = f, rough
+        self.bound = max(_ROUGH, _NEAR * tol)
+        self.serves = np.ones(samples, dtype=bool)
+        self.before = np.full(samples, np.inf)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        image = self.rough(z)
+        return image if self.serves.all() else _select_on_host(self.serves, image, self.f(z))
+
+    def look(self, now: np.ndarray) -> None:
+        """Take note of the residuals after a step."""
+        self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.before)
+        self.before = now
 
 
 class _Guard:

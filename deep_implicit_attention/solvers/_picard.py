@@ -18,6 +18,7 @@ def picard(
     stop_mode: str = "rel",
     damping: float = 0.0,
     preconditioner: Map | None = None,
+    rough: Map | None = None,
 ) -> Solution:
     """Solve z = f(z) by z ← z + (1 − damping) (f(z) − z), each sample by itself.
 
@@ -35,6 +36,9 @@ def picard(
         preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹: f(z) − z is
             replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. A
             sample whose residual the first step does not halve goes on without P.
+        rough: z ↦ a cheap approximation of f(z), in narrower numbers for instance. It is asked in
+            the place of f as long as a sample's residual falls and is above 1e-2 and 5 `tol` (with
+            "rel", on the host). `trace` then holds residuals of `rough`.
 
     Returns:
         `Solution`. Cost: one evaluation and O(B n) a step; memory O(B n).
@@ -55,4 +59,5 @@ def picard(
         max_iter=max_iter,
         stop_mode=stop_mode,
         preconditioner=preconditioner,
+        rough=rough,
     )

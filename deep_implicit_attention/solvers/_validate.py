@@ -23,6 +23,7 @@ def check_arguments(
     max_iter: int,
     stop_mode: str = "rel",
     preconditioner: Callable | None = None,
+    rough: Callable | None = None,
 ) -> None:
     """Raise `TypeError` or `ValueError`, naming the argument, for anything a solver cannot use."""
     if not callable(function):
@@ -34,9 +35,9 @@ def check_arguments(
     check_count("max_iter", max_iter)
     if stop_mode not in STOP_MODES:
         raise ValueError(f"stop_mode must be one of {STOP_MODES}, got {stop_mode!r}")
-    if preconditioner is not None and not callable(preconditioner):
-        kind = type(preconditioner).__name__
-        raise TypeError(f"preconditioner must be callable or None, got {kind}")
+    for name, map in (("preconditioner", preconditioner), ("rough", rough)):
+        if map is not None and not callable(map):
+            raise TypeError(f"{name} must be callable or None, got {type(map).__name__}")
 
 
 def check_number(

@@ -1,12 +1,15 @@
 """Products by oneDNN, each held against torch's own in double precision."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_implicit_attention.attention import _products
+from deep_implicit_attention.attention import DEQVanillaSoftmaxAttention, _products
 from deep_implicit_attention.attention._products import gelu_linear, linear
+from deep_implicit_attention.deq import DEQFixedPoint
 
 fast = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -105,3 +108,55 @@ def test_the_plain_path_is_taken_where_somebody_looks(calls):
     torch.testing.assert_close(tangent, expected)
     linear(x.double(), weight.double())
     assert len(calls) == 1
+
+
+@pytest.mark.skipif(not _products._has_bfloat16(), reason="no fast bfloat16")
+class TestRough:
+    """Normalised softmax layers begin in bfloat16 and end in float32."""
+
+    def made(self, tol=1e-4):
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(48, 64, heads=4, normalize=True, causal=True)
+        with torch.no_grad():  # nearer to trained ones: slower to settle
+            for layer in (module.to_out, module.correction.contract):
+                layer.weight.mul_(1.6)
+        return module, DEQFixedPoint(module, solver_fwd_tol=tol, solver_bwd_tol=tol)
+
+    def test_answers_and_gradients_are_those_of_float32(self):
+        module, layer = self.made()
+        exact = DEQFixedPoint(
+            copy.deepcopy(module).double(), solver_fwd_tol=1e-10, solver_bwd_tol=1e-10,
+            solver_fwd_max_iter=200, solver_bwd_max_iter=200,
+        )  # fmt: skip
+        x = torch.randn(6, 48, 64)
+        found = []
+        for each, dtype in ((layer, torch.float32), (exact, torch.float64)):
+            fields = x.detach().to(dtype).requires_grad_()
+            z = each(fields)
+            z.square().sum().backward()
+            parameters = [p.grad.flatten() for p in each.parameters()]
+            found.append([t.double() for t in (z, fields.grad, torch.cat(parameters))])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+    def test_most_steps_are_narrow_and_the_last_ones_not(self, calls):
+        module, layer = self.made()
+        x = torch.randn(6, 48, 64)
+        with torch.no_grad():
+            solution = layer(x, return_solution=True)
+            image = module.update(solution.value, module.prepare(x)).flatten(1)
+        kinds = [args[1].dtype for args in calls]
+        narrow = kinds.count(torch.bfloat16)
+        assert narrow >= 3 * 3
+        assert kinds[-9:].count(torch.bfloat16) == 0
+        residual = (image - solution.value.flatten(1)).norm(dim=1) / image.norm(dim=1)
+        torch.testing.assert_close(solution.residual, residual, rtol=1e-2, atol=1e-6)
+        assert bool((residual <= 1e-4).all())
+
+    def test_it_can_be_left_out_and_is_where_a_solve_starts_warm(self, calls):
+        _, layer = self.made()
+        x = torch.randn(6, 48, 64)
+        with torch.no_grad():
+            z = layer(x, solver_fwd_rough=None)
+            layer(x, state=z)
+        assert not any(args[1].dtype == torch.bfloat16 for args in calls)

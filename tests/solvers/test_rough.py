@@ -1,0 +1,89 @@
+"""Solvers that begin on an approximate map: the same solutions, the residual of the exact map."""
+
+import pytest
+import torch
+
+from deep_implicit_attention.solvers import anderson, broyden, picard
+
+SOLVERS = pytest.mark.parametrize("solver", [picard, anderson, broyden], ids=lambda s: s.__name__)
+SOLVE = {"tol": 1e-6, "max_iter": 100}
+
+
+def off(problem, by=1e-3):
+    """The map of `problem`, wrong by `by` relative to what it returns, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    error = torch.randn(problem.z0.shape, generator=generator, dtype=problem.z0.dtype)
+    return lambda z: problem.f(z) * (1 + by * error)
+
+
+@SOLVERS
+def test_the_exact_map_decides_and_is_asked_less(solver, make_problem, record, residual_of):
+    problem = make_problem(batch=8, norm=0.8)
+    plain = solver(problem.f, problem.z0, **SOLVE)
+    exact, rough = record(problem.f), record(off(problem))
+    found = solver(exact, problem.z0, rough=rough, **SOLVE)
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.residual, residual_of(problem.f, found.value))
+    torch.testing.assert_close(found.value, problem.solution, rtol=1e-4, atol=1e-4)
+    assert len(rough.seen) >= 2
+    assert len(exact.seen) < int(plain.steps.max())
+
+
+@SOLVERS
+def test_each_sample_decides_by_itself(solver, make_problem):
+    norms = torch.linspace(0.1, 0.9, 8)
+    problem = make_problem(batch=8, norm=norms)
+    together = solver(problem.f, problem.z0, rough=off(problem), **SOLVE)
+    error = off(problem)
+    for i in range(8):
+        one = problem[i : i + 1]
+
+        def rough(z, i=i):
+            rows = torch.zeros_like(problem.z0)
+            rows[i] = z[0]
+            return error(rows)[i : i + 1]
+
+        alone = solver(one.f, one.z0, rough=rough, **SOLVE)
+        assert int(alone.steps) == int(together.steps[i])
+        torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-10, atol=1e-12)
+
+
+@SOLVERS
+@pytest.mark.parametrize("kind", ["another map", "constant", "growing"])
+def test_a_bad_approximation_costs_steps_and_not_the_solution(solver, make_problem, kind):
+    problem, other = make_problem(norm=0.6), make_problem(norm=0.6, seed=3)
+    rough = {
+        "another map": other.f,
+        "constant": lambda z: torch.full_like(z, 2.0),
+        "growing": lambda z: 3 * z + 1,
+    }[kind]
+    plain = solver(problem.f, problem.z0, **SOLVE)
+    found = solver(problem.f, problem.z0, rough=rough, **SOLVE)
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.value, problem.solution, rtol=1e-4, atol=1e-4)
+    assert int(found.steps.max()) <= int(plain.steps.max()) + 25
+
+
+@SOLVERS
+def test_the_last_step_allowed_is_exact(solver, make_problem, residual_of):
+    problem = make_problem(norm=0.95)
+    found = solver(problem.f, problem.z0, rough=off(problem), tol=1e-12, max_iter=3)
+    assert not bool(found.converged.any())
+    torch.testing.assert_close(found.residual, residual_of(problem.f, found.value))
+
+
+@SOLVERS
+def test_absolute_residuals_are_of_the_exact_map_throughout(solver, make_problem, record):
+    problem = make_problem()
+    rough = record(off(problem))
+    solver(problem.f, problem.z0, rough=rough, stop_mode="abs")
+    assert not rough.seen
+
+
+@SOLVERS
+def test_bad_arguments(solver, make_problem):
+    problem = make_problem()
+    with pytest.raises(TypeError, match="rough must be callable or None, got int"):
+        solver(problem.f, problem.z0, rough=3)
+    with pytest.raises(ValueError, match="shape"):
+        solver(problem.f, problem.z0, rough=lambda z: z[:, :2])
