@@ -159,7 +159,7 @@ class _Rough:
         image = self.rough(z)
         return image if self.serves.all() else _select_on_host(self.serves, image, self.f(z))
 
-    def look(self, now: np.ndarray) -> None:
+    def look(self, now: Any) -> None:
         """Take note of the residuals after a step."""
         self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.before)
         self.before = now
