@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deep_implicit_attention.attention._memory import release
+
 Respond = Callable[[Tensor], Tensor]
 Run = Callable[[], Any]
 
@@ -72,6 +74,7 @@ def saved_bytes(run: Run) -> int:
 
 def peak_bytes(run: Run) -> int | None:
     """How far resident memory grows while `run` runs; None where the system does not tell."""
+    release()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")

@@ -28,11 +28,13 @@ from ._site_couplings import SiteCouplings
 _INVERTED = 256
 # Where ‖A⁴‖ is less, eight terms of its series are as good a preconditioner as an inverse.
 _SERIES = 1.0
+# Up to so many samples the derivative by the couplings is made in the order of the raw ones.
+_FEW = 8
 
 
 class _Context(NamedTuple):
-    x: Tensor  # (B, N·d)
-    couplings: Tensor  # (N·d, N·d)
+    x: Tensor  # (B, N, d)
+    couplings: Tensor  # (N, d, N, d)
     correction: Weights | None
 
 
@@ -78,25 +80,24 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def prepare(self, x: Tensor) -> _Context:
         correction = None if self.correction is None else self.correction.weights()
-        return _Context(x.flatten(1), self.coupling_matrix(), correction)
+        return _Context(x, self.coupling_blocks(), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        product = _Field.apply if torch.is_grad_enabled() else linear
-        field = (context.x + product(z.flatten(1), context.couplings)).view_as(z)
+        product = _Field.apply if torch.is_grad_enabled() else _product
+        field = context.x + product(z, context.couplings)
         if context.correction is None:
             return field
         return field - feed_forward(z, context.correction)
 
     def first_step(self, context: _Context) -> Tensor:
         """x − f(0), the update from z = 0, which needs no couplings."""
-        x = context.x.view(len(context.x), self.num_spins, self.dim)
         if context.correction is None:
-            return x
-        return x - feed_forward(x.new_zeros(self.dim), context.correction)
+            return context.x
+        return context.x - feed_forward(context.x.new_zeros(self.dim), context.correction)
 
     def vjp(self, z: Tensor, context: _Context) -> Callable[[Tensor], Tensor]:
         """v ↦ (∂F/∂z)ᵀ v at `z`."""
-        transposed = context.couplings.mT
+        transposed = _matrix(context.couplings).mT
         if context.correction is None:
             return lambda v: linear(v.flatten(1), transposed).view_as(v)
         corrected = feed_forward_vjp(z, context.correction)
@@ -107,13 +108,13 @@ class DEQMeanFieldAttention(SiteCouplings):
 
         J is left out where the inverse would cost more than the updates it saves.
         """
-        size = context.x.shape[1]
+        size = self.num_spins * self.dim
         one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
         if context.correction is not None:
             one = one + feed_forward_slope(context.correction)
         if size > _INVERTED:
             return on_sites(inverse_or_identity(one))
-        inverse = _inverse(one, context.couplings)
+        inverse = _inverse(one, _matrix(context.couplings))
         return LinearMap(
             lambda r: linear(r.flatten(1), inverse).view_as(r),
             lambda r: linear(r.flatten(1), inverse.mT).view_as(r),
@@ -141,23 +142,48 @@ def _inverse(block: Tensor, couplings: Tensor) -> Tensor:
     return inverse_or_identity(blocks - couplings)
 
 
+def _matrix(couplings: Tensor) -> Tensor:
+    return couplings.view(couplings.shape[0] * couplings.shape[1], -1)
+
+
+def _product(z: Tensor, couplings: Tensor) -> Tensor:
+    """Σ_j J_ij z_j."""
+    return linear(z.flatten(1), _matrix(couplings)).view_as(z)
+
+
 class _Field(torch.autograd.Function):
-    """z Jᵀ for `z` `(B, n)`; the derivative by J, as large as J, in memory of its own kind."""
+    """Σ_j J_ij z_j for `z` `(B, N, d)`; the derivative by J, as large as J, in memory of its own."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, couplings: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(z, couplings)
-        return linear(z, couplings)
+        return _product(z, couplings)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         z, couplings = ctx.saved_tensors
         by_z, by_couplings = None, None
         if ctx.needs_input_grad[0]:
-            by_z = linear(g, couplings.mT)
+            by_z = linear(g.flatten(1), _matrix(couplings).mT).view_as(z)
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
-                by_couplings = g.mT @ z
+                by_couplings = torch.einsum("bic,bjd->icjd", g, z)
+            elif 0 < len(z) <= _FEW:
+                by_couplings = _outer(g, z)
             else:
-                by_couplings = torch.mm(g.mT, z, out=empty(*couplings.shape, like=z))
+                by_couplings = linear(g.flatten(1).mT, z.flatten(1).mT).view_as(couplings)
         return by_z, by_couplings
+
+
+def _outer(g: Tensor, z: Tensor) -> Tensor:
+    """Σ_b g_bic z_bjd `(N, d, N, d)`, laid out as the raw couplings `(N, N, d, d)` are.
+
+    Of few samples it is writing that takes the time, and the order of the raw couplings is what
+    the next derivative wants.
+    """
+    batch, sites, dim = z.shape
+    raw = empty(sites, sites, dim, dim, like=z)
+    columns = z.transpose(0, 1).contiguous()  # (N, B, d)
+    for rows, out in zip(g.permute(1, 2, 0).contiguous(), raw, strict=True):
+        torch.bmm(rows.expand(sites, dim, batch), columns, out=out)
+    return raw.transpose(1, 2)

@@ -74,8 +74,12 @@ class SiteCouplings(DEQModule):
     def coupling_matrix(self) -> Tensor:
         """`weight()` as one matrix `(N·d, N·d)` that acts on flattened states."""
         size = self.num_spins * self.dim
+        return self.coupling_blocks().view(size, size)
+
+    def coupling_blocks(self) -> Tensor:
+        """`coupling_matrix()` with its indices apart, `(N, d, N, d)`."""
         symmetries = self.weight_sym_internal, self.weight_sym_sites
-        return _Matrix.apply(full_precision(self._weight), *symmetries).view(size, size)
+        return _Matrix.apply(full_precision(self._weight), *symmetries)
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -121,9 +125,12 @@ class _Raw(torch.autograd.Function):
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
     """`weight` `(N, N, d, d)` with each J_ij symmetric, and J_ij = J_ji."""
-    if internal:
-        weight = 0.5 * (weight + weight.transpose(2, 3))
-    return 0.5 * (weight + weight.transpose(0, 1)) if sites else weight
+    if not (internal or sites):
+        return weight
+    for first, wanted in ((2, internal), (0, sites)):
+        if wanted:
+            weight = weight + weight.transpose(first, first + 1)
+    return weight.mul_(0.25 if internal and sites else 0.5)
 
 
 def _free(matrix: Tensor, sites: tuple[int, int]) -> Tensor:

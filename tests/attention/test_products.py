@@ -74,6 +74,26 @@ def test_products_and_their_gradients_are_those_of_torch(name, biased):
 
 
 @fast
+def test_weights_with_gaps_are_not_for_onednn(calls):
+    """It would take a thousand times as long."""
+    x = torch.randn(500, 64)
+    wide, tall = torch.randn(256, 128), torch.randn(64, 512)
+    for weight in (
+        wide[:, :64],
+        wide[:, ::2],
+        tall[:, ::2].mT,
+        torch.randn(256, 1).expand(256, 64),
+    ):
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    assert not calls
+    g = torch.randn(500, 128)[:, ::2]
+    given = torch.randn(500, 64), torch.randn(64, 64).requires_grad_()
+    torch.autograd.grad(linear(*given), given[1], g)
+    linear(x, torch.randn(256, 64)[::2])
+    assert all(_products._dense(args[1]) for args in calls)
+
+
+@fast
 def test_gradients_can_be_differentiated_again(calls):
     torch.manual_seed(0)
     inputs = [torch.randn(40, 64), torch.randn(96, 64), torch.randn(96)]
