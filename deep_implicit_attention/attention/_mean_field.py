@@ -152,7 +152,7 @@ def _product(z: Tensor, couplings: Tensor) -> Tensor:
 
 
 class _Field(torch.autograd.Function):
-    """Σ_j J_ij z_j for `z` `(B, N, d)`; the derivative by J, as large as J, in memory of its own."""
+    """Σ_j J_ij z_j for `z` `(B, N, d)`; the derivative by J is as large as J."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, couplings: Tensor) -> Tensor:  # type: ignore[override]

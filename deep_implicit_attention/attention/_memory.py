@@ -22,9 +22,9 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     """An uninitialised tensor with the dtype and device of `like`.
 
     The system clears fresh memory as it is first touched, which takes longer than the arithmetic
-    that fills it (measured: copying 64 MB 40 ms, into memory in use 7). So on the host large tensors
-    come from numpy, which, unlike torch, asks for huge pages (20 ms), and their memory is used
-    again by the next of the same size.
+    that fills it (measured: copying 64 MB 40 ms, into memory in use 7). So on the host large
+    tensors come from numpy, which, unlike torch, asks for huge pages (20 ms), and their memory is
+    used again by the next of the same size.
     """
     size = torch.Size(shape).numel() * like.element_size()
     if like.device.type != "cpu" or size < _LARGE:
