@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# numpy asks the system for huge pages from this size on.
-_LARGE = 4 << 20
+# From this size on memory is worth keeping.
+_LARGE = 1 << 20
 # So much memory that is no longer used is kept for the next solve, at most.
 _KEPT = 256 << 20
 

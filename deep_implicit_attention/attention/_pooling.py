@@ -157,7 +157,7 @@ class _Pooled(torch.autograd.Function):
             by_z = _times(matrix, g)
         if needed[0] or needed[1]:
             # Of the softmax: J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, whose sum is g·(J z).
-            logits = (ctx.scale * g) @ z.mT
+            logits = torch.matmul(ctx.scale * g, z.mT, out=empty(*matrix.shape, like=g))
             logits.sub_(ctx.scale * (g * pooled).sum(dim=-1, keepdim=True)).mul_(matrix)
             by_q, by_k = _times(logits.mT, k), _times(logits, q)
         return by_q, by_k, by_z, None, None

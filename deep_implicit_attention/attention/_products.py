@@ -105,7 +105,7 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
 
 
 def _dense(weight: Tensor) -> bool:
-    """Whether rows or columns follow each other; with gaps oneDNN takes a thousand times as long."""
+    """Whether rows or columns follow each other: with gaps oneDNN is a thousand times slower."""
     return weight.stride() in ((weight.shape[1], 1), (1, weight.shape[0]))
 
 

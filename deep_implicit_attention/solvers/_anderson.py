@@ -93,8 +93,8 @@ class _History:
 
     def _allocate(self) -> None:
         batch, n = self.g.shape
-        self.delta_f = self.g.new_zeros(batch, self.size, n)
-        self.delta_g = torch.zeros_like(self.delta_f)
+        self.delta_f = self.g.new_empty(batch, self.size, n)
+        self.delta_g = torch.empty_like(self.delta_f)
         self.scale = self.g.new_zeros(batch, self.size)  # 1 / ‖Δg‖, 0 for what is left out
         identity = torch.eye(self.size, dtype=self.g.dtype, device=self.g.device)
         self.gram = (self.ridge * identity).repeat(batch, 1, 1)
