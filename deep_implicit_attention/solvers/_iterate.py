@@ -29,7 +29,7 @@ _HELPS = 0.5
 
 # A rough map serves down to this residual, or as many times the tolerance, from where few steps
 # end the solve; and as long as residuals fall.
-_ROUGH = 1e-2
+_ROUGH = 5e-3
 _NEAR = 5.0
 _FALLS = 0.95
 
