@@ -85,11 +85,11 @@ def _gelu_slope(h: Tensor) -> Tensor:
 
 
 def inverse_or_identity(matrix: Tensor) -> Tensor:
-    """The inverse `(d, d)`; the identity where there is none to be had."""
+    """The inverses of `(..., d, d)`; the identity where there is none to be had."""
     inverse, failed = torch.linalg.inv_ex(matrix)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    sound = (failed == 0) & torch.isfinite(inverse).all()
-    return torch.where(sound, inverse, identity)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    sound = (failed == 0) & torch.isfinite(inverse).flatten(-2).all(dim=-1)
+    return torch.where(sound[..., None, None], inverse, identity)
 
 
 def on_sites(matrix: Tensor) -> LinearMap:

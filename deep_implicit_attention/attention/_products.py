@@ -2,8 +2,8 @@
 
 On the host torch takes float32 products to a BLAS that uses half of some processors (measured on
 one of AMD: 110 GFLOP/s of 250), while oneDNN, which torch also ships and calls in compiled code,
-uses them well. So products go there, whether a gradient follows or not; second derivatives, other
-types and devices, compiled and functionally transformed code take the plain path.
+uses them well. So products go there, and those of their derivatives of any order; other types and
+devices, compiled and functionally transformed code take the plain path.
 """
 
 from __future__ import annotations

@@ -215,8 +215,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
         if context.correction is not None:
             one = one + feed_forward_slope(context.correction)
-        apart = inverse_or_identity(one)
-        common = inverse_or_identity(one - context.w_out) - apart
+        apart, both = inverse_or_identity(torch.stack([one, one - context.w_out])).unbind()
+        common = both - apart
         kept = None if context.mask is None else context.mask.to(one)[:, :, None]
 
         def averaged(r: Tensor) -> Tensor:

@@ -75,11 +75,11 @@ def iterate(
 
     z = z0.detach().clone()
     best = z
-    nothing = z.new_zeros(len(z))
-    active = numbers(nothing == 0)
+    nothing = numbers(z.new_zeros(len(z)))
+    active = nothing == 0
     converged = broken = ~active
-    steps = numbers(nothing.long())
-    residual = residual_norm = first_norm = last_norm = numbers(nothing + torch.inf)
+    steps = xp.zeros_like(nothing, dtype=xp.int64)
+    residual = residual_norm = first_norm = last_norm = nothing + torch.inf
     trace: list[Any] = []
     guard = None if preconditioner is None else _Guard(preconditioner, select)
     first = None

@@ -37,6 +37,7 @@ def shapes():
     wide, tall = torch.randn(256, 64), torch.randn(64, 256)
     return {
         "rows": (torch.randn(500, 64), wide),
+        "one vector": (torch.randn(1024), torch.randn(1024, 1024)),
         "one row": (torch.randn(1, 1024), torch.randn(1024, 1024)),
         "sites": (torch.randn(3, 50, 64), wide),
         "transposed": (torch.randn(64, 500).mT, wide),
