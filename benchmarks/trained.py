@@ -121,8 +121,8 @@ def main() -> None:
         f"{provenance(command)}, median of {flags.turns} turns. {machine()}.\n\n"
         "The first block of trained models (`dia train mnist-vit`, `dia train shakespeare`), "
         "forward and backward, beside TorchDEQ's solvers on the same update map. Layers with "
-        "normalised softmax couplings have no preconditioner.\n\n"
-        + "\n".join([HEAD, *map(row, kept)]),
+        "normalised softmax couplings have no preconditioner; ours begins in bfloat16, and "
+        "evaluations count both kinds.\n\n" + "\n".join([HEAD, *map(row, kept)]),
     )
     write_results(flags.out, TITLE, kept, command)
 
