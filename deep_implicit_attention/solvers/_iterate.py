@@ -29,7 +29,7 @@ _HELPS = 0.5
 
 # A rough map serves down to this residual, or as many times the tolerance, from where few steps
 # end the solve; and as long as residuals fall.
-_ROUGH = 5e-3
+_ROUGH = 1e-2
 _NEAR = 5.0
 _FALLS = 0.95
 
@@ -153,7 +153,7 @@ class _Rough:
         self.f, self.rough = f, rough
         self.bound = max(_ROUGH, _NEAR * tol)
         self.serves = np.ones(samples, dtype=bool)
-        self.before = np.full(samples, np.inf)
+        self.before = self.earlier = np.full(samples, np.inf)
 
     def __call__(self, z: Tensor) -> Tensor:
         image = self.rough(z)
@@ -161,8 +161,9 @@ class _Rough:
 
     def look(self, now: Any) -> None:
         """Take note of the residuals after a step."""
-        self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.before)
-        self.before = now
+        # Over two steps: many a solve makes nothing of its first.
+        self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.earlier)
+        self.earlier, self.before = self.before, now
 
 
 class _Guard:
