@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,15 +92,14 @@ class _History:
         self.f, self.g = fz, g
         self.norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
         self.slow = torch.zeros_like(self.norm, dtype=torch.bool)
-        self.delta_f = self.delta_g = self.gram = self.scale = g[:0]
+        self.delta_f = self.delta_g = g[:0]
+        self.weights: _Weights
 
     def _allocate(self) -> None:
         batch, n = self.g.shape
         self.delta_f = self.g.new_empty(batch, self.size, n)
         self.delta_g = torch.empty_like(self.delta_f)
-        self.scale = self.g.new_zeros(batch, self.size)  # 1 / ‖Δg‖, 0 for what is left out
-        identity = torch.eye(self.size, dtype=self.g.dtype, device=self.g.device)
-        self.gram = (self.ridge * identity).repeat(batch, 1, 1)
+        self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
 
     def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
         f_before, g_before, norm_before = self.f, self.g, self.norm
@@ -113,25 +115,54 @@ class _History:
         self.steps += 1
         used = min(self.steps, self.size)
         delta_g, delta_f = self.delta_g[:, :used], self.delta_f[:, :used]
-        scale, gram = self.scale[:, :used], self.gram[:, :used, :used]
         torch.sub(g, g_before, out=delta_g[:, slot])
         torch.sub(fz, f_before, out=delta_f[:, slot])
-
         # Vectors as rows: as columns MKL takes ten times as long.
         row = (delta_g[:, slot, None] @ delta_g.mT).squeeze(1)
-        square = row[:, slot, None]
-        scale[:, slot, None] = torch.where(self.slow & (square > 0), square.rsqrt(), 0)
-        target = (g[:, None] @ delta_g.mT).squeeze(1) * scale
-        row = row * scale * scale[:, slot, None]
-        gram[:, slot] = row
-        gram[:, :, slot] = row
-        # A column that is left out decouples, with γ = 0.
-        gram[:, slot, slot] += torch.where(scale[:, slot] > 0, self.ridge, 1)
-        gamma, failed = torch.linalg.solve_ex(gram, target[:, :, None])
-        solved = (failed[:, None, None] == 0) & torch.isfinite(gamma).all(dim=1, keepdim=True)
-        gamma = torch.where(solved, gamma * scale[:, :, None], 0).mT
+        target = (g[:, None] @ delta_g.mT).squeeze(1)
+        gamma = self.weights.renew(slot, row, target, self.slow.squeeze(1))[:, None]
 
         z = torch.baddbmm(fz.unsqueeze(1), gamma, delta_f, alpha=-1).squeeze(1)
         if damping:
             z = z - damping * torch.baddbmm(g.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
         return z
+
+
+class _Weights:
+    """γ of the least-squares problem, from the Gram matrix of the Δg scaled to ‖Δg‖ = 1.
+
+    Of a sample these are a few numbers: on the host they are numpy's, as in `iterate`.
+    """
+
+    def __init__(self, gram: Tensor, ridge: float) -> None:
+        self.on_host, self.ridge = is_host(gram), ridge
+        self.xp: Any = np if self.on_host else torch
+        self.gram: Any = gram.numpy() if self.on_host else gram
+        self.scale = self.xp.zeros_like(self.gram[:, 0])  # 1 / ‖Δg‖, 0 for what is left out
+
+    @np.errstate(all="ignore")
+    def renew(self, slot: int, row: Tensor, target: Tensor, slow: Tensor) -> Tensor:
+        """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's."""
+        xp, used = self.xp, row.shape[1]
+        rows, targets, begun = (t.numpy() if self.on_host else t for t in (row, target, slow))
+        scale, gram = self.scale[:, :used], self.gram[:, :used, :used]
+        square = rows[:, slot]
+        begun = begun & (square > 0)
+        scale[:, slot] = xp.where(begun, xp.sqrt(1 / square), xp.zeros_like(square))
+        gram[:, slot] = gram[:, :, slot] = rows * scale * scale[:, slot, None]
+        # A column that is left out decouples, with γ = 0.
+        gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
+        gamma = self._solved(gram, targets * scale)
+        sound = xp.isfinite(gamma).all(-1)
+        return torch.as_tensor(xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma)))
+
+    def _solved(self, gram: Any, target: Any) -> Any:
+        """NaN for a sample whose matrix is singular."""
+        if self.on_host:
+            try:
+                return np.linalg.solve(gram, target[..., None])[..., 0]
+            except np.linalg.LinAlgError:
+                gram, target = torch.as_tensor(gram), torch.as_tensor(target)
+        gamma, failed = torch.linalg.solve_ex(gram, target[..., None])
+        gamma = torch.where(failed[:, None] == 0, gamma.squeeze(2), torch.nan)
+        return gamma.numpy() if self.on_host else gamma
