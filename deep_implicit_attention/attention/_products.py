@@ -1,9 +1,10 @@
 """Products with matrices of weights, which are most of the arithmetic of an update.
 
-On the host torch takes float32 products to a BLAS that uses half of some processors (measured on
-one of AMD: 110 GFLOP/s of 250), while oneDNN, which torch also ships and calls in compiled code,
-uses them well. So products go there, and those of their derivatives of any order; other types and
-devices, compiled and functionally transformed code take the plain path.
+On the host torch takes float32 products to a BLAS that uses half of a processor of AMD with AVX-512
+(110 GFLOP/s of 250), while oneDNN, which torch also ships and calls in compiled code, uses it well;
+without AVX-512 it pays only for weights that outgrow the caches. So products go there, and those of
+their derivatives of any order; other types and devices, compiled and functionally transformed code
+take the plain path.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 
 # Below these many multiplications the way to oneDNN takes longer than it saves.
 _SMALL = 1 << 17
+# Without AVX-512, below this many weights.
+_CACHED = 1 << 22
 # A gradient by weights this narrow is the faster by the BLAS.
 _NARROW = 64
 _PLAIN = (Tensor, nn.Parameter)
@@ -78,6 +81,11 @@ def narrow_pays(x: Tensor) -> bool:
 
 
 @functools.cache
+def _wide() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@functools.cache
 def _has_bfloat16() -> bool:
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return asked is not None and bool(asked())
@@ -96,7 +104,7 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and weight.dtype == torch.float32
         and not _observed(x, weight)
-        and x.numel() * len(weight) >= _SMALL
+        and (x.numel() * len(weight) >= _SMALL if _wide() else weight.numel() >= _CACHED)
         and _dense(weight)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

@@ -103,7 +103,12 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
         ctx.symmetries = internal, sites
-        return _free(_symmetrised(weight, internal, sites).transpose(1, 2), (0, 2))
+        count, _, dim, _ = weight.shape
+        matrix = empty(count, dim, count, dim, like=weight)
+        if sites:  # in the order in which the blocks J_ij and J_ji are whole
+            weight = weight + weight.transpose(0, 1)
+        _write(weight, internal, matrix.transpose(1, 2))
+        return _freed(matrix, (0, 2), internal + sites)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -116,7 +121,12 @@ class _Raw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
         ctx.symmetries = internal, sites
-        return _free(_symmetrised(g.transpose(1, 2), internal, sites), (0, 1))
+        count, dim, _, _ = g.shape
+        raw = empty(count, count, dim, dim, like=g)
+        _write(g.transpose(1, 2), internal, raw)
+        if sites:
+            raw = raw + raw.transpose(0, 1)
+        return _freed(raw, (0, 1), internal + sites)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
@@ -125,17 +135,23 @@ class _Raw(torch.autograd.Function):
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
     """`weight` `(N, N, d, d)` with each J_ij symmetric, and J_ij = J_ji."""
-    if not (internal or sites):
-        return weight
     for first, wanted in ((2, internal), (0, sites)):
         if wanted:
-            weight = weight + weight.transpose(first, first + 1)
-    return weight.mul_(0.25 if internal and sites else 0.5)
+            weight = 0.5 * (weight + weight.transpose(first, first + 1))
+    return weight
 
 
-def _free(matrix: Tensor, sites: tuple[int, int]) -> Tensor:
-    """A contiguous copy without self-couplings; i and j are the axes `sites`."""
-    # A copy: where N or d is 1 the axes may have been exchanged without moving anything.
-    matrix = empty(*matrix.shape, like=matrix).copy_(matrix)
+def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
+    """Copy `blocks` `(N, N, d, d)` to `out`, if `internal` with the transpose of each added."""
+    if internal:
+        torch.add(blocks, blocks.mT, out=out)
+    else:
+        out.copy_(blocks)
+
+
+def _freed(matrix: Tensor, sites: tuple[int, int], sums: int) -> Tensor:
+    """`matrix` halved for each of the `sums`, and without self-couplings; i, j are axes `sites`."""
+    if sums:
+        matrix.mul_(0.5**sums)
     matrix.diagonal(dim1=sites[0], dim2=sites[1]).zero_()
     return matrix

@@ -50,9 +50,11 @@ def closed_form(
             residual, norm = fun.residual(context, state)
         else:
             residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
-        finite = torch.isfinite(norm)
+        largest = norm
         for part in chosen:
-            finite = finite & torch.isfinite(part.flatten(1)).all(dim=1)
+            size = torch.linalg.vector_norm(part.flatten(1), ord=torch.inf, dim=1)
+            largest = torch.maximum(largest, size)
+        finite = largest < torch.inf  # which NaN is not
     objection = fun.judge(context) if hasattr(fun, "judge") else ""
     count = torch.ones_like(finite, dtype=torch.long)
     solution = _solution(chosen, finite, residual, norm, count, tol, Status.MAX_ITER)

@@ -17,6 +17,12 @@ fast = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Products go to oneDNN on any processor."""
+    monkeypatch.setattr(_products, "_wide", lambda: True)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often oneDNN was asked."""
