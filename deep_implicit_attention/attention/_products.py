@@ -74,7 +74,7 @@ def narrow_pays(x: Tensor) -> bool:
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and not _observed(x, x)
-        and torch.backends.mkldnn.is_available()
+        and _has_onednn()
         and torch.backends.mkldnn.enabled
         and _has_bfloat16()
     )
@@ -83,6 +83,11 @@ def narrow_pays(x: Tensor) -> bool:
 @functools.cache
 def _wide() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
@@ -99,16 +104,16 @@ def _product(
 
 def _fast(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there for this product and worth the way."""
+    # In this order: most products of small states are small.
     return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and not _observed(x, weight)
+        not torch.compiler.is_compiling()
         and (x.numel() * len(weight) >= _SMALL if _wide() else weight.numel() >= _CACHED)
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and not _observed(x, weight)
         and _dense(weight)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _has_onednn()
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -116,8 +116,16 @@ def is_plain(f: Callable, args: Sequence[Any]) -> bool:
     leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
     if any(unpack_dual(leaf).tangent is not None for leaf in leaves):
         return False
-    owned = (*leaves, *f.parameters(), *f.buffers())
-    return all(tensor is full_precision(tensor) for tensor in owned)
+    return all(tensor is full_precision(tensor) for tensor in (*leaves, *_owned(f)))
+
+
+def _owned(module: nn.Module) -> Iterator[Tensor | None]:
+    """Parameters and buffers, shared ones as often as they occur: `nn.Module` is slower to tell."""
+    yield from module._parameters.values()
+    yield from module._buffers.values()
+    for child in module._modules.values():
+        if child is not None:
+            yield from _owned(child)
 
 
 def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:

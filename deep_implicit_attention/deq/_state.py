@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Layout:
         parts = flat.split(self.sizes, dim=1)
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Numbers per sample in each part."""
         return [shape[1:].numel() for shape in self.shapes]

@@ -90,8 +90,9 @@ class _History:
     def __init__(self, fz: Tensor, g: Tensor, size: int, ridge: float) -> None:
         self.size, self.ridge, self.steps = size, ridge, 0
         self.f, self.g = fz, g
-        self.norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-        self.slow = torch.zeros_like(self.norm, dtype=torch.bool)
+        self.on_host = is_host(g)
+        self.norm = self._norm(g)
+        self.slow = self.norm < 0
         self.delta_f = self.delta_g = g[:0]
         self.weights: _Weights
 
@@ -101,14 +102,20 @@ class _History:
         self.delta_g = torch.empty_like(self.delta_f)
         self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
 
+    def _norm(self, g: Tensor) -> Any:
+        """‖g‖ `(B,)`, on the host numpy's, as in `iterate`."""
+        norm = torch.linalg.vector_norm(g, dim=1)
+        return norm.numpy() if self.on_host else norm
+
+    @np.errstate(all="ignore")
     def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
         f_before, g_before, norm_before = self.f, self.g, self.norm
         self.f, self.g = fz, g
-        self.norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        self.norm = self._norm(g)
         # Not `>`: what is not finite is not fast.
         self.slow = self.slow | ~(self.norm <= _FAST * norm_before)
         if self.steps == 0:
-            if is_host(g) and not self.slow.any():
+            if self.on_host and not np.count_nonzero(self.slow):
                 return fz - damping * g if damping else fz
             self._allocate()
         slot = self.steps % self.size
@@ -120,7 +127,7 @@ class _History:
         # Vectors as rows: as columns MKL takes ten times as long.
         row = (delta_g[:, slot, None] @ delta_g.mT).squeeze(1)
         target = (g[:, None] @ delta_g.mT).squeeze(1)
-        gamma = self.weights.renew(slot, row, target, self.slow.squeeze(1))[:, None]
+        gamma = self.weights.renew(slot, row, target, self.slow)[:, None]
 
         z = torch.baddbmm(fz.unsqueeze(1), gamma, delta_f, alpha=-1).squeeze(1)
         if damping:
@@ -141,10 +148,13 @@ class _Weights:
         self.scale = self.xp.zeros_like(self.gram[:, 0])  # 1 / ‖Δg‖, 0 for what is left out
 
     @np.errstate(all="ignore")
-    def renew(self, slot: int, row: Tensor, target: Tensor, slow: Tensor) -> Tensor:
-        """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's."""
+    def renew(self, slot: int, row: Tensor, target: Tensor, begun: Any) -> Tensor:
+        """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's.
+
+        Of samples that have not `begun` it is left out.
+        """
         xp, used = self.xp, row.shape[1]
-        rows, targets, begun = (t.numpy() if self.on_host else t for t in (row, target, slow))
+        rows, targets = (t.numpy() if self.on_host else t for t in (row, target))
         scale, gram = self.scale[:, :used], self.gram[:, :used, :used]
         square = rows[:, slot]
         begun = begun & (square > 0)

@@ -87,7 +87,7 @@ def iterate(
         first = _Rough(f, rough, len(z), tol)
 
     for k in range(max_iter):
-        if first is not None and k + 1 < max_iter and first.serves.any():
+        if first is not None and k + 1 < max_iter and np.count_nonzero(first.serves):
             fz, exact = first(z), ~first.serves
         else:
             fz, exact, first = f(z), True, None
@@ -96,8 +96,9 @@ def iterate(
         g = fz - z
         g_norm = torch.linalg.vector_norm(g, dim=1)
         f_norm = torch.linalg.vector_norm(fz, dim=1)
-        now = numbers(g_norm / f_norm.clamp_min(tiny) if stop_mode == "rel" else g_norm)
         g_norm, f_norm = numbers(g_norm), numbers(f_norm)
+        with np.errstate(all="ignore"):
+            now = g_norm / (f_norm + tiny) if stop_mode == "rel" else g_norm
         finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
         if k == 0:
             first_norm = last_norm = g_norm
@@ -117,7 +118,7 @@ def iterate(
         active = usable & ~converged
 
         last = k + 1 == max_iter
-        if last or ((k + 1) % sync_every == 0 and not active.any()):
+        if last or ((k + 1) % sync_every == 0 and not _some(active)):
             break
         if guard is not None:
             z, g = guard(k, z, g, g_norm, propose)
@@ -157,7 +158,9 @@ class _Rough:
 
     def __call__(self, z: Tensor) -> Tensor:
         image = self.rough(z)
-        return image if self.serves.all() else _select_on_host(self.serves, image, self.f(z))
+        if np.count_nonzero(self.serves) == len(z):
+            return image
+        return _select_on_host(self.serves, image, self.f(z))
 
     def look(self, now: Any) -> None:
         """Take note of the residuals after a step."""
@@ -198,10 +201,15 @@ class _Guard:
     # Asked of numpy only: on an accelerator the answer would stall the queue.
 
     def _everywhere(self) -> bool:
-        return isinstance(self.helps, np.ndarray) and bool(self.helps.all())
+        return isinstance(self.helps, np.ndarray) and not _some(~self.helps)
 
     def _nowhere(self) -> bool:
-        return isinstance(self.helps, np.ndarray) and not self.helps.any()
+        return isinstance(self.helps, np.ndarray) and not _some(self.helps)
+
+
+def _some(mask: Any) -> bool:
+    """`mask.any()`, of numpy in a tenth of the time."""
+    return bool(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.any())
 
 
 def is_host(z: Tensor) -> bool:
@@ -224,6 +232,7 @@ def _select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _select_on_host(mask: np.ndarray, a: Tensor, b: Tensor) -> Tensor:
     """The same, without a copy where all rows are of one of them."""
-    if mask.all():
+    count = np.count_nonzero(mask)
+    if count == len(mask):
         return a
-    return _select(torch.from_numpy(mask), a, b) if mask.any() else b
+    return _select(torch.from_numpy(mask), a, b) if count else b
