@@ -29,17 +29,13 @@ bench: $(DEV)  ## the layers beside their rivals, in minutes; writes docs/benchm
 
 # With VIT=RUN and SHAKESPEARE=RUN, folders of `dia train`, also the layers of trained models.
 TRAINED := $(if $(VIT),--vit $(VIT)) $(if $(SHAKESPEARE),--shakespeare $(SHAKESPEARE))
+PARTS := speed scaling importing evaluations inference response boltzmann choosing cuda
 bench-full: $(DEV)  ## every benchmark; writes docs/benchmarks.md and docs/benchmarks.json
-	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.importing
-	$(BIN)/python -m benchmarks.evaluations
-	$(BIN)/python -m benchmarks.inference
-	$(BIN)/python -m benchmarks.response
-	$(BIN)/python -m benchmarks.boltzmann
-	$(BIN)/python -m benchmarks.choosing
-	$(BIN)/python -m benchmarks.cuda
-	$(if $(strip $(TRAINED)),$(BIN)/python -m benchmarks.trained $(TRAINED))
+	@missed=; \
+	run() { echo "benchmarks.$$*"; $(BIN)/python -m benchmarks.$$* || missed="$$missed $$1"; }; \
+	for part in $(PARTS); do run $$part; done; \
+	$(if $(strip $(TRAINED)),run trained $(TRAINED);) \
+	test -z "$$missed" || { echo "beyond a bar, or failed:$$missed"; exit 1; }
 
 docs: $(DEV)  ## build the site in site/, warnings as errors, and run the code in README and docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
