@@ -224,10 +224,10 @@ class _Equation:
             solution = solver(lambda u: product(u) + g, start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
-        # A gradient that was not finite when it came is not the solve's failure.
-        blameless = ~torch.isfinite(g).all(dim=1)
-        judged = solution.accepting(blameless)
-        report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
+        if not bool(solution.converged.all()):
+            # A gradient that was not finite when it came is not the solve's failure.
+            judged = solution.accepting(~torch.isfinite(g).all(dim=1))
+            report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
         return solution.value * unit
 
 
