@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deep_implicit_attention.attention._products import narrow_pays
 from deep_implicit_attention.deq import DEQFixedPoint
 from deep_implicit_attention.recipes import load_recipe
 from deep_implicit_attention.training import Run, windows
@@ -121,7 +122,8 @@ def main() -> None:
         f"{provenance(command)}, median of {flags.turns} turns. {machine()}.\n\n"
         "The first block of trained models (`dia train mnist-vit`, `dia train shakespeare`), "
         "forward and backward, beside TorchDEQ's solvers on the same update map. Layers with "
-        "normalised softmax couplings have no preconditioner; ours begins in bfloat16, and "
+        "normalised softmax couplings have no preconditioner; on processors with fast bfloat16 "
+        f"({'as' if narrow_pays(torch.ones(1)) else 'not'} this one) ours begins in it, and "
         "evaluations count both kinds.\n\n" + "\n".join([HEAD, *map(row, kept)]),
     )
     write_results(flags.out, TITLE, kept, command)
