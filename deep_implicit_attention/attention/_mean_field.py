@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deq._linear_map import LinearMap
-from ..solvers._iterate import is_host
+from ..solvers._scale import is_host
 from ._memory import empty
 from ._parts import (
     FeedForward,
@@ -22,6 +22,7 @@ from ._parts import (
 )
 from ._products import linear
 from ._site_couplings import SiteCouplings
+from ._watched import transformed
 
 # Up to this N·d the couplings are inverted, in less time than the updates take that it spares. (The
 # size of the batch does not decide, or samples would depend on their mates.)
@@ -84,7 +85,8 @@ class DEQMeanFieldAttention(SiteCouplings):
         return _Context(x, self.coupling_blocks(), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        product = _Field.apply if torch.is_grad_enabled() else _product
+        plain = not torch.is_grad_enabled() or transformed(z, context.couplings)
+        product = _product if plain else _Field.apply
         field = context.x + product(z, context.couplings)
         if context.correction is None:
             return field
@@ -162,13 +164,17 @@ class _Field(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         z, couplings = ctx.saved_tensors
+        if transformed(g):
+            rows = g.reshape(len(z), -1)
+            by_couplings = (rows.mT @ z.flatten(1)).reshape(couplings.shape)
+            return (rows @ _matrix(couplings)).reshape(z.shape), by_couplings
         by_z, by_couplings = None, None
         if ctx.needs_input_grad[0]:
             by_z = linear(g.flatten(1), _matrix(couplings).mT).view_as(z)
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
                 by_couplings = torch.einsum("bic,bjd->icjd", g, z)
-            elif 0 < len(z) <= _FEW:
+            elif 0 < len(z) <= _FEW and not torch.compiler.is_compiling():
                 by_couplings = _outer(g, z)
             else:
                 by_couplings = linear(g.flatten(1).mT, z.flatten(1).mT).view_as(couplings)

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._watched import watched
+
 # From this size on memory is worth keeping.
 _LARGE = 1 << 20
 # So much memory that is no longer used is kept for the next solve, at most.
 _KEPT = 256 << 20
 
-_kept: list[np.ndarray] = []  # the last given back is the last in the list
+# By size; of one size and among sizes, what was given back last is last.
+_kept: dict[int, list[np.ndarray]] = {}
 _lock = threading.RLock()  # the garbage collector may give back while somebody takes
 
 
@@ -27,7 +30,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     used again by the next of the same size.
     """
     size = torch.Size(shape).numel() * like.element_size()
-    if like.device.type != "cpu" or size < _LARGE:
+    if watched(like) or like.device.type != "cpu" or size < _LARGE:
         return like.new_empty(shape)
     memory = _take(size)
     if memory is None:
@@ -46,14 +49,20 @@ def release() -> None:
 
 def _take(size: int) -> np.ndarray | None:
     with _lock:
-        for place in reversed(range(len(_kept))):
-            if _kept[place].size == size:
-                return _kept.pop(place)
-    return None
+        same = _kept.get(size)
+        return same.pop() if same else None
 
 
 def _give(memory: np.ndarray) -> None:
+    if memory.size > _KEPT:
+        return
     with _lock:
-        _kept.append(memory)
-        while sum(each.size for each in _kept) > _KEPT:
-            _kept.pop(0)
+        same = _kept.pop(memory.size, [])
+        same.append(memory)
+        _kept[memory.size] = same
+        while sum(size * len(kept) for size, kept in _kept.items()) > _KEPT:
+            size, kept = next(iter(_kept.items()))
+            if kept:
+                kept.pop(0)
+            if not kept:
+                del _kept[size]

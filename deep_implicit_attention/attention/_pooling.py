@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..deq._map import without_autocast
 from ._memory import empty
+from ._watched import transformed, watched
 
 # From here on fused attention gives the gradient by queries and keys, which takes half the memory
 # and (measured on one core) an eighth more time, and the few updates of a solve that no backward
@@ -46,6 +48,8 @@ class Couplings(NamedTuple):
         assert self.queries is not None
         assert self.keys is not None
         how = self.scale, self.mask, self.causal
+        if transformed(self.queries, self.keys, z):
+            return _times(softmax_couplings(self.queries, self.keys, *how).mT, z)
         matrix = None if self.fused else self.matrix
         return _Pooled.apply(self.queries, self.keys, z, matrix, how)
 
@@ -83,7 +87,7 @@ def couple(
     sites = q.shape[2]
     # Fused attention knows no row without a key, and its fast form wants equal widths.
     fused = sites >= _FUSED and mask is None and q.shape[3] == width
-    if torch.compiler.is_compiling() and not fused:
+    if transformed(q, k) or (torch.compiler.is_compiling() and not fused):
         return Couplings(softmax_couplings(q, k, scale, mask, causal))
     matrix = None
     if not fused or (sites < _LONG and torch.is_grad_enabled()):
@@ -101,7 +105,7 @@ def softmax_couplings(
     allowed = _allowed(q, mask, causal)
     # The lowest number, not −inf: a row without keys must not become 0/0.
     lowest = torch.finfo(q.dtype).min
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if watched(q, k) or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         logits = (q * scale) @ k.mT
         if allowed is None:
             return logits.softmax(dim=-1)
@@ -150,17 +154,19 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         q, k, z, matrix, mask, pooled = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+        needed, g = ctx.needs_input_grad[:3], g.to(q.dtype)
         if torch.is_grad_enabled() or matrix is None:
             return *_by_autograd(ctx, q, k, z, mask, g), None, None
         by_q = by_k = by_z = None
-        if needed[2]:
-            by_z = _times(matrix, g)
-        if needed[0] or needed[1]:
-            # Of the softmax: J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, whose sum is g·(J z).
-            logits = torch.matmul(ctx.scale * g, z.mT, out=empty(*matrix.shape, like=g))
-            logits.sub_(ctx.scale * (g * pooled).sum(dim=-1, keepdim=True)).mul_(matrix)
-            by_q, by_k = _times(logits.mT, k), _times(logits, q)
+        with without_autocast(g):
+            if needed[2]:
+                by_z = _times(matrix, g)
+            if needed[0] or needed[1]:
+                # Of the softmax: J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, whose sum is g·(J z).
+                out = None if watched(g) else empty(*matrix.shape, like=g)
+                logits = torch.matmul(ctx.scale * g, z.mT, out=out)
+                logits.sub_(ctx.scale * (g * pooled).sum(dim=-1, keepdim=True)).mul_(matrix)
+                by_q, by_k = _times(logits.mT, k), _times(logits, q)
         return by_q, by_k, by_z, None, None
 
 

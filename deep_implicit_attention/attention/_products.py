@@ -13,10 +13,10 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
+
+from ._watched import watched
 
 # Below these many multiplications the way to oneDNN takes longer than it saves.
 _SMALL = 1 << 17
@@ -24,7 +24,6 @@ _SMALL = 1 << 17
 _CACHED = 1 << 22
 # A gradient by weights this narrow is the faster by the BLAS.
 _NARROW = 64
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if weight.dtype == torch.bfloat16:
         return _product(x.to(weight.dtype), weight, bias)
-    if not _fast(x, weight):
+    if not _fast(x, weight, bias):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -50,7 +49,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     wanted = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or bias.requires_grad
     )
-    if wanted or not _fast(x, weight):
+    if wanted or not _fast(x, weight, bias):
         return F.gelu(linear(x, weight, bias))
     return _product(x, weight, bias, "gelu", "none")
 
@@ -73,7 +72,7 @@ def narrow_pays(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and not _observed(x, x)
+        and not watched(x)
         and _has_onednn()
         and torch.backends.mkldnn.enabled
         and _has_bfloat16()
@@ -99,10 +98,12 @@ def _has_bfloat16() -> bool:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", how: str = ""
 ) -> Tensor:
+    # oneDNN reads the numbers of a bias one after the other, wherever they are.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], how)
 
 
-def _fast(x: Tensor, weight: Tensor) -> bool:
+def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN is there for this product and worth the way."""
     # In this order: most products of small states are small.
     return (
@@ -110,7 +111,8 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
         and (x.numel() * len(weight) >= _SMALL if _wide() else weight.numel() >= _CACHED)
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
-        and not _observed(x, weight)
+        and not (watched(x, weight) if bias is None else watched(x, weight, bias))
+        and (bias is None or bias.dtype == torch.float32)
         and _dense(weight)
         and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
@@ -120,19 +122,6 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
 def _dense(weight: Tensor) -> bool:
     """Whether rows or columns follow each other: with gaps oneDNN is a thousand times slower."""
     return weight.stride() in ((weight.shape[1], 1), (1, weight.shape[0]))
-
-
-def _observed(x: Tensor, weight: Tensor) -> bool:
-    """Whether anybody is to see what is computed (a compiler, `vmap`, a counter of operations)."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or is_functorch_wrapped_tensor(x)
-        or is_functorch_wrapped_tensor(weight)
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 class _Linear(torch.autograd.Function):

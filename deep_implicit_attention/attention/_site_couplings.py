@@ -13,6 +13,7 @@ from ..deq._state import full_precision
 from ..solvers._validate import check_number
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
+from ._watched import watched
 
 
 class SiteCouplings(DEQModule):
@@ -58,8 +59,7 @@ class SiteCouplings(DEQModule):
         """
         symmetries = self.weight_sym_internal, self.weight_sym_sites
         weight = _symmetrised(full_precision(self._weight), *symmetries)
-        apart = 1 - torch.eye(self.num_spins, dtype=weight.dtype, device=weight.device)
-        return weight * apart[:, :, None, None]
+        return weight * _apart(weight)
 
     def count_params(self) -> int:
         """Number of free parameters in the couplings, which symmetries and J_ii = 0 reduce."""
@@ -78,8 +78,10 @@ class SiteCouplings(DEQModule):
 
     def coupling_blocks(self) -> Tensor:
         """`coupling_matrix()` with its indices apart, `(N, d, N, d)`."""
-        symmetries = self.weight_sym_internal, self.weight_sym_sites
-        return _Matrix.apply(full_precision(self._weight), *symmetries)
+        weight = full_precision(self._weight)
+        if watched(weight):
+            return self.weight().transpose(1, 2).contiguous()
+        return _Matrix.apply(weight, self.weight_sym_internal, self.weight_sym_sites)
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -121,6 +123,9 @@ class _Raw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
         ctx.symmetries = internal, sites
+        if watched(g):
+            raw = _symmetrised(g.transpose(1, 2), internal, sites)
+            return raw * _apart(raw)
         count, dim, _, _ = g.shape
         raw = empty(count, count, dim, dim, like=g)
         _write(g.transpose(1, 2), internal, raw)
@@ -139,6 +144,12 @@ def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
         if wanted:
             weight = 0.5 * (weight + weight.transpose(first, first + 1))
     return weight
+
+
+def _apart(weight: Tensor) -> Tensor:
+    """0 for the couplings of a site with itself, 1 for the others, to multiply `weight` with."""
+    one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    return (1 - one)[:, :, None, None]
 
 
 def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
-from ..solvers._gmres import power_of_two
+from ..solvers._scale import power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
 from ._linear_map import transpose

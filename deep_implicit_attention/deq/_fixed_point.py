@@ -122,6 +122,8 @@ def solve_and_attach(
         flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
+    if rough_args is not None and not is_plain(f, args):
+        rough_args = None  # narrow parameters are widened for f, but not for its approximation
     if rough_args is not None and takes(solver, "rough"):
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)

@@ -140,10 +140,11 @@ class DEQFixedPoint(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
         evidence = return_solution or debug
-        if not torch.compiler.is_compiling():
-            solution = self._respond(x, inputs, state, settings, evidence)
-        elif settings.steps is not None:
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if settings.steps is not None and transformed:
             solution = self._respond_traceably(x, inputs, state, settings, evidence)
+        elif not torch.compiler.is_compiling():
+            solution = self._respond(x, inputs, state, settings, evidence)
         else:
             # A solve is a loop on data, which a compiler can only unroll or recompile.
             eager: Any = torch.compiler.disable(self._respond)
@@ -159,7 +160,12 @@ class DEQFixedPoint(nn.Module):
         """The update z ↦ fun.update(z, context) that `x` drives, for the diagnostics."""
         with without_autocast(x):
             context = self._prepare(self._fields(x, inputs), inputs)
-        return lambda z: self.fun.update(z, context)
+
+        def update(z: State) -> State:
+            with without_autocast(x):
+                return self.fun.update(z, context)
+
+        return update
 
     def _respond(
         self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
@@ -339,9 +345,10 @@ class _Update(nn.Module):
         """That of `fun`; where it has none, neither has this."""
         return self.fun.vjp
 
-    def rough(self, context: Any) -> tuple[Any]:
-        """The arguments of the approximate update."""
-        return (self.fun.rough(context),)  # type: ignore[operator]
+    def rough(self, context: Any) -> tuple[Any] | None:
+        """The arguments of the approximate update, if there is one here and now."""
+        context = self.fun.rough(context)  # type: ignore[operator]
+        return None if context is None else (context,)
 
 
 class _Poison(torch.autograd.Function):

@@ -81,16 +81,24 @@ class TracedMap:
     ) -> Callable[[Tensor], Tensor] | None:
         """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`.
 
-        With `rough`, an approximation of it: that of `f.rough(*args)`.
+        With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any.
         """
         if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
             return None
-        leaves = list(self._leaves)
-        for slot, tensor in zip(self._slots, tensors, strict=False):
-            leaves[slot] = full_precision(tensor.detach())
+        leaves, given = list(self._leaves), len(self._slots)
+        constants = [full_precision(tensor.detach()) for tensor in tensors]
+        for slot, tensor in zip(self._slots, constants[:given], strict=True):
+            leaves[slot] = tensor
         args = pytree.tree_unflatten(leaves, self._tree)
         module: Any = self.f
-        product = module.vjp(self.layout.unpack(z), *(module.rough(*args) if rough else args))
+        self._fill(constants[given:])
+        try:
+            args = module.rough(*args) if rough else args
+            if args is None:
+                return None
+            product = module.vjp(self.layout.unpack(z), *args)
+        finally:
+            self._fill([None] * len(self._places))
         return lambda v: self.layout.pack(product(self.layout.unpack(v)))
 
     def _fill(self, tensors: Any) -> None:

@@ -33,11 +33,13 @@ class DEQModule(nn.Module):
       residual the first preconditioned step does not halve goes on without it.
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
-      backward; or None. The last steps, and residuals, are those of the update itself.
+      backward; or None. The last steps, and the residuals of what is returned, are those of the
+      update itself. Modules with parameters narrower than float32 do without.
     - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
       The solve from zeros starts there.
     - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
-      Derivatives of second and higher order take the plain path.
+      Derivatives of second and higher order take the plain path. What it returns may use tensors
+      of the context and of `vjp` itself, but not read parameters of the module.
 
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.

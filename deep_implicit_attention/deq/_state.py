@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Layout:
         """`(B, n)`; a view where the state is one tensor."""
         parts = (state,) if isinstance(state, Tensor) else state
         if len(parts) == 1:
-            return parts[0].reshape(parts[0].shape[0], self.sizes[0])
+            return parts[0].reshape(parts[0].shape[0], self.shapes[0][1:].numel())
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def unpack(self, flat: Tensor) -> State:
@@ -70,7 +69,7 @@ class Layout:
         parts = flat.split(self.sizes, dim=1)
         return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Numbers per sample in each part."""
         return [shape[1:].numel() for shape in self.shapes]

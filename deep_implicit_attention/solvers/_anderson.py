@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._iterate import Map, is_host, iterate
+from ._iterate import Map, iterate
+from ._scale import is_host, norms, power_of_two
 from ._solution import Solution
 from ._validate import check_count, check_number
 
 # A sample whose residual falls at least by this factor at every step gains nothing from a history.
 _FAST = 0.3
+# States of numbers between 2 to minus and plus this are stored as they are.
+_MODERATE = 20
 
 
 def anderson(
@@ -91,6 +94,7 @@ class _History:
         self.size, self.ridge, self.steps = size, ridge, 0
         self.f, self.g = fz, g
         self.on_host = is_host(g)
+        self.unit: Tensor | None = None  # in which the differences are stored
         self.norm = self._norm(g)
         self.slow = self.norm < 0
         self.delta_f = self.delta_g = g[:0]
@@ -98,16 +102,18 @@ class _History:
 
     def _allocate(self) -> None:
         batch, n = self.g.shape
+        # So that squares do not vanish. A power of two changes no digit.
+        unit = power_of_two(self.g)
+        if not self.on_host or np.any(abs(np.log2(unit.numpy())) > _MODERATE):
+            self.unit = unit
         self.delta_f = self.g.new_empty(batch, self.size, n)
         self.delta_g = torch.empty_like(self.delta_f)
         self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
 
     def _norm(self, g: Tensor) -> Any:
         """‖g‖ `(B,)`, on the host numpy's, as in `iterate`."""
-        norm = torch.linalg.vector_norm(g, dim=1)
-        return norm.numpy() if self.on_host else norm
+        return norms(g).numpy() if self.on_host else norms(g)
 
-    @np.errstate(all="ignore")
     def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
         f_before, g_before, norm_before = self.f, self.g, self.norm
         self.f, self.g = fz, g
@@ -125,13 +131,18 @@ class _History:
         torch.sub(g, g_before, out=delta_g[:, slot])
         torch.sub(fz, f_before, out=delta_f[:, slot])
         # Vectors as rows: as columns MKL takes ten times as long.
+        now = g
+        if self.unit is not None:
+            delta_g[:, slot] /= self.unit
+            now = g / self.unit
         row = (delta_g[:, slot, None] @ delta_g.mT).squeeze(1)
-        target = (g[:, None] @ delta_g.mT).squeeze(1)
+        target = (now[:, None] @ delta_g.mT).squeeze(1)
         gamma = self.weights.renew(slot, row, target, self.slow)[:, None]
 
         z = torch.baddbmm(fz.unsqueeze(1), gamma, delta_f, alpha=-1).squeeze(1)
         if damping:
-            z = z - damping * torch.baddbmm(g.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
+            left = torch.baddbmm(now.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
+            z = z - damping * (left if self.unit is None else left * self.unit)
         return z
 
 
@@ -147,7 +158,6 @@ class _Weights:
         self.gram: Any = gram.numpy() if self.on_host else gram
         self.scale = self.xp.zeros_like(self.gram[:, 0])  # 1 / ‖Δg‖, 0 for what is left out
 
-    @np.errstate(all="ignore")
     def renew(self, slot: int, row: Tensor, target: Tensor, begun: Any) -> Tensor:
         """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's.
 
@@ -158,13 +168,14 @@ class _Weights:
         scale, gram = self.scale[:, :used], self.gram[:, :used, :used]
         square = rows[:, slot]
         begun = begun & (square > 0)
-        scale[:, slot] = xp.where(begun, xp.sqrt(1 / square), xp.zeros_like(square))
-        gram[:, slot] = gram[:, :, slot] = rows * scale * scale[:, slot, None]
-        # A column that is left out decouples, with γ = 0.
-        gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
-        gamma = self._solved(gram, targets * scale)
-        sound = xp.isfinite(gamma).all(-1)
-        return torch.as_tensor(xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma)))
+        with np.errstate(all="ignore"):
+            scale[:, slot] = xp.where(begun, xp.sqrt(1 / square), xp.zeros_like(square))
+            gram[:, slot] = gram[:, :, slot] = rows * scale * scale[:, slot, None]
+            # A column that is left out decouples, with γ = 0.
+            gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
+            gamma = self._solved(gram, targets * scale)
+            sound = xp.isfinite(gamma).all(-1)
+            return torch.as_tensor(xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma)))
 
     def _solved(self, gram: Any, target: Any) -> Any:
         """NaN for a sample whose matrix is singular."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import _arnoldi
-from ._iterate import is_host
+from ._scale import power_of_two
 from ._solution import Solution, Status
 from ._validate import check_arguments, check_count, check_same_shape
 
@@ -109,19 +107,6 @@ def gmres(
     return Solution(
         value, residual, steps, converged, codes, trace.gather(0, own_row), norm * unit[:, 0]
     )
-
-
-def power_of_two(b: Tensor) -> Tensor:
-    """The power of two below the largest entry of each row, `(B, 1)`; 1 for rows of zeros."""
-    if b.numel() == 0:
-        return b.new_ones(b.shape[0], 1)
-    largest: Any = torch.linalg.vector_norm(b, ord=torch.inf, dim=1, keepdim=True)
-    xp: Any = torch
-    if is_host(b):  # numpy is quicker with a few numbers
-        largest, xp = largest.numpy(), np
-    sound = (largest > 0) & (largest < torch.inf)
-    exponent = xp.floor(xp.log2(xp.where(sound, largest, xp.ones_like(largest))))
-    return torch.as_tensor(xp.exp2(exponent))
 
 
 def _cycle(

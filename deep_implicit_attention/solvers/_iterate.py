@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._scale import is_host, norms
 from ._solution import Solution, Status
 from ._validate import check_arguments, check_same_shape
 
@@ -91,12 +92,9 @@ def iterate(
             fz, exact = first(z), ~first.serves
         else:
             fz, exact, first = f(z), True, None
-        if k == 0:
             check_same_shape(fz, z, "the map")
         g = fz - z
-        g_norm = torch.linalg.vector_norm(g, dim=1)
-        f_norm = torch.linalg.vector_norm(fz, dim=1)
-        g_norm, f_norm = numbers(g_norm), numbers(f_norm)
+        g_norm, f_norm = numbers(norms(g)), numbers(norms(fz))
         with np.errstate(all="ignore"):
             now = g_norm / (f_norm + tiny) if stop_mode == "rel" else g_norm
         finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
@@ -158,9 +156,14 @@ class _Rough:
 
     def __call__(self, z: Tensor) -> Tensor:
         image = self.rough(z)
+        check_same_shape(image, z, "the rough map")
+        # Narrow numbers may not reach as far as those of f.
+        self.serves = self.serves & np.isfinite(norms(image).numpy())
         if np.count_nonzero(self.serves) == len(z):
             return image
-        return _select_on_host(self.serves, image, self.f(z))
+        exact = self.f(z)
+        check_same_shape(exact, z, "the map")
+        return _select_on_host(self.serves, image, exact)
 
     def look(self, now: Any) -> None:
         """Take note of the residuals after a step."""
@@ -210,11 +213,6 @@ class _Guard:
 def _some(mask: Any) -> bool:
     """`mask.any()`, of numpy in a tenth of the time."""
     return bool(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.any())
-
-
-def is_host(z: Tensor) -> bool:
-    """Whether asking for a number of `z` does not stall a queue."""
-    return z.device.type == "cpu"
 
 
 def _on_host(numbers: Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Products by oneDNN, each held against torch's own in double precision."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_products_and_their_gradients_are_those_of_torch(name, biased):
         torch.testing.assert_close(found.double(), F.gelu(expected), rtol=1e-5, atol=1e-4)
 
 
+BIASES = {
+    "strided": lambda: torch.randn(512)[::2],
+    "one number": lambda: torch.randn(1).expand(256),
+    "a column": lambda: torch.randn(256, 2)[:, 0],
+}
+
+
+@fast
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_may_lie_anywhere_in_memory(name, calls):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(500, 64), torch.randn(256, 64), BIASES[name]()
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4)
+    found = gelu_linear(x, weight, bias).double()
+    torch.testing.assert_close(found, F.gelu(expected), rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2
+
+
 @fast
 def test_weights_with_gaps_are_not_for_onednn(calls):
     """It would take a thousand times as long."""
@@ -134,6 +154,16 @@ def test_the_plain_path_is_taken_where_somebody_looks(calls):
     _, tangent = torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
     torch.testing.assert_close(tangent, expected)
     linear(x.double(), weight.double())
+    learned = weight.clone().requires_grad_()
+    scaled = torch.func.vmap(lambda s: s * linear(x, learned))(torch.ones(2))
+    torch.testing.assert_close(scaled[1], expected)
+    bias = torch.randn(256)
+    by_bias = torch.func.grad(lambda b: linear(x, learned, b).sum())(bias)
+    torch.testing.assert_close(by_bias, torch.full((256,), 500.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: linear(x, weight), x, check_trace=False)
+    torch.testing.assert_close(traced(x), expected)
     assert len(calls) == 1
 
 

@@ -139,3 +139,19 @@ def test_singular_sample_leaves_the_acceleration_of_the_others_alone(make_proble
     together = anderson(with_constant_middle, problem.z0, ridge=0.0, tol=1e-10)
     assert together.steps[[0, 2]].tolist() == alone.steps[[0, 2]].tolist()
     assert torch.equal(together.value[[0, 2]], alone.value[[0, 2]])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-17, 1e17, 1e30])
+def test_states_of_any_size_take_the_same_steps(size):
+    torch.manual_seed(0)
+    matrix, c = 0.8 * torch.randn(4, 20, 20) / 20**0.5, torch.randn(4, 20)
+
+    def steps(size):
+        found = anderson(
+            lambda z: (matrix @ z[:, :, None])[:, :, 0] + size * c,
+            torch.zeros(4, 20), tol=1e-5, max_iter=60,
+        )  # fmt: skip
+        assert bool(found.converged.all())
+        return found.steps
+
+    assert (steps(size) - steps(1.0)).abs().max() <= 1

@@ -49,13 +49,15 @@ def test_each_sample_decides_by_itself(solver, make_problem):
 
 
 @SOLVERS
-@pytest.mark.parametrize("kind", ["another map", "constant", "growing"])
+@pytest.mark.parametrize("kind", ["another map", "constant", "growing", "not finite", "one is"])
 def test_a_bad_approximation_costs_steps_and_not_the_solution(solver, make_problem, kind):
     problem, other = make_problem(norm=0.6), make_problem(norm=0.6, seed=3)
     rough = {
         "another map": other.f,
         "constant": lambda z: torch.full_like(z, 2.0),
         "growing": lambda z: 3 * z + 1,
+        "not finite": lambda z: torch.full_like(z, torch.nan),
+        "one is": lambda z: problem.f(z).where(torch.arange(len(z))[:, None] == 0, torch.inf),
     }[kind]
     plain = solver(problem.f, problem.z0, **SOLVE)
     found = solver(problem.f, problem.z0, rough=rough, **SOLVE)
@@ -87,3 +89,9 @@ def test_bad_arguments(solver, make_problem):
         solver(problem.f, problem.z0, rough=3)
     with pytest.raises(ValueError, match="shape"):
         solver(problem.f, problem.z0, rough=lambda z: z[:, :2])
+
+
+@SOLVERS
+def test_the_exact_map_is_checked_when_its_turn_comes(solver):
+    with pytest.raises(ValueError, match="the map must keep shape"):
+        solver(lambda z: 0.5 * z[:, :2] + 1, torch.zeros(2, 4), rough=lambda z: 0.5 * z + 1)

@@ -1,0 +1,41 @@
+"""Whether somebody is to see what is computed, so that the plain path has to be taken.
+
+Operations that write into given memory, private operators and autograd Functions without rules for
+transformations are faster or smaller on the way of ordinary tensors, and unknown to everybody else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
+from torch.autograd import forward_ad
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether a compiler is at work, operations are intercepted, or tensors `transformed`.
+
+    Operations are intercepted by modes of `torch.utils._python_dispatch`: counters, recorders.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or transformed(*tensors)
+    )
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether what is computed with `tensors` is transformed on the way.
+
+    That is by `torch.jit.trace`, by `torch.func`, by gradients of whole batches
+    (`is_grads_batched`), by forward-mode derivatives, and by tensors of other classes. Not by a
+    compiler, to which all this is unknown.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or any(type(t) not in _ORDINARY or is_legacy_batchedtensor(t) for t in tensors)
+    )

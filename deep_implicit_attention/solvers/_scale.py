@@ -1,0 +1,43 @@
+"""Numbers of order one: in float32 the squares of very small or large ones are lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def is_host(z: Tensor) -> bool:
+    """Whether asking for a number of `z` does not stall a queue."""
+    return z.device.type == "cpu"
+
+
+def norms(v: Tensor) -> Tensor:
+    """‖v‖ `(B,)`; on the host also where the squares of its numbers are not numbers of their type.
+
+    On an accelerator it would take a look, or twice the time, to find out.
+    """
+    norm = torch.linalg.vector_norm(v, dim=1)
+    if not is_host(v):
+        return norm
+    kind = torch.finfo(v.dtype)
+    few = norm.numpy()
+    # NaN is never within.
+    if np.count_nonzero((few >= (kind.tiny / kind.eps) ** 0.5) & (few < np.inf)) == len(few):
+        return norm
+    unit = power_of_two(v)
+    return torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
+
+
+def power_of_two(b: Tensor) -> Tensor:
+    """The power of two below the largest entry of each row, `(B, 1)`; 1 for rows of zeros."""
+    if b.numel() == 0:
+        return b.new_ones(b.shape[0], 1)
+    largest = torch.linalg.vector_norm(b, ord=torch.inf, dim=1, keepdim=True)
+    if is_host(b):  # numpy is quicker with a few numbers
+        few = largest.numpy()
+        sound = (few > 0) & (few < np.inf)
+        exponent = np.frexp(np.where(sound, few, np.ones_like(few)))[1] - 1
+        return torch.as_tensor(np.ldexp(np.ones_like(few), exponent))
+    sound = (largest > 0) & (largest < torch.inf)
+    return torch.where(sound, largest, 1).log2().floor().exp2()

@@ -1,0 +1,138 @@
+"""Mechanisms under `torch.func`, batched gradients and compilers: the same as by plain autograd."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jvp, vmap
+
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQMeanFieldAttention,
+    DEQVanillaSoftmaxAttention,
+    DEQVectorSpinAttention,
+    _memory,
+    _pooling,
+    _products,
+)
+from deep_implicit_attention.deq import DEQFixedPoint
+
+
+@pytest.fixture(autouse=True, params=["as it is", "every fast path"])
+def paths(request, monkeypatch):
+    """Also as for large tensors on processors with wide vectors."""
+    if request.param != "as it is":
+        monkeypatch.setattr(_products, "_wide", lambda: True)
+        monkeypatch.setattr(_products, "_SMALL", 0)
+        monkeypatch.setattr(_memory, "_LARGE", 0)
+
+
+@pytest.fixture
+def layer(case):
+    return DEQFixedPoint(case.module, steps=3)
+
+
+def supported(case):
+    if isinstance(case.module, DEQAdaTAPMeanFieldAttention):
+        pytest.skip("looks at numbers to factorise")
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_func_grad(case, layer, x):
+    supported(case)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x, *case.inputs)).pow(3).sum()
+
+    found = grad(loss, argnums=(0, 1))(parameters, x)
+    x = x.requires_grad_()
+    expected = torch.autograd.grad(layer(x, *case.inputs).pow(3).sum(), [*layer.parameters(), x])
+    for ours, theirs in zip([*found[0].values(), found[1]], expected, strict=True):
+        close(ours, theirs)
+
+
+def test_forward_mode_of_explicit_steps(case, layer, x):
+    supported(case)
+    tangent = torch.randn_like(x)
+    _, found = jvp(lambda x: layer(x, *case.inputs), (x,), (tangent,))
+    step = 1e-5
+    with torch.no_grad():
+        after, before = (layer(x + s * tangent, *case.inputs) for s in (step, -step))
+    torch.testing.assert_close(found, (after - before) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_a_context_made_outside(case, x):
+    """∂F/∂z v, by what `prepare` returned before."""
+    supported(case)
+    module = case.module
+    context = module.prepare(module.sources(x, *case.inputs), *case.inputs)
+    z, v = 0.3 * torch.randn_like(x), torch.randn_like(x)
+    _, found = jvp(lambda z: module.update(z, context), (z,), (v,))
+    expected = torch.autograd.functional.jvp(lambda z: module.update(z, context), z, v)[1]
+    close(found, expected)
+
+
+def test_vmap_over_samples(case, layer, x):
+    supported(case)
+    inputs = (x, *case.inputs)
+    with torch.no_grad():
+        found = vmap(lambda *one: layer(*(t[None] for t in one))[0])(*inputs)
+        close(found, layer(*inputs))
+
+
+def test_gradients_of_a_whole_batch_at_once(case, layer, x):
+    supported(case)
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    z = layer(x, *case.inputs)
+    directions = torch.randn(3, *z.shape, dtype=z.dtype)
+    together = torch.autograd.grad(z, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        alone = torch.autograd.grad(z, inputs, direction, retain_graph=True)
+        for ours, theirs in zip(together, alone, strict=True):
+            close(ours[i], theirs)
+
+
+MODULES = {
+    "mean-field": lambda: DEQMeanFieldAttention(40, 16),  # couplings of 1.6 MB
+    "symmetric": lambda: DEQMeanFieldAttention(
+        40, 16, weight_sym_internal=True, weight_sym_sites=True
+    ),
+    "softmax": lambda: DEQVanillaSoftmaxAttention(120, 16, heads=2),
+    "vector-spin": lambda: DEQVectorSpinAttention(16, 2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_explicit_steps_compile_as_one_graph(name, grad_enabled):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module = MODULES[name]()
+    layer = DEQFixedPoint(module, steps=2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, getattr(module, "num_spins", 120), 16) / 4
+
+    def results(respond):
+        with torch.set_grad_enabled(grad_enabled):
+            z = respond(x)
+            if not grad_enabled:
+                return [z]
+            return [z, *torch.autograd.grad(z.square().sum(), list(layer.parameters()))]
+
+    for ours, theirs in zip(results(compiled), results(layer), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_attention_is_left_to_autograd_where_transformed(monkeypatch):
+    monkeypatch.setattr(_pooling, "_FUSED", 1)
+    monkeypatch.setattr(_pooling, "_LONG", 1)
+    torch.manual_seed(0)
+    module = DEQVanillaSoftmaxAttention(6, 4, heads=2).double()
+    layer = DEQFixedPoint(module, steps=2)
+    x = torch.randn(2, 6, 4).double()
+    found = grad(lambda x: layer(x).square().sum())(x)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    close(found, expected)
