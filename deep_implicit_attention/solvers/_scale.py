@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,13 +22,19 @@ def norms(v: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(v, dim=1)
     if not is_host(v):
         return norm
-    kind = torch.finfo(v.dtype)
     few = norm.numpy()
     # NaN is never within.
-    if np.count_nonzero((few >= (kind.tiny / kind.eps) ** 0.5) & (few < np.inf)) == len(few):
+    if np.count_nonzero((few >= _least(v.dtype)) & (few < np.inf)) == len(few):
         return norm
     unit = power_of_two(v)
     return torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
+
+
+@functools.cache
+def _least(dtype: torch.dtype) -> float:
+    """The least norm whose square has all its digits."""
+    kind = torch.finfo(dtype)
+    return (kind.tiny / kind.eps) ** 0.5
 
 
 def power_of_two(b: Tensor) -> Tensor:
