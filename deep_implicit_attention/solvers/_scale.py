@@ -15,19 +15,19 @@ def is_host(z: Tensor) -> bool:
 
 
 def norms(v: Tensor) -> Tensor:
-    """‖v‖ `(B,)`; on the host also where the squares of its numbers are not numbers of their type.
+    """‖v‖ `(B,)`; on the host also where the squares of its numbers are too small for their type.
 
     On an accelerator it would take a look, or twice the time, to find out.
     """
     norm = torch.linalg.vector_norm(v, dim=1)
     if not is_host(v):
         return norm
-    few = norm.numpy()
-    # NaN is never within.
-    if np.count_nonzero((few >= _least(v.dtype)) & (few < np.inf)) == len(few):
+    small = norm.numpy() < _least(v.dtype)
+    if not np.count_nonzero(small):
         return norm
     unit = power_of_two(v)
-    return torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
+    scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
+    return torch.where(torch.from_numpy(small), scaled, norm)
 
 
 @functools.cache
