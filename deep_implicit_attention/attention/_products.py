@@ -22,6 +22,8 @@ from ._watched import watched
 _SMALL = 1 << 17
 # Without AVX-512, below this many weights.
 _CACHED = 1 << 22
+# In place a function of fewer numbers than these is no faster.
+_CACHED_STATES = 1 << 18
 # A gradient by weights this narrow is the faster by the BLAS.
 _NARROW = 64
 
@@ -43,15 +45,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x Wᵀ + b), in one pass where no gradient is wanted."""
+    """GELU(x Wᵀ + b), in one pass or in place where no gradient is wanted and it pays."""
     if weight.dtype == torch.bfloat16:
         return _product(x.to(weight.dtype), weight, bias, "gelu", "none")
     wanted = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or bias.requires_grad
     )
-    if wanted or not _fast(x, weight, bias):
+    if wanted:
         return F.gelu(linear(x, weight, bias))
-    return _product(x, weight, bias, "gelu", "none")
+    if _fast(x, weight, bias):
+        return _product(x, weight, bias, "gelu", "none")
+    hidden = F.linear(x, weight, bias)
+    if hidden.numel() < _CACHED_STATES or watched(hidden):
+        return F.gelu(hidden)
+    return torch.ops.aten.gelu_(hidden)
 
 
 def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:

@@ -81,6 +81,22 @@ def test_products_and_their_gradients_are_those_of_torch(name, biased):
         torch.testing.assert_close(found.double(), F.gelu(expected), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_many_hidden_units_without_a_gradient(wide, monkeypatch):
+    """In place of their inputs, or in one pass; with a gradient neither."""
+    monkeypatch.setattr(_products, "_wide", lambda: wide)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2000, 64), torch.randn(256, 64), torch.randn(256)
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    torch.testing.assert_close(
+        gelu_linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-4
+    )
+    learned = weight.clone().requires_grad_()
+    (found,) = torch.autograd.grad(gelu_linear(x, learned, bias).sum(), learned)
+    slope = torch.autograd.functional.jacobian(lambda h: F.gelu(h).sum(), x @ weight.mT + bias)
+    torch.testing.assert_close(found, slope.mT @ x, rtol=1e-4, atol=1e-2)
+
+
 BIASES = {
     "strided": lambda: torch.randn(512)[::2],
     "one number": lambda: torch.randn(1).expand(256),
