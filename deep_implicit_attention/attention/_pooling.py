@@ -103,19 +103,21 @@ def softmax_couplings(
     Rows sum to one, or to zero where a query sees no key at all.
     """
     allowed = _allowed(q, mask, causal)
-    # The lowest number, not −inf: a row without keys must not become 0/0.
+    # The lowest number, not −inf: a row without keys must not become 0/0. It becomes zero in the
+    # end; only a key mask can leave such rows.
     lowest = torch.finfo(q.dtype).min
     if watched(q, k) or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         logits = (q * scale) @ k.mT
         if allowed is None:
             return logits.softmax(dim=-1)
-        return logits.masked_fill(~allowed, lowest).softmax(dim=-1).masked_fill(~allowed, 0.0)
+        weights = logits.masked_fill(~allowed, lowest).softmax(dim=-1)
+        return weights if mask is None else weights.masked_fill(~allowed, 0.0)
     # In place: fresh memory for matrices of this size costs more than the exponentials.
     logits = torch.matmul(q * scale, k.mT, out=empty(*q.shape[:-1], k.shape[-2], like=q))
     if allowed is None:
         return torch.softmax(logits, dim=-1, out=logits)
     torch.softmax(logits.masked_fill_(~allowed, lowest), dim=-1, out=logits)
-    return logits.masked_fill_(~allowed, 0.0)
+    return logits if mask is None else logits.masked_fill_(~allowed, 0.0)
 
 
 def _allowed(q: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
