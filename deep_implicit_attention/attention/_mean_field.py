@@ -130,8 +130,7 @@ class DEQMeanFieldAttention(SiteCouplings):
 def _inverse(feedback: Tensor) -> Tensor:
     """(1 − A)⁻¹, or what a preconditioner may have in its place, for `feedback` A `(n, n)`.
 
-    The first four terms Σ_k Aᵏ are two products, a third of the time of an inverse; they leave out
-    A⁴ of it.
+    The first four terms Σ_k Aᵏ are two products; they leave out A⁴ of it.
     """
     size = len(feedback)
     if is_host(feedback):

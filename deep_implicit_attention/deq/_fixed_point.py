@@ -122,12 +122,13 @@ def solve_and_attach(
         flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
-    if rough_args is not None and not is_plain(f, args):
+    plain = (rough_args is not None or not torch.is_grad_enabled()) and is_plain(f, args)
+    if not plain:
         rough_args = None  # narrow parameters are widened for f, but not for its approximation
     if rough_args is not None and takes(solver, "rough"):
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
-    if not torch.is_grad_enabled() and is_plain(f, args):
+    if not torch.is_grad_enabled() and plain:
         with without_autocast(flat):
             solution = solve(untraced(f, layout, args), flat)
         return solution.with_value(layout.unpack(solution.value))

@@ -63,15 +63,20 @@ class TracedMap:
     @contextmanager
     def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
         """f as a function of z alone, with `tensors` put in once for many evaluations."""
+        with self._arguments(tensors) as args:
+            yield lambda z: _flat_image(self.f, self.layout, z, args)
+
+    @contextmanager
+    def _arguments(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
+        """`args` made of `tensors`; inside, the parameters and buffers of f are theirs, too."""
         leaves = list(self._leaves)
         given = len(self._slots)
         for slot, tensor in zip(self._slots, tensors[:given], strict=True):
             leaves[slot] = full_precision(tensor)
-        args = pytree.tree_unflatten(leaves, self._tree)
         self._fill(map(full_precision, tensors[given:]))
         try:
             with _uncached():
-                yield lambda z: _flat_image(self.f, self.layout, z, args)
+                yield pytree.tree_unflatten(leaves, self._tree)
         finally:
             # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
@@ -85,20 +90,12 @@ class TracedMap:
         """
         if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
             return None
-        leaves, given = list(self._leaves), len(self._slots)
-        constants = [full_precision(tensor.detach()) for tensor in tensors]
-        for slot, tensor in zip(self._slots, constants[:given], strict=True):
-            leaves[slot] = tensor
-        args = pytree.tree_unflatten(leaves, self._tree)
         module: Any = self.f
-        self._fill(constants[given:])
-        try:
+        with self._arguments([tensor.detach() for tensor in tensors]) as args:
             args = module.rough(*args) if rough else args
             if args is None:
                 return None
             product = module.vjp(self.layout.unpack(z), *args)
-        finally:
-            self._fill([None] * len(self._places))
         return lambda v: self.layout.pack(product(self.layout.unpack(v)))
 
     def _fill(self, tensors: Any) -> None:

@@ -15,7 +15,7 @@ from ._validate import check_count, check_number
 
 # A sample whose residual falls at least by this factor at every step gains nothing from a history.
 _FAST = 0.3
-# States of numbers between 2 to minus and plus this are stored as they are.
+# Differences are stored as they are where residuals begin between 2 to minus and plus this.
 _MODERATE = 20
 
 

@@ -88,7 +88,7 @@ def iterate(
         first = _Rough(f, rough, len(z), tol)
 
     for k in range(max_iter):
-        if first is not None and k + 1 < max_iter and np.count_nonzero(first.serves):
+        if first is not None and k + 1 < max_iter and _some(first.serves):
             fz, exact = first(z), ~first.serves
         else:
             fz, exact, first = f(z), True, None
@@ -211,7 +211,7 @@ class _Guard:
 
 
 def _some(mask: Any) -> bool:
-    """`mask.any()`, of numpy in a tenth of the time."""
+    """`mask.any()`, of numpy in a third of the time."""
     return bool(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.any())
 
 

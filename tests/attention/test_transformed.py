@@ -11,17 +11,14 @@ from deep_implicit_attention.attention import (
     DEQVectorSpinAttention,
     _memory,
     _pooling,
-    _products,
 )
 from deep_implicit_attention.deq import DEQFixedPoint
 
 
-@pytest.fixture(autouse=True, params=["as it is", "every fast path"])
-def paths(request, monkeypatch):
-    """Also as for large tensors on processors with wide vectors."""
-    if request.param != "as it is":
-        monkeypatch.setattr(_products, "_wide", lambda: True)
-        monkeypatch.setattr(_products, "_SMALL", 0)
+@pytest.fixture(autouse=True, params=["small", "large"])
+def size(request, monkeypatch):
+    """Also with the memory of large tensors. (`test_products` transforms those of oneDNN.)"""
+    if request.param == "large":
         monkeypatch.setattr(_memory, "_LARGE", 0)
 
 

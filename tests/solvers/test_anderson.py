@@ -142,7 +142,7 @@ def test_singular_sample_leaves_the_acceleration_of_the_others_alone(make_proble
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-17, 1e17])
-def test_states_however_small_take_the_same_steps(size):
+def test_small_and_large_states_take_the_same_steps(size):
     torch.manual_seed(0)
     matrix, c = 0.8 * torch.randn(4, 20, 20) / 20**0.5, torch.randn(4, 20)
 
