@@ -47,7 +47,7 @@ MISSED = (
     "evaluation, which takes two thirds of its forward time, and copies them once; mean field (32, "
     "64, 16) has couplings whose spectrum is a disc, for which plain iteration is optimal, so no "
     "solver saves evaluations, and over half of its forward time is bare products; of adaptive TAP "
-    "(4, 32, 8) a quarter of the forward time is one Cholesky factorisation. What else there is "
+    "(4, 32, 8) a fifth of the forward time is one Cholesky factorisation. What else there is "
     "there, in mean field (60, 17, 10) and in softmax (32, 64, 16) is many small operations, which "
     "find the caches filled by the rival whose turn it was."
 )
