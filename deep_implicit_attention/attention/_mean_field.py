@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..deq._linear_map import LinearMap
+from ..deq._linear_map import LinearMap, Pullback
 from ..solvers._scale import is_host
 from ._memory import empty
 from ._parts import (
@@ -35,8 +35,8 @@ _FEW = 8
 
 
 class _Context(NamedTuple):
-    x: Tensor  # (B, N, d)
-    couplings: Tensor  # (N, d, N, d)
+    x: Any  # (B, N, d)
+    couplings: Any  # (N, d, N, d)
     correction: Weights | None
 
 
@@ -98,13 +98,24 @@ class DEQMeanFieldAttention(SiteCouplings):
             return context.x
         return context.x - feed_forward(context.x.new_zeros(self.dim), context.correction)
 
-    def vjp(self, z: Tensor, context: _Context) -> Callable[[Tensor], Tensor]:
-        """v ↦ (∂F/∂z)ᵀ v at `z`."""
-        transposed = _matrix(context.couplings).mT
-        if context.correction is None:
-            return lambda v: linear(v.flatten(1), transposed).view_as(v)
-        corrected = feed_forward_vjp(z, context.correction)
-        return lambda v: linear(v.flatten(1), transposed).view_as(v) - corrected(v)
+    def vjp(self, z: Tensor, context: _Context) -> Pullback:
+        """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
+        transposed, corrected = _matrix(context.couplings).mT, None
+        if context.correction is not None:
+            corrected = feed_forward_vjp(z, context.correction)
+
+        def by_state(v: Tensor) -> Tensor:
+            pulled = linear(v.flatten(1), transposed).view_as(v)
+            return pulled if corrected is None else pulled - corrected(v)
+
+        def by_context(v: Tensor, needed: _Context) -> _Context:
+            return _Context(
+                v if needed.x else None,
+                _by_couplings(v, z) if needed.couplings else None,
+                None if corrected is None else corrected.by_context(-v, needed.correction),
+            )
+
+        return Pullback(by_state, by_context)
 
     def preconditioner(self, context: _Context) -> LinearMap:
         """r ↦ (1 − J + ∂f/∂z)⁻¹ r, with f linearised where its hidden units are at their biases.
@@ -173,11 +184,21 @@ class _Field(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
                 by_couplings = torch.einsum("bic,bjd->icjd", g, z)
-            elif 0 < len(z) <= _FEW and not torch.compiler.is_compiling():
-                by_couplings = _outer(g, z)
             else:
-                by_couplings = linear(g.flatten(1).mT, z.flatten(1).mT).view_as(couplings)
+                by_couplings = _by_couplings(g, z)
         return by_z, by_couplings
+
+
+def _by_couplings(g: Tensor, z: Tensor) -> Tensor:
+    """Σ_b g_bic z_bjd `(N, d, N, d)`, without a graph."""
+    rows, columns = g.flatten(1).mT, z.flatten(1)
+    if torch.compiler.is_compiling():
+        found = rows @ columns
+    elif 0 < len(z) <= _FEW:
+        return _outer(g, z)
+    else:
+        found = torch.mm(rows, columns, out=empty(len(rows), len(rows), like=z))
+    return found.view(*z.shape[1:], *z.shape[1:])
 
 
 def _outer(g: Tensor, z: Tensor) -> Tensor:

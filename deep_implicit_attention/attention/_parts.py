@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deq._linear_map import LinearMap
+from ..deq._linear_map import LinearMap, Pullback
 from ..deq._state import full_precision
 from ..solvers._validate import check_count
-from ._products import gelu_linear, linear, linear_times
+from ._products import (
+    gelu_linear,
+    linear,
+    linear_by_bias,
+    linear_by_weight,
+    linear_times,
+)
 
 
 class Weights(NamedTuple):
-    """The parameters of a `FeedForward`, as tensors of a context."""
+    """The parameters of a `FeedForward`, as tensors of a context; or their derivatives."""
 
-    w_in: Tensor
-    b_in: Tensor
-    w_out: Tensor
-    b_out: Tensor
+    w_in: Any
+    b_in: Any
+    w_out: Any
+    b_out: Any
 
 
 class FeedForward(nn.Module):
@@ -68,11 +74,22 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     return linear(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 
-def feed_forward_vjp(z: Tensor, weights: Weights) -> Callable[[Tensor], Tensor]:
-    """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once."""
-    slope = _gelu_slope(linear(z, weights.w_in, weights.b_in))
+def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
+    """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once; by the weights, too."""
+    hidden = linear(z, weights.w_in, weights.b_in)
+    slope = _gelu_slope(hidden)
     out, back = weights.w_out.mT, weights.w_in.mT
-    return lambda v: linear(linear_times(v, out, slope), back)
+
+    def by_weights(v: Tensor, needed: Weights) -> Weights:
+        by_hidden = linear_times(v, out, slope) if needed.w_in or needed.b_in else v
+        return Weights(
+            linear_by_weight(by_hidden, z) if needed.w_in else None,
+            linear_by_bias(by_hidden) if needed.b_in else None,
+            linear_by_weight(v, F.gelu(hidden)) if needed.w_out else None,
+            linear_by_bias(v) if needed.b_out else None,
+        )
+
+    return Pullback(lambda v: linear(linear_times(v, out, slope), back), by_weights)
 
 
 def feed_forward_slope(weights: Weights) -> Tensor:

@@ -61,6 +61,26 @@ class Couplings(NamedTuple):
         assert self.keys is not None
         return self._replace(queries=self.queries.bfloat16(), keys=self.keys.bfloat16())
 
+    def pullback(
+        self, z: Tensor, needed: Couplings
+    ) -> tuple[Tensor, Callable[[Tensor], Couplings]]:
+        """`act(z)`, and what takes ∂L/∂ of it to the derivatives by what is `needed` of these."""
+        leaves = {
+            name: getattr(self, name).detach().requires_grad_()
+            for name in ("matrix", "queries", "keys")
+            if getattr(needed, name)
+        }
+        with torch.enable_grad():
+            pooled = self._replace(**leaves).act(z)
+
+        def by_couplings(g: Tensor) -> Couplings:
+            if not leaves:
+                return needed
+            found = torch.autograd.grad(pooled, list(leaves.values()), g)
+            return needed._replace(**dict(zip(leaves, found, strict=True)))
+
+        return pooled.detach(), by_couplings
+
     def transposed(self) -> Callable[[Tensor], Tensor]:
         """v ↦ Σ_i J_ij v_i."""
         if self.matrix is not None:

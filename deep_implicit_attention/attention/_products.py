@@ -44,6 +44,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
+def linear_by_weight(g: Tensor, x: Tensor) -> Tensor:
+    """The derivative `(n, k)` of `linear` by its weight, for that by its result `g` `(..., n)`."""
+    rows, columns = g.reshape(-1, g.shape[-1]).mT, x.reshape(-1, x.shape[-1]).mT
+    wide = min(len(rows), len(columns)) >= _NARROW
+    return linear(rows, columns) if wide else rows @ columns.mT
+
+
+def linear_by_bias(g: Tensor) -> Tensor:
+    """The derivative `(n,)` of `linear` by its bias."""
+    return g.reshape(-1, g.shape[-1]).sum(dim=0)
+
+
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x Wᵀ + b), in one pass or in place where no gradient is wanted and it pays."""
     if weight.dtype == torch.bfloat16:
@@ -146,9 +158,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_x = linear(g, weight.mT)
         if ctx.needs_input_grad[1]:
-            rows, columns = g.reshape(-1, g.shape[-1]).mT, x.reshape(-1, x.shape[-1]).mT
-            wide = min(len(rows), len(columns)) >= _NARROW
-            by_weight = linear(rows, columns) if wide else rows @ columns.mT
+            by_weight = linear_by_weight(g, x)
         if ctx.needs_input_grad[2]:
-            by_bias = g.reshape(-1, g.shape[-1]).sum(dim=0)
+            by_bias = linear_by_bias(g)
         return by_x, by_weight, by_bias

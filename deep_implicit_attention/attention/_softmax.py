@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..deq._linear_map import LinearMap
+from ..deq._linear_map import LinearMap, Pullback
 from ._parts import (
     FeedForward,
     Weights,
@@ -25,7 +24,7 @@ from ._parts import (
     split_heads,
 )
 from ._pooling import Couplings, couple
-from ._products import linear, narrow_pays, narrowed
+from ._products import linear, linear_by_bias, linear_by_weight, narrow_pays, narrowed
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
@@ -36,10 +35,10 @@ _NARROW = 32
 
 
 class _Context(NamedTuple):
-    x: Tensor  # (B, N, d), with the field of sites whose states are known
+    x: Any  # (B, N, d), with the field of sites whose states are known
     couplings: Couplings
-    w_out: Tensor
-    b_out: Tensor
+    w_out: Any
+    b_out: Any
     correction: Weights | None
     mask: Tensor | None  # (B, N), True = keep
     kept: Tensor | None  # (2, B, N, d), dropout of the pooled states and of f
@@ -171,23 +170,42 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
 
-    def vjp(self, z: Tensor, context: _Context) -> Callable[[Tensor], Tensor]:
-        """v ↦ (∂F/∂z)ᵀ v at `z`."""
+    def vjp(self, z: Tensor, context: _Context) -> Pullback:
+        """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
         acting, back = normalized_vjp(z) if self.normalize else (z, None)
         correct = None
         if context.correction is not None:
             correct = feed_forward_vjp(acting, context.correction)
         transposed, w_out = context.couplings.transposed(), context.w_out.mT
 
-        def product(v: Tensor) -> Tensor:
+        def parts(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """`v` where nothing is hidden, as it reaches W_O, and as it reaches f."""
             v = hide(v, context.mask)
-            pooled = v if context.kept is None else context.kept[0] * v
-            out = merge_heads(transposed(split_heads(linear(pooled, w_out), self.heads)))
+            return (v, v, v) if context.kept is None else (v, *(kept * v for kept in context.kept))
+
+        def by_state(v: Tensor) -> Tensor:
+            _, response, corrected = parts(v)
+            out = merge_heads(transposed(split_heads(linear(response, w_out), self.heads)))
             if correct is not None:
-                out = out - correct(v if context.kept is None else context.kept[1] * v)
+                out = out - correct(corrected)
             return out if back is None else back(out.to(z.dtype))
 
-        return product
+        def by_context(v: Tensor, needed: _Context) -> _Context:
+            v, response, corrected = parts(v)
+            heads = split_heads(acting, self.heads)
+            pooled, by_couplings = context.couplings.pullback(heads, needed.couplings)
+            by_pooled = split_heads(linear(response, w_out), self.heads)
+            if correct is not None:
+                correction = correct.by_context(-corrected, needed.correction)
+                needed = needed._replace(correction=correction)
+            return needed._replace(
+                x=v if needed.x else None,
+                couplings=by_couplings(by_pooled),
+                w_out=linear_by_weight(response, merge_heads(pooled)) if needed.w_out else None,
+                b_out=linear_by_bias(response) if needed.b_out else None,
+            )
+
+        return Pullback(by_state, by_context)
 
     def rough(self, context: _Context) -> _Context | None:
         """The context with weights and couplings in bfloat16, where products with them are faster.

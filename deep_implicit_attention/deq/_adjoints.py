@@ -20,7 +20,7 @@ from ..solvers import Solution, gmres
 from ..solvers._scale import power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
-from ._linear_map import transpose
+from ._linear_map import Pullback, transpose
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
 
@@ -271,22 +271,17 @@ class _Attach(Function):
                 grads = [None if d is None else link(d, refusal) for d in grads]
                 u = link(u, refuse(z, _AT_A_SOLUTION))
         else:
-            grads, u = u.finish(), u.value
+            with without_autocast(z):
+                grads, u = u.finish(), u.value
         return None, None, None, (u if tape is not None else None), *grads
 
 
 @dataclass
 class _Adjoined:
-    """The solution u of one adjoint equation and the graph of f that it came from."""
+    """The solution u of one adjoint equation, and (∂f/∂θ)ᵀ u for every tensor that needs it."""
 
     value: Tensor
-    image: Tensor
-    aliases: list[Tensor]
-    needed: Sequence[bool]
-
-    def finish(self) -> list[Tensor | None]:
-        """(∂f/∂θ)ᵀ u for every tensor that needs it."""
-        return _gradients(self.image, self.aliases, self.needed, self.value, create_graph=False)
+    finish: Callable[[], list[Tensor | None]]
 
 
 def _solve_adjoint(
@@ -297,14 +292,19 @@ def _solve_adjoint(
     needed: Sequence[bool],
     g: Tensor,
 ) -> _Adjoined:
-    """Solve u = (∂f/∂z)ᵀ u + g with one evaluation of f and no graph of the solve."""
-    aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+    """Solve u = (∂f/∂z)ᵀ u + g with at most one evaluation of f and no graph of the solve."""
     by_hand = rough = None
     if isinstance(f, TracedMap):
         with torch.no_grad(), without_autocast(z):
-            by_hand = f.vjp(z.detach(), aliases)
+            by_hand = f.vjp(z.detach(), tensors)
             if by_hand is not None and equation.rough:
-                rough = f.vjp(z.detach(), aliases, rough=True)
+                rough = f.vjp(z.detach(), tensors, rough=True)
+    with torch.no_grad(), without_autocast(z):
+        if isinstance(by_hand, Pullback):
+            by_context = by_hand.by_context
+            u = equation.solve(by_hand, g.detach(), rough)
+            return _Adjoined(u, lambda: by_context(u, needed))
+    aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
     with torch.enable_grad(), without_autocast(z):
         z = z.detach().requires_grad_(by_hand is None)
         image = f(z, aliases)
@@ -314,7 +314,7 @@ def _solve_adjoint(
 
     with torch.no_grad(), without_autocast(z):
         u = equation.solve(by_hand or product, g.detach(), rough)
-    return _Adjoined(u, image, aliases, needed)
+    return _Adjoined(u, lambda: _gradients(image, aliases, needed, u, create_graph=False))
 
 
 def _products(

@@ -21,6 +21,18 @@ class LinearMap(NamedTuple):
         return self.apply(v)
 
 
+class Pullback(NamedTuple):
+    """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context."""
+
+    by_state: Callable[[Any], Any]
+    # Takes v and the context with booleans in place of its tensors, whether a derivative by each is
+    # wanted; returns this with the derivatives in it.
+    by_context: Callable[[Any, Any], Any]
+
+    def __call__(self, v: Any) -> Any:
+        return self.by_state(v)
+
+
 def on_vectors(linear: Callable[[Any], Any], layout: Layout) -> Callable[[Tensor], Tensor]:
     """A map of states as a map of vectors `(B, n)`."""
 

@@ -18,6 +18,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
+from ._linear_map import Pullback
 from ._state import Layout, full_precision
 
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
@@ -86,6 +87,9 @@ class TracedMap:
     ) -> Callable[[Tensor], Tensor] | None:
         """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`.
 
+        A `Pullback` if the module's is: `by_context` then takes v and a list of what is needed, and
+        returns a list, as long as `tensors`.
+
         With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any.
         """
         if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
@@ -96,7 +100,32 @@ class TracedMap:
             if args is None:
                 return None
             product = module.vjp(self.layout.unpack(z), *args)
-        return lambda v: self.layout.pack(product(self.layout.unpack(v)))
+
+        def by_state(v: Tensor) -> Tensor:
+            return self.layout.pack(product(self.layout.unpack(v)))
+
+        if not isinstance(product, Pullback):
+            return by_state
+        by_context = product.by_context
+        return Pullback(by_state, lambda v, needed: self._by_tensors(by_context, v, needed))
+
+    def _by_tensors(
+        self, by_context: Callable, v: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """(∂f/∂θ)ᵀ v for the tensors that need it, by the module's own `by_context`."""
+        leaves = list(self._leaves)
+        given = len(self._slots)
+        for slot, need in zip(self._slots, needed[:given], strict=True):
+            leaves[slot] = need
+        found = by_context(self.layout.unpack(v), *pytree.tree_unflatten(leaves, self._tree))
+        grads, tree = pytree.tree_flatten((found,))
+        if tree != self._tree:
+            raise TypeError(
+                "by_context must return a context with derivatives in place of its tensors"
+            )
+        found = [grads[slot] for slot in self._slots]
+        derivatives = [grad if isinstance(grad, Tensor) else None for grad in found]
+        return derivatives + [None] * len(self._places)
 
     def _fill(self, tensors: Any) -> None:
         for places, tensor in zip(self._places, tensors, strict=True):
