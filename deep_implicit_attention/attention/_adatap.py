@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..deq._map import without_autocast
 from ..deq._state import full_precision
+from ..solvers._scale import is_host
 from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
@@ -26,7 +27,6 @@ class _Gaussian(NamedTuple):
     """What a solve with a Gaussian prior needs."""
 
     x: Tensor  # (B, N, d), the fields, x + Pμ
-    couplings: Tensor  # (N·d, N·d)
     precision: Tensor  # (N, d, d), P_i
     operator: Tensor  # (N·d, N·d), blockdiag P − J
     factor: Factor  # of the operator
@@ -122,15 +122,14 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             return self._thawed(self._frozen, x)
         if self.prior is not None and not isinstance(self.prior, GaussianPrior):
             return _matched.prepare(self.weight(), self.prior, x)
-        couplings = self.coupling_matrix()
         if self.prior is None:
-            precision = self.spin_prior_inv_var.to(couplings)
+            precision = self.spin_prior_inv_var.to(x)
         else:
-            precision = self.prior.precision().to(couplings)
-            x = x + precision @ self.prior.location.to(couplings)
+            precision = self.prior.precision().to(x)
+            x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        operator = _Operator.apply(couplings, precision)
-        return _Gaussian(x, couplings, precision, operator, factorise(operator, self.symmetric))
+        operator = self.coupling_operator(precision)
+        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -138,13 +137,15 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             return _matched.update(self.prior, z, context, self.lin_response)
         mean, cavity = z
         narrow = context.precision - cavity  # C_i⁻¹, (B, N, d, d)
-        field = (context.x.flatten(1) + mean.flatten(1) @ context.couplings.mT).view_as(mean)
-        field = field - (cavity @ mean.unsqueeze(-1)).squeeze(-1)
+        # h_i = x_i + Σ_j J_ij z_j − V_i z_i, with J = blockdiag P − A for the operator A.
+        field = (context.x.flatten(1) - mean.flatten(1) @ context.operator.mT).view_as(mean)
+        field = field + (narrow @ mean.unsqueeze(-1)).squeeze(-1)
         new_mean = torch.linalg.solve_ex(narrow, field.unsqueeze(-1)).result.squeeze(-1)
         if not self.lin_response:
             return new_mean, torch.zeros_like(cavity)
         total = cavity + narrow  # Λ_i
-        response = torch.linalg.inv_ex(block_diagonal(total) - context.couplings).inverse
+        operator = context.operator + block_diagonal(total - context.precision)
+        response = torch.linalg.inv_ex(operator).inverse
         blocks = diagonal_blocks(response, self.num_spins)
         return new_mean, total - torch.linalg.inv_ex(blocks).inverse
 
@@ -170,16 +171,18 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def residual(self, context: _Gaussian, state: State) -> tuple[Tensor, Tensor]:
         """‖f(z) − z‖, relative to ‖f(z)‖ and absolute, of f(z) = P⁻¹ (x + Pμ + J z).
 
-        That is the update at V = 0; V has no influence on the fixed point.
+        That is the update at V = 0; V has no influence on the fixed point. f(z) − z is
+        P⁻¹ (x + Pμ − (P − J) z).
         """
         z = state[0]
         # The fast product is that with the matrix as it lies in memory.
-        incoming = context.couplings if self.symmetric else context.couplings.mT
-        field = (context.x.flatten(1) + z.flatten(1) @ incoming).view_as(z)
-        image = torch.linalg.solve_ex(context.precision, field.permute(1, 2, 0)).result
-        image = image.permute(2, 0, 1)
-        norm = torch.linalg.vector_norm((image - z).flatten(1), dim=1)
-        size = torch.linalg.vector_norm(image.flatten(1), dim=1)
+        acting = context.operator if self.symmetric else context.operator.mT
+        change = torch.addmm(context.x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
+        if not _is_one(context.precision):
+            change = torch.linalg.solve_ex(context.precision, change.permute(1, 2, 0)).result
+            change = change.permute(2, 0, 1)
+        norm = torch.linalg.vector_norm(change.flatten(1), dim=1)
+        size = torch.linalg.vector_norm((z + change).flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
 
     def judge(self, context: _Gaussian) -> str:
@@ -188,8 +191,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             return ""
         operator = context.operator.detach()
         if not bool(torch.isfinite(operator).all()):
-            sound = bool(torch.isfinite(context.couplings).all())
-            return "P is not finite." if sound else "The couplings are not finite."
+            sound = bool(torch.isfinite(context.precision).all())
+            return "The couplings are not finite." if sound else "P is not finite."
         smallest = torch.linalg.eigvalsh(operator)[0].item()
         return f"The smallest eigenvalue of P − J is {smallest:.4g}."
 
@@ -297,20 +300,11 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         return context._replace(x=x + context.x)
 
 
-class _Operator(torch.autograd.Function):
-    """blockdiag P − J `(N·d, N·d)`, from J and P `(N, d, d)`, with one copy each way."""
-
-    @staticmethod
-    def forward(ctx: Any, couplings: Tensor, precision: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.sites, dim, _ = precision.shape
-        operator = -couplings
-        blocks = operator.view(ctx.sites, dim, ctx.sites, dim).diagonal(dim1=0, dim2=2)
-        blocks.add_(precision.permute(1, 2, 0))
-        return operator
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        return -g, diagonal_blocks(g, ctx.sites) if ctx.needs_input_grad[1] else None
+def _is_one(precision: Tensor) -> bool:
+    """Whether every P_i is known to be the identity, as by default; an accelerator is not asked."""
+    if not is_host(precision):
+        return False
+    return torch.equal(precision, torch.eye(precision.shape[-1]).to(precision).expand_as(precision))
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
+from ..spins._blocks import block_diagonal, diagonal_blocks
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 from ._watched import watched
@@ -81,7 +82,15 @@ class SiteCouplings(DEQModule):
         weight = full_precision(self._weight)
         if watched(weight):
             return self.weight().transpose(1, 2).contiguous()
-        return _Matrix.apply(weight, self.weight_sym_internal, self.weight_sym_sites)
+        return _Matrix.apply(weight, (self.weight_sym_internal, self.weight_sym_sites), 1.0)
+
+    def coupling_operator(self, precision: Tensor) -> Tensor:
+        """blockdiag P − `coupling_matrix()`, for `precision` P `(N, d, d)`."""
+        weight = full_precision(self._weight)
+        if watched(weight, precision):
+            return block_diagonal(precision) - self.coupling_matrix()
+        symmetries = self.weight_sym_internal, self.weight_sym_sites
+        return _Operator.apply(weight, precision, symmetries)
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -96,46 +105,74 @@ class SiteCouplings(DEQModule):
 
 
 class _Matrix(torch.autograd.Function):
-    """`weight()` of the raw `(N, N, d, d)` in the order `(N, d, N, d)`.
+    """`weight()` of the raw `(N, N, d, d)`, or minus that, in the order `(N, d, N, d)`.
 
     Couplings can be most of the memory there is, so they are copied once, and not masked, permuted
     and reshaped one after the other. Symmetrising and masking are their own transposes.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
-        ctx.symmetries = internal, sites
-        count, _, dim, _ = weight.shape
-        matrix = empty(count, dim, count, dim, like=weight)
-        if sites:  # in the order in which the blocks J_ij and J_ji are whole
-            weight = weight + weight.transpose(0, 1)
-        _write(weight, internal, matrix.transpose(1, 2))
-        return _freed(matrix, (0, 2), internal + sites)
+    def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
+        ctx.how = symmetries, sign
+        return _matrix(weight, *ctx.how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        return _Raw.apply(g, *ctx.symmetries), None, None
+        return _Raw.apply(g, *ctx.how), None, None
 
 
 class _Raw(torch.autograd.Function):
     """The transpose of `_Matrix`."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, internal: bool, sites: bool) -> Tensor:  # type: ignore[override]
-        ctx.symmetries = internal, sites
+    def forward(ctx: Any, g: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
+        ctx.how = symmetries, sign
+        internal, sites = symmetries
         if watched(g):
             raw = _symmetrised(g.transpose(1, 2), internal, sites)
-            return raw * _apart(raw)
+            return raw * (sign * _apart(raw))
         count, dim, _, _ = g.shape
         raw = empty(count, count, dim, dim, like=g)
         _write(g.transpose(1, 2), internal, raw)
         if sites:
             raw = raw + raw.transpose(0, 1)
-        return _freed(raw, (0, 1), internal + sites)
+        return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
-        return _Matrix.apply(h, *ctx.symmetries), None, None
+        return _Matrix.apply(h, *ctx.how), None, None
+
+
+class _Operator(torch.autograd.Function):
+    """blockdiag P − J `(N·d, N·d)`, from the raw couplings and P `(N, d, d)`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple) -> Tensor:  # type: ignore[override]
+        ctx.symmetries = symmetries
+        operator = _matrix(weight, symmetries, -1.0)
+        ctx.blocks = operator.shape
+        operator.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
+        return operator.flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        by_weight = by_precision = None
+        blocks = g.reshape(ctx.blocks)
+        if ctx.needs_input_grad[0]:
+            by_weight = _Raw.apply(blocks, ctx.symmetries, -1.0)
+        if ctx.needs_input_grad[1]:
+            by_precision = diagonal_blocks(g, len(blocks))
+        return by_weight, by_precision, None
+
+
+def _matrix(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    internal, sites = symmetries
+    count, _, dim, _ = weight.shape
+    matrix = empty(count, dim, count, dim, like=weight)
+    if sites:  # in the order in which the blocks J_ij and J_ji are whole
+        weight = weight + weight.transpose(0, 1)
+    _write(weight, internal, matrix.transpose(1, 2))
+    return _freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
 
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
@@ -160,9 +197,9 @@ def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
         out.copy_(blocks)
 
 
-def _freed(matrix: Tensor, sites: tuple[int, int], sums: int) -> Tensor:
-    """`matrix` halved for each of the `sums`, and without self-couplings; i, j are axes `sites`."""
-    if sums:
-        matrix.mul_(0.5**sums)
+def _freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
+    """`matrix` times `factor`, and without self-couplings; i, j are axes `sites`."""
+    if factor != 1:
+        matrix.mul_(factor)
     matrix.diagonal(dim1=sites[0], dim2=sites[1]).zero_()
     return matrix

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..solvers import Solution, Status
+from ..solvers._scale import is_host
 from ._state import Layout
 
 
@@ -24,13 +26,12 @@ def relax(
         z = step(z)
     with torch.no_grad():
         finite = torch.isfinite(z).all(dim=1)
-        count = torch.full_like(finite, steps, dtype=torch.long)
         if evidence:
             image = step(z)
             residual, norm = _residual(z, image)
         else:
             residual = norm = z.new_full(finite.shape, torch.nan)
-    return _solution(z, finite, residual, norm, count, tol, Status.FIXED_STEPS)
+    return _solution(z, finite, residual, norm, steps, tol, Status.FIXED_STEPS)
 
 
 def closed_form(
@@ -54,12 +55,14 @@ def closed_form(
         for part in chosen:
             size = torch.linalg.vector_norm(part.flatten(1), ord=torch.inf, dim=1)
             largest = torch.maximum(largest, size)
+        if is_host(norm):  # numpy is quicker with a few numbers
+            residual, norm, largest = residual.numpy(), norm.numpy(), largest.numpy()
         finite = largest < torch.inf  # which NaN is not
     objection = fun.judge(context) if hasattr(fun, "judge") else ""
-    count = torch.ones_like(finite, dtype=torch.long)
-    solution = _solution(chosen, finite, residual, norm, count, tol, Status.MAX_ITER)
+    solution = _solution(chosen, finite, residual, norm, 1, tol, Status.MAX_ITER)
     if objection:
-        solution = replace(solution.with_status(finite, Status.INDEFINITE), note=objection)
+        found = torch.as_tensor(finite)
+        solution = replace(solution.with_status(found, Status.INDEFINITE), note=objection)
     return solution
 
 
@@ -72,16 +75,25 @@ def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solution(
     value: Any,
-    finite: Tensor,
-    residual: Tensor,
-    norm: Tensor,
-    steps: Tensor,
+    finite: Any,
+    residual: Any,
+    norm: Any,
+    steps: int,
     tol: float,
     otherwise: Status,
 ) -> Solution:
+    """Of what is known of each sample `(B,)`, as tensors or as numpy's arrays."""
+    xp: Any = torch if isinstance(finite, Tensor) else np
     converged = finite & (residual <= tol)
-    codes = torch.full_like(steps, otherwise.code)
-    codes = codes.masked_fill(converged, Status.CONVERGED.code)
-    codes = codes.masked_fill(~finite, Status.NONFINITE.code)
-    residual = torch.where(finite, residual, torch.inf)
-    return Solution(value, residual, steps, converged, codes, residual[None], norm)
+    codes = xp.where(converged, Status.CONVERGED.code, otherwise.code)
+    codes = xp.where(finite, codes, Status.NONFINITE.code)
+    residual = torch.as_tensor(xp.where(finite, residual, xp.inf))
+    return Solution(
+        value=value,
+        residual=residual,
+        steps=torch.full_like(residual, steps, dtype=torch.long),
+        converged=torch.as_tensor(converged),
+        codes=torch.as_tensor(codes),
+        trace=residual[None],
+        residual_norm=torch.as_tensor(norm),
+    )

@@ -1,5 +1,7 @@
 """The fast paths of the mechanisms, each held against the plain way to the same thing."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -12,7 +14,6 @@ from deep_implicit_attention.attention import (
     _memory,
     _pooling,
 )
-from deep_implicit_attention.attention._adatap import _Operator
 from deep_implicit_attention.attention._memory import empty, release
 from deep_implicit_attention.deq import DEQFixedPoint
 
@@ -190,12 +191,16 @@ def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mi
     torch.testing.assert_close(module.coupling_matrix(), expected)
     torch.testing.assert_close(module._weight.detach(), raw, rtol=0, atol=0)
 
-    def matrix(weight):
-        (found,) = [weight]
-        return torch.func.functional_call(_Matrix(module), {"module._weight": found}, ())
+    precision = torch.randn(sites, dim, dim, dtype=torch.float64, requires_grad=True)
+    operator = module.coupling_operator(precision)
+    torch.testing.assert_close(operator, torch.block_diag(*precision) - expected)
 
-    assert gradcheck(matrix, module._weight)
-    assert gradgradcheck(matrix, module._weight)
+    def call(kind, weight, *args):
+        return torch.func.functional_call(kind(module), {"module._weight": weight}, args)
+
+    for args in ((_Matrix, module._weight), (_Operator, module._weight, precision)):
+        assert gradcheck(partial(call, args[0]), args[1:])
+        assert gradgradcheck(partial(call, args[0]), args[1:])
 
 
 class _Matrix(torch.nn.Module):
@@ -207,13 +212,9 @@ class _Matrix(torch.nn.Module):
         return self.module.coupling_matrix()
 
 
-def test_derivatives_of_the_operator():
-    couplings = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    precision = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
-    expected = torch.block_diag(*precision) - couplings
-    torch.testing.assert_close(_Operator.apply(couplings, precision), expected)
-    assert gradcheck(_Operator.apply, (couplings, precision))
-    assert gradgradcheck(_Operator.apply, (couplings, precision))
+class _Operator(_Matrix):
+    def forward(self, precision):
+        return self.module.coupling_operator(precision)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
