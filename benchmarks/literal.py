@@ -2,8 +2,9 @@
 
 Every step computes everything anew from the raw parameters (couplings, masks, queries and keys, the
 Onsager term), and TorchDEQ's Anderson iterates it with m = 5, 30 steps and a relative tolerance of
-1e-4, forward and backward: the way of the project of 2021. The functions take the module whose
-weights they share, so that both sides solve the same system.
+1e-4, forward and backward: the way of the project of 2021. That project made the mask of J_ii = 0
+as large as the couplings; with `broadcast` it is N × N, which is kinder to the rival. The functions
+take the module whose weights they share, so that both sides solve the same system.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from deep_implicit_attention.attention._parts import FeedForward
 Update = Callable[[list[Tensor]], list[Tensor]]
 
 
-def update(module: torch.nn.Module, x: Tensor) -> Update:
+def update(module: torch.nn.Module, x: Tensor, broadcast: bool = False) -> Update:
     """The update of `module` driven by `x`, on a list of state elements."""
     if isinstance(module, DEQMeanFieldAttention):
-        return lambda z: [_mean_field(module, z[0], x)]
+        return lambda z: [_mean_field(module, z[0], x, broadcast)]
     if isinstance(module, DEQVanillaSoftmaxAttention):
         return lambda z: [_softmax(module, z[0], x)]
     if isinstance(module, DEQAdaTAPMeanFieldAttention):
-        return lambda z: _adaptive_tap(module, *z, x)
+        return lambda z: _adaptive_tap(module, *z, x, broadcast)
     raise TypeError(f"no literal equations for {type(module).__name__}")
 
 
@@ -48,22 +49,26 @@ def response(update: Update, start: list[Tensor], solver: str = "anderson") -> l
     return list(found[-1])
 
 
-def _weight(module: DEQMeanFieldAttention | DEQAdaTAPMeanFieldAttention) -> Tensor:
+def _weight(module: DEQMeanFieldAttention | DEQAdaTAPMeanFieldAttention, broadcast: bool) -> Tensor:
     weight = module._weight
     if module.weight_sym_internal:
         weight = 0.5 * (weight + weight.transpose(-1, -2))
     if module.weight_sym_sites:
         weight = 0.5 * (weight + weight.transpose(0, 1))
-    apart = 1 - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    return weight * apart[:, :, None, None]
+    sites, dim = weight.shape[1:3]
+    same = torch.eye(sites, dtype=weight.dtype, device=weight.device)
+    if broadcast:
+        return weight * (1 - same)[:, :, None, None]
+    same = same.repeat(dim * dim, 1, 1).view(dim, dim, sites, sites).permute(2, 3, 0, 1)
+    return weight * (1 - same)
 
 
 def _correction(f: FeedForward, z: Tensor) -> Tensor:
     return f.contract(F.gelu(f.expand(z)))
 
 
-def _mean_field(module: DEQMeanFieldAttention, z: Tensor, x: Tensor) -> Tensor:
-    field = torch.einsum("ijcd,bjd->bic", _weight(module), z)
+def _mean_field(module: DEQMeanFieldAttention, z: Tensor, x: Tensor, broadcast: bool) -> Tensor:
+    field = torch.einsum("ijcd,bjd->bic", _weight(module, broadcast), z)
     assert module.correction is not None
     return field - _correction(module.correction, z) + x
 
@@ -83,10 +88,10 @@ def _softmax(module: DEQVanillaSoftmaxAttention, z: Tensor, x: Tensor) -> Tensor
 
 
 def _adaptive_tap(
-    module: DEQAdaTAPMeanFieldAttention, z: Tensor, v: Tensor, x: Tensor
+    module: DEQAdaTAPMeanFieldAttention, z: Tensor, v: Tensor, x: Tensor, broadcast: bool
 ) -> list[Tensor]:
     batch, sites, dim = x.shape
-    weight, prior = _weight(module), module.spin_prior_inv_var
+    weight, prior = _weight(module, broadcast), module.spin_prior_inv_var
     field = x + torch.einsum("ijcd,bjd->bic", weight, z) - torch.einsum("bicd,bid->bic", v, z)
     covariance = torch.linalg.inv(prior - v)
     mean = torch.einsum("bicd,bid->bic", covariance, field)

@@ -6,7 +6,8 @@ Every figure of time is a ratio within one process, one thread: the contenders t
 median over the turns counts. They are, for each workload of random initial weights,
 
 - **ours**: `DEQFixedPoint` with its defaults (relative residual 1e-4);
-- **literal**: the equations written down straight, by TorchDEQ's Anderson (`benchmarks.literal`);
+- **literal**: the equations written down straight, by TorchDEQ's Anderson (`benchmarks.literal`),
+  as in the project of 2021; **lean**: the same with the mask of J_ii = 0 not as large as J;
 - **TorchDEQ**: the best of its three solvers on our own update map, prepared once, to 1e-4;
 - **1 layer, 6 layers**: explicit transformer blocks of the same width and number of sites;
 - **floor**: as many bare matrix products of the update as ours has evaluations.
@@ -33,6 +34,7 @@ from deep_implicit_attention.attention import (
     DEQMeanFieldAttention,
     DEQVanillaSoftmaxAttention,
 )
+from deep_implicit_attention.attention._site_couplings import SiteCouplings
 from deep_implicit_attention.deq import DEQFixedPoint, DEQModule
 from deep_implicit_attention.solvers import Solution
 
@@ -84,13 +86,15 @@ def iterated(module: Any) -> bool:
     return not isinstance(module, DEQAdaTAPMeanFieldAttention)
 
 
-def literally(module: Any, x: Tensor, seen: Callable[[], None] = lambda: None) -> Respond:
+def literally(
+    module: Any, x: Tensor, seen: Callable[[], None] = lambda: None, broadcast: bool = False
+) -> Respond:
     """The literal equations of `module` by TorchDEQ's Anderson."""
     start = module.initial_state(x)
     parts = [start] if isinstance(start, Tensor) else list(start)
 
     def respond(x: Tensor) -> Tensor:
-        update = literal.update(module, x)
+        update = literal.update(module, x, broadcast)
 
         def counted(z: list[Tensor]) -> list[Tensor]:
             seen()
@@ -156,6 +160,8 @@ def measure(module: Any, x: Tensor, layer: DEQFixedPoint, turns: int) -> dict[st
     if iterated(module):
         for peer in PEERS:
             contenders[peer] = torchdeq_on_our_map(module, peer)
+    if isinstance(module, SiteCouplings):
+        contenders["lean"] = literally(module, x, broadcast=True)
     for depth in (1, 6):
         contenders[f"explicit {depth}"] = explicit(x.shape[2], depth)
     times = {}
@@ -178,8 +184,9 @@ def measure(module: Any, x: Tensor, layer: DEQFixedPoint, turns: int) -> dict[st
 
 HEAD = (
     "| layer | B, N, d | literal / ours, forward (bar) | literal / ours, both (bar) "
-    "| TorchDEQ / ours, forward, both | explicit 1, 6 layers / ours, both | floor / ours, forward "
-    "| saved, MB | peak, MB |\n" + "|---" * 9 + "|"
+    "| lean / ours, forward, both | TorchDEQ / ours, forward, both "
+    "| explicit 1, 6 layers / ours, both | floor / ours, forward "
+    "| saved, MB | peak, MB |\n" + "|---" * 10 + "|"
 )
 
 
@@ -206,6 +213,7 @@ def row(workload: Workload, found: dict[str, Any]) -> str:
         ", ".join(map(str, workload.size)),
         judged("forward", workload.bar[0]),
         judged("both", workload.bar[1]),
+        f"{ratio('forward', 'lean')}, {ratio('both', 'lean')}",
         f"{peer('forward')}, {peer('both')}",
         f"{ratio('both', 'explicit 1')}, {ratio('both', 'explicit 6')}",
         ratio("forward", "floor"),
@@ -239,7 +247,10 @@ TIMES_TEXT = (
     "CPU time of the layer with its defaults (relative residual 1e-4) beside the literal equations "
     "under TorchDEQ's Anderson, the best of TorchDEQ's solvers on our own update map, and explicit "
     "transformer blocks; the floor is the part of the forward time that is the bare matrix "
-    "products of its evaluations. Bars are those we set ourselves; bold is reached. "
+    "products of its evaluations. The literal equations recompute everything in every step, as the "
+    "project of 2021 did, and like it they make the mask of J_ii = 0 as large as the couplings; "
+    "lean is the same with a mask of N × N. Until commit 273f2e9 this table called lean literal. "
+    "Bars are those we set ourselves; bold is reached. "
     "`benchmarks/speed.py` says what each is; `docs/benchmarks.json` has the seconds. "
 )
 COUNTS_TEXT = (

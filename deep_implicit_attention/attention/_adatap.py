@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
+from ._operator import coupling_operator, response
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
@@ -27,6 +29,7 @@ class _Gaussian(NamedTuple):
     """What a solve with a Gaussian prior needs."""
 
     x: Tensor  # (B, N, d), the fields, x + Pμ
+    weight: Tensor  # (N, N, d, d), the raw couplings
     precision: Tensor  # (N, d, d), P_i
     operator: Tensor  # (N·d, N·d), blockdiag P − J
     factor: Factor  # of the operator
@@ -128,8 +131,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        operator = self.coupling_operator(precision)
-        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric))
+        weight = full_precision(self._weight)
+        operator = coupling_operator(weight, precision, self._symmetries)
+        return _Gaussian(x, weight, precision, operator, factorise(operator, self.symmetric))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -159,7 +163,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """z; V only if element 1 is wanted."""
         x, operator, factor = context.x, context.operator, context.factor
-        z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
+        z = response(context.weight, context.precision, x, factor, self._symmetries)
         if 1 not in wanted:
             return z, None
         if not self.lin_response:
@@ -265,7 +269,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
             context = self.prepare(nothing)
             if isinstance(context, _Gaussian):
-                context = context._replace(factor=context.factor.inverted())
+                context = context._replace(
+                    weight=context.weight.detach(), factor=context.factor.inverted()
+                )
             copies = [weight.clone() for weight in self._weights()]
         return _Frozen(self._settings(), copies, context)
 
@@ -302,9 +308,12 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
 def _is_one(precision: Tensor) -> bool:
     """Whether every P_i is known to be the identity, as by default; an accelerator is not asked."""
-    if not is_host(precision):
-        return False
-    return torch.equal(precision, torch.eye(precision.shape[-1]).to(precision).expand_as(precision))
+    return is_host(precision) and torch.equal(precision, _ones(precision.shape, precision.dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _ones(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.eye(shape[-1], dtype=dtype).repeat(shape[0], 1, 1)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

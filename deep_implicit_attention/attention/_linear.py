@@ -69,12 +69,12 @@ def log_determinant(operator: Tensor, factor: Factor) -> Tensor:
     return factor.log_determinant()
 
 
-def solve(operator: Tensor, b: Tensor, factor: Factor) -> Tensor:
-    """A⁻¹ b `(n, r)`, where `factor` is that of `operator`.
+def solve(operator: Tensor, b: Tensor, factor: Factor, transposed: bool = False) -> Tensor:
+    """A⁻¹ b `(n, r)`, or A⁻ᵀ b, where `factor` is that of `operator`.
 
     Cost: O(n² r) forward and backward; the factorisation is never differentiated.
     """
-    return _Solve.apply(operator, b, *factor, False)
+    return _Solve.apply(operator, b, *factor, transposed)
 
 
 def inverse(operator: Tensor, factor: Factor) -> Tensor:

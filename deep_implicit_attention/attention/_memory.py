@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 
@@ -29,8 +30,8 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     tensors come from numpy, which, unlike torch, asks for huge pages (20 ms), and their memory is
     used again by the next of the same size.
     """
-    size = torch.Size(shape).numel() * like.element_size()
-    if watched(like) or like.device.type != "cpu" or size < _LARGE:
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE or like.device.type != "cpu" or watched(like):
         return like.new_empty(shape)
     memory = _take(size)
     if memory is None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
-from ..spins._blocks import block_diagonal, diagonal_blocks
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 from ._watched import watched
@@ -58,8 +57,7 @@ class SiteCouplings(DEQModule):
         `weight_sym_internal` makes each J_ij a symmetric matrix, `weight_sym_sites` makes
         J_ij = J_ji; together J_ij = J_jiᵀ, as a spin system needs.
         """
-        symmetries = self.weight_sym_internal, self.weight_sym_sites
-        weight = _symmetrised(full_precision(self._weight), *symmetries)
+        weight = _symmetrised(full_precision(self._weight), *self._symmetries)
         return weight * _apart(weight)
 
     def count_params(self) -> int:
@@ -72,6 +70,10 @@ class SiteCouplings(DEQModule):
             entries = self.dim * (self.dim + 1) // 2
         return pairs * entries
 
+    @property
+    def _symmetries(self) -> tuple[bool, bool]:
+        return self.weight_sym_internal, self.weight_sym_sites
+
     def coupling_matrix(self) -> Tensor:
         """`weight()` as one matrix `(N·d, N·d)` that acts on flattened states."""
         size = self.num_spins * self.dim
@@ -82,15 +84,7 @@ class SiteCouplings(DEQModule):
         weight = full_precision(self._weight)
         if watched(weight):
             return self.weight().transpose(1, 2).contiguous()
-        return _Matrix.apply(weight, (self.weight_sym_internal, self.weight_sym_sites), 1.0)
-
-    def coupling_operator(self, precision: Tensor) -> Tensor:
-        """blockdiag P − `coupling_matrix()`, for `precision` P `(N, d, d)`."""
-        weight = full_precision(self._weight)
-        if watched(weight, precision):
-            return block_diagonal(precision) - self.coupling_matrix()
-        symmetries = self.weight_sym_internal, self.weight_sym_sites
-        return _Operator.apply(weight, precision, symmetries)
+        return _Matrix.apply(weight, self._symmetries, 1.0)
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -114,65 +108,49 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        return _matrix(weight, *ctx.how)
+        return ordered(weight, *ctx.how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        return _Raw.apply(g, *ctx.how), None, None
+        return RawGradient.apply(g, *ctx.how), None, None
 
 
-class _Raw(torch.autograd.Function):
+class RawGradient(torch.autograd.Function):
     """The transpose of `_Matrix`."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        internal, sites = symmetries
         if watched(g):
-            raw = _symmetrised(g.transpose(1, 2), internal, sites)
+            raw = _symmetrised(g.transpose(1, 2), *symmetries)
             return raw * (sign * _apart(raw))
-        count, dim, _, _ = g.shape
-        raw = empty(count, count, dim, dim, like=g)
-        _write(g.transpose(1, 2), internal, raw)
-        if sites:
-            raw = raw + raw.transpose(0, 1)
-        return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
+        return raw_gradient(g, symmetries, sign)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
         return _Matrix.apply(h, *ctx.how), None, None
 
 
-class _Operator(torch.autograd.Function):
-    """blockdiag P − J `(N·d, N·d)`, from the raw couplings and P `(N, d, d)`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple) -> Tensor:  # type: ignore[override]
-        ctx.symmetries = symmetries
-        operator = _matrix(weight, symmetries, -1.0)
-        ctx.blocks = operator.shape
-        operator.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
-        return operator.flatten(2).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        by_weight = by_precision = None
-        blocks = g.reshape(ctx.blocks)
-        if ctx.needs_input_grad[0]:
-            by_weight = _Raw.apply(blocks, ctx.symmetries, -1.0)
-        if ctx.needs_input_grad[1]:
-            by_precision = diagonal_blocks(g, len(blocks))
-        return by_weight, by_precision, None
+def raw_gradient(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    """The derivative by the raw couplings `(N, N, d, d)`, for that by ±J `(N, d, N, d)`."""
+    internal, sites = symmetries
+    count, dim, _, _ = g.shape
+    raw = empty(count, count, dim, dim, like=g)
+    write(g.transpose(1, 2), internal, raw)
+    if sites:
+        raw = raw + raw.transpose(0, 1)
+    return freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
 
 
-def _matrix(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+def ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    """±J `(N, d, N, d)` from the raw couplings `(N, N, d, d)`."""
     internal, sites = symmetries
     count, _, dim, _ = weight.shape
     matrix = empty(count, dim, count, dim, like=weight)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
         weight = weight + weight.transpose(0, 1)
-    _write(weight, internal, matrix.transpose(1, 2))
-    return _freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
+    write(weight, internal, matrix.transpose(1, 2))
+    return freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
 
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
@@ -189,7 +167,7 @@ def _apart(weight: Tensor) -> Tensor:
     return (1 - one)[:, :, None, None]
 
 
-def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
+def write(blocks: Tensor, internal: bool, out: Tensor) -> None:
     """Copy `blocks` `(N, N, d, d)` to `out`, if `internal` with the transpose of each added."""
     if internal:
         torch.add(blocks, blocks.mT, out=out)
@@ -197,7 +175,7 @@ def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
         out.copy_(blocks)
 
 
-def _freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
+def freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
     """`matrix` times `factor`, and without self-couplings; i, j are axes `sites`."""
     if factor != 1:
         matrix.mul_(factor)

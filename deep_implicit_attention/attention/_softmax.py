@@ -181,7 +181,9 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         def parts(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """`v` where nothing is hidden, as it reaches W_O, and as it reaches f."""
             v = hide(v, context.mask)
-            return (v, v, v) if context.kept is None else (v, *(kept * v for kept in context.kept))
+            if context.kept is None:
+                return v, v, v
+            return v, context.kept[0] * v, context.kept[1] * v
 
         def by_state(v: Tensor) -> Tensor:
             _, response, corrected = parts(v)

@@ -174,8 +174,10 @@ class DEQFixedPoint(nn.Module):
         with without_autocast(x):
             fields = self._fields(x, inputs)
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
-            broken = solution.codes == Status.NONFINITE.code
-            poisoned = not bool(solution.converged.all()) and bool(broken.any())
+            poisoned = False
+            if not bool(solution.converged.all()):
+                broken = solution.codes == Status.NONFINITE.code
+                poisoned = bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.

@@ -39,7 +39,9 @@ class DEQModule(nn.Module):
       The solve from zeros starts there.
     - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
       Derivatives of second and higher order take the plain path. What it returns may use tensors
-      of the context and of `vjp` itself, but not read parameters of the module.
+      of the context and of `vjp` itself, but not read parameters of the module. As a
+      `deq._linear_map.Pullback` it knows the derivatives by the context as well, so that backward
+      needs no evaluation with a graph; `update` must then depend on nothing but z and the context.
 
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.

@@ -1,10 +1,9 @@
 """The fast paths of the mechanisms, each held against the plain way to the same thing."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils import _pytree as pytree
 
 from deep_implicit_attention.attention import (
     DEQAdaTAPMeanFieldAttention,
@@ -14,7 +13,9 @@ from deep_implicit_attention.attention import (
     _memory,
     _pooling,
 )
+from deep_implicit_attention.attention._linear import factorise
 from deep_implicit_attention.attention._memory import empty, release
+from deep_implicit_attention.attention._operator import coupling_operator, response
 from deep_implicit_attention.deq import DEQFixedPoint
 
 
@@ -24,6 +25,32 @@ def jacobian(f, z):
     return torch.autograd.functional.jacobian(lambda v: f(v.view_as(z)).flatten(), z).view(
         size, size
     )
+
+
+def check_by_context(module, x, inputs=(), without=()):
+    """Hold (∂F/∂θ)ᵀ v for what a context is made of against autograd, all but `without`."""
+
+    def alone(t):
+        return t.detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+
+    context = pytree.tree_map(alone, module.prepare(x, *inputs))
+    fixed = {name: getattr(context, name) for name in without}
+    context = context._replace(**pytree.tree_map_only(torch.Tensor, torch.detach, fixed))
+    parts, tree = pytree.tree_flatten(context)
+    needed = [t.requires_grad if isinstance(t, torch.Tensor) else t for t in parts]
+    leaves = [t for t in parts if isinstance(t, torch.Tensor) and t.requires_grad]
+    z, v = torch.randn_like(x), torch.randn_like(x)
+    expected = torch.autograd.grad(module.update(z, context), leaves, v, allow_unused=True)
+    with torch.no_grad():
+        found = module.vjp(z, context).by_context(v, pytree.tree_unflatten(needed, tree))
+    derivatives, same = pytree.tree_flatten(found)
+    assert same == tree
+    expected = dict(zip(map(id, leaves), expected, strict=True))
+    for part, derivative in zip(parts, derivatives, strict=True):
+        if expected.get(id(part)) is None:
+            assert not isinstance(derivative, torch.Tensor)
+        else:
+            torch.testing.assert_close(derivative, expected[id(part)], rtol=1e-11, atol=1e-12)
 
 
 class TestContext:
@@ -47,6 +74,14 @@ class TestContext:
         (expected,) = torch.autograd.grad(module.update(z, context), z, v)
         found = module.vjp(z.detach(), context)(v)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("without", [(), ("x",), ("couplings",), ("correction",)])
+    def test_derivatives_by_the_context_are_those_of_autograd(self, case, x, without):
+        module = case.module
+        if not hasattr(module, "vjp"):
+            pytest.skip("has none")
+        x = module.sources(x.requires_grad_(), *case.inputs)
+        check_by_context(module, x, case.inputs, without)
 
     def test_preconditioner_is_linear_and_knows_its_transpose(self, case, x):
         module = case.module
@@ -116,6 +151,46 @@ def test_some_rows_tell_whether_the_series_is_good_enough(monkeypatch):
         exact = torch.linalg.solve(torch.eye(160).double() - module.coupling_matrix(), r)
         left_out = scale**4 * fourth @ exact
         torch.testing.assert_close(found, exact - left_out if size == 0.3 else exact)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "normalized", "dropout", "appended"])
+def test_derivatives_by_the_context_of_softmax_layers(kind, fused, monkeypatch):
+    if fused:
+        monkeypatch.setattr(_pooling, "_FUSED", 1)
+        monkeypatch.setattr(_pooling, "_LONG", 1)
+    torch.manual_seed(0)
+    module = DEQVanillaSoftmaxAttention(
+        5, 6, heads=3, causal=True, normalize=kind == "normalized",
+        dropout=0.3 if kind == "dropout" else 0.0,
+    ).double()  # fmt: skip
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    if kind != "appended":
+        torch.manual_seed(1)
+        check_by_context(module, x)
+        return
+    context = module.append(module.prepare(x), torch.randn_like(x), x[:, :1])
+    monkeypatch.setattr(module, "prepare", lambda x: context)
+    check_by_context(module, x[:, :1])
+
+
+def test_gradients_of_a_layer_are_those_of_its_update(case, x):
+    """Derivatives by the context reach the parameters as they do through a graph of the update."""
+    if not hasattr(case.module, "vjp"):
+        pytest.skip("has none")
+    layer = DEQFixedPoint(
+        case.module, solver_fwd_tol=1e-13, solver_fwd_max_iter=300,
+        solver_bwd_tol=1e-13, solver_bwd_max_iter=300,
+    )  # fmt: skip
+    weights = [x.requires_grad_(), *case.module.parameters()]
+
+    def gradients(layer):
+        return torch.autograd.grad(layer(x, *case.inputs).pow(3).sum(), weights)
+
+    found, kind = gradients(layer), type(case.module)
+    by_state = type("ByState", (kind,), {"vjp": lambda self, z, c: kind.vjp(self, z, c).by_state})
+    case.module.__class__ = by_state
+    torch.testing.assert_close(found, gradients(layer), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -191,16 +266,11 @@ def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mi
     torch.testing.assert_close(module.coupling_matrix(), expected)
     torch.testing.assert_close(module._weight.detach(), raw, rtol=0, atol=0)
 
-    precision = torch.randn(sites, dim, dim, dtype=torch.float64, requires_grad=True)
-    operator = module.coupling_operator(precision)
-    torch.testing.assert_close(operator, torch.block_diag(*precision) - expected)
+    def matrix(weight):
+        return torch.func.functional_call(_Matrix(module), {"module._weight": weight}, ())
 
-    def call(kind, weight, *args):
-        return torch.func.functional_call(kind(module), {"module._weight": weight}, args)
-
-    for args in ((_Matrix, module._weight), (_Operator, module._weight, precision)):
-        assert gradcheck(partial(call, args[0]), args[1:])
-        assert gradgradcheck(partial(call, args[0]), args[1:])
+    assert gradcheck(matrix, module._weight)
+    assert gradgradcheck(matrix, module._weight)
 
 
 class _Matrix(torch.nn.Module):
@@ -212,9 +282,34 @@ class _Matrix(torch.nn.Module):
         return self.module.coupling_matrix()
 
 
-class _Operator(_Matrix):
-    def forward(self, precision):
-        return self.module.coupling_operator(precision)
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("symmetries", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_operator_and_its_response(dim, symmetries):
+    """blockdiag P − J and (blockdiag P − J)⁻¹ x, of raw couplings, and their derivatives."""
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(3, dim, None, True, *symmetries).double()
+    precision = 4 * torch.eye(dim) + torch.randn(3, dim, dim).double() / 4
+    precision = (precision + precision.mT).requires_grad_()
+    x = torch.randn(2, 3, dim, dtype=torch.float64, requires_grad=True)
+    plain = torch.block_diag(*precision) - module.coupling_matrix()
+
+    def operator(weight, precision):
+        return coupling_operator(weight, precision, symmetries)
+
+    def respond(weight, precision, x):
+        factor = factorise(operator(weight, precision), all(symmetries))
+        return response(weight, precision, x, factor, symmetries)
+
+    for function, inputs, expected in (
+        (operator, (module._weight, precision), plain),
+        (respond, (module._weight, precision, x), torch.linalg.solve(plain, x.flatten(1).mT).mT),
+    ):
+        found = function(*inputs)
+        torch.testing.assert_close(found, expected.view_as(found))
+        # P does not stay symmetric where it is varied, which Cholesky does not see.
+        varied = inputs if not all(symmetries) else (inputs[0], precision.detach(), *inputs[2:])
+        assert gradcheck(function, varied)
+        assert gradgradcheck(function, varied)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

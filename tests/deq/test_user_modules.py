@@ -29,6 +29,7 @@ from deep_implicit_attention.deq import (
     jacobian_penalty,
     spectral_radius,
 )
+from deep_implicit_attention.deq._linear_map import Pullback
 from deep_implicit_attention.solvers import anderson, gmres
 
 TIGHT = {
@@ -82,6 +83,60 @@ def test_first_and_second_derivatives_of_all_it_owns(rich, x):
     )
     for a, b in zip((*mine, *second), (*theirs, *expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+class ByHand(DEQModule):
+    """z = tanh(gain · z) / 2 + x, with derivatives of its own and a context of tensors and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.5, -0.7, 0.9, 0.3]))
+        self.updates = 0
+
+    def prepare(self, x):
+        return {"field": x, "rest": ("half", 0.5, self.gain)}
+
+    def update(self, z, context):
+        if torch.is_grad_enabled():
+            self.updates += 1
+        return torch.tanh(context["rest"][2] * z) * context["rest"][1] + context["field"]
+
+    def vjp(self, z, context):
+        gain = context["rest"][2]
+        slope = 0.5 * (1 - torch.tanh(gain * z) ** 2)
+
+        def by_context(v, needed):
+            assert needed["field"] is True
+            by_gain = (v * slope * z).sum(0) if needed["rest"][2] else None
+            return self.derivatives(v, by_gain)
+
+        return Pullback(lambda v: v * slope * gain, by_context)
+
+    def derivatives(self, by_field, by_gain):
+        return {"field": by_field, "rest": ("half", 0.5, by_gain)}
+
+
+def test_derivatives_by_the_context_spare_an_evaluation(x):
+    module = ByHand().double()
+    layer = DEQFixedPoint(module, **TIGHT)
+    z = layer(x)
+    before = module.updates
+    first = grad(z.pow(3).sum(), (x, module.gain))
+    assert module.updates == before
+    expected = grad(reference(module, x).pow(3).sum(), (x, module.gain))
+    torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-9)
+    module.gain.requires_grad_(False)
+    torch.testing.assert_close(grad(layer(x).pow(3).sum(), x), expected[:1], rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_by_the_context_have_its_structure(x):
+    class Wrong(ByHand):
+        def derivatives(self, by_field, by_gain):
+            return {"field": by_field}
+
+    layer = DEQFixedPoint(Wrong().double())
+    with pytest.raises(TypeError, match="derivatives in place of its tensors"):
+        layer(x).sum().backward()
 
 
 def test_the_live_module_is_not_touched_even_by_threads(rich, x):

@@ -1,0 +1,105 @@
+"""The linear system of spins with a Gaussian prior: its operator P − J, and the response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spins._blocks import diagonal_blocks
+from ._linear import Factor, solve
+from ._memory import empty
+from ._site_couplings import RawGradient, freed, ordered, raw_gradient, write
+
+Symmetries = tuple[bool, bool]
+
+
+def coupling_operator(weight: Tensor, precision: Tensor, symmetries: Symmetries) -> Tensor:
+    """blockdiag P − J `(N·d, N·d)`, from raw couplings `(N, N, d, d)` and P `(N, d, d)`."""
+    return _Operator.apply(weight, precision, symmetries)
+
+
+def response(
+    weight: Tensor, precision: Tensor, x: Tensor, factor: Factor, symmetries: Symmetries
+) -> Tensor:
+    """A⁻¹ x for `x` `(B, N, d)`, where `factor` is that of the `coupling_operator` A.
+
+    The same as `solve` with A itself, but that the derivative by the couplings, of rank B, is made
+    in fewer passes.
+    """
+    return _Response.apply(weight, precision, x, *factor, symmetries)
+
+
+class _Operator(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, precision: Tensor, symmetries: Symmetries) -> Tensor:  # type: ignore[override]
+        ctx.symmetries = symmetries
+        operator = ordered(weight, symmetries, -1.0)
+        ctx.blocks = operator.shape
+        operator.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
+        return operator.flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        by_weight = by_precision = None
+        if ctx.needs_input_grad[0]:
+            by_weight = RawGradient.apply(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
+        if ctx.needs_input_grad[1]:
+            by_precision = diagonal_blocks(g, ctx.blocks[0])
+        return by_weight, by_precision, None
+
+
+class _Response(torch.autograd.Function):
+    """z = A⁻¹ x: with u = A⁻ᵀ ∂L/∂z, ∂L/∂x = u and ∂L/∂A = −u zᵀ."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        weight: Tensor,
+        precision: Tensor,
+        x: Tensor,
+        matrix: Tensor,
+        pivots: Tensor | None,
+        inverse: Tensor | None,
+        symmetries: Symmetries,
+    ) -> Tensor:
+        factor = Factor(matrix, pivots, inverse)
+        z = factor.solve(x.flatten(1).mT, False).mT.reshape_as(x)
+        ctx.save_for_backward(weight, precision, z, matrix, pivots, inverse)
+        ctx.symmetries = symmetries
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        weight, precision, z, *rest = ctx.saved_tensors
+        factor, by_weight, by_precision = Factor(*rest), None, None
+        columns = g.flatten(1).mT
+        if torch.is_grad_enabled():
+            operator = coupling_operator(weight, precision, ctx.symmetries)
+            u = solve(operator, columns, factor, transposed=True).mT.reshape_as(g)
+            by_blocks = torch.einsum("bic,bjd->icjd", u, z)
+            by_weight = RawGradient.apply(by_blocks, ctx.symmetries, 1.0)
+        else:
+            u = factor.solve(columns, True).mT.reshape_as(g)
+            if ctx.needs_input_grad[0]:
+                by_weight = _by_outer_product(u, z, ctx.symmetries)
+        if ctx.needs_input_grad[1]:
+            by_precision = -torch.einsum("bic,bid->icd", u, z)
+        return by_weight, by_precision, u, None, None, None, None
+
+
+def _by_outer_product(u: Tensor, z: Tensor, symmetries: Symmetries) -> Tensor:
+    """The derivative by the raw couplings where that by J is Σ_b u_b z_bᵀ, without a graph."""
+    batch, count, dim = z.shape
+    left, right, both = u.reshape(batch, -1), z.reshape(batch, -1), all(symmetries)
+    if both:
+        # Once components are exchangeable, to exchange sites is to transpose: G + Gᵀ, of rank 2 B.
+        left, right = torch.cat([left, right]).mul_(0.25), torch.cat([right, left])
+    out = empty(count, dim, count, dim, like=z)
+    torch.mm(left.mT, right, out=out.view(count * dim, count * dim))
+    if not both:
+        return raw_gradient(out, symmetries, 1.0)
+    raw = empty(count, count, dim, dim, like=z)
+    write(out.transpose(1, 2), True, raw)
+    return freed(raw, (0, 1), 1.0)
