@@ -91,8 +91,8 @@ class _Response(torch.autograd.Function):
 
 def _by_outer_product(u: Tensor, z: Tensor, symmetries: Symmetries) -> Tensor:
     """The derivative by the raw couplings where that by J is Σ_b u_b z_bᵀ, without a graph."""
-    batch, count, dim = z.shape
-    left, right, both = u.reshape(batch, -1), z.reshape(batch, -1), all(symmetries)
+    _, count, dim = z.shape
+    left, right, both = u.flatten(1), z.flatten(1), all(symmetries)
     if both:
         # Once components are exchangeable, to exchange sites is to transpose: G + Gᵀ, of rank 2 B.
         left, right = torch.cat([left, right]).mul_(0.25), torch.cat([right, left])
