@@ -78,7 +78,10 @@ def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
     if weight.dtype == torch.bfloat16 or _fast(x, weight):
         x = x.to(weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
-    return F.linear(x, weight) * factor
+    product = F.linear(x, weight)
+    if torch.is_grad_enabled() or watched(product):
+        return product * factor
+    return product.mul_(factor)
 
 
 def narrowed(context: Any) -> Any:
