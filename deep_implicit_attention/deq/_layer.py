@@ -13,6 +13,7 @@ from ._adjoints import Adjoint
 from ._failure import OnFailure, report
 from ._fixed_point import check_fixed_point_solver, solve_and_attach
 from ._map import TracedMap, in_autocast, without_autocast
+from ._module import of_its_update
 from ._relax import closed_form, relax
 from ._settings import Settings, check_elements, override, parse
 from ._state import Layout, State, full_precision, widen
@@ -224,16 +225,18 @@ class DEQFixedPoint(nn.Module):
     @torch.no_grad()
     def _preconditioner(self, context: Any, settings: Settings) -> Any:
         """That of the mechanism, unless the caller has given one to the solver, or None."""
-        if "preconditioner" in settings.solver_options or not hasattr(self.fun, "preconditioner"):
+        preconditioner = of_its_update(self.fun, "preconditioner")
+        if "preconditioner" in settings.solver_options or preconditioner is None:
             return None
-        return self.fun.preconditioner(context)
+        return preconditioner(context)
 
     @torch.no_grad()
     def _rough(self, context: Any, settings: Settings) -> Any:
         """The context of the mechanism's approximate update, or None."""
-        if "rough" in settings.solver_options or not hasattr(self.fun, "rough"):
+        rough = of_its_update(self.fun, "rough")
+        if "rough" in settings.solver_options or rough is None:
             return None
-        return self.fun.rough(context)
+        return rough(context)
 
     def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
         """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
@@ -259,13 +262,14 @@ class DEQFixedPoint(nn.Module):
                 f"output_elements must be below {len(layout.shapes)}, the number of elements of "
                 f"{type(fun).__name__}'s state, got {self.output_elements}"
             )
-        if settings.steps is None and hasattr(fun, "solve"):
+        if settings.steps is None and of_its_update(fun, "solve") is not None:
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         if settings.steps is None:
             preconditioner = self._preconditioner(context, settings)
-            if settings.initial_state == "zeros" and state is None and hasattr(fun, "first_step"):
+            first_step = of_its_update(fun, "first_step", "initial_state")
+            if settings.initial_state == "zeros" and state is None and first_step is not None:
                 with torch.no_grad():
-                    start = fun.first_step(context)
+                    start = first_step(context)
                     start = start if preconditioner is None else preconditioner(start)
             rough = self._rough(context, settings) if state is None else None
             solution = solve_and_attach(
@@ -344,8 +348,8 @@ class _Update(nn.Module):
 
     @property
     def vjp(self) -> Any:
-        """That of `fun`; where it has none, neither has this."""
-        return self.fun.vjp
+        """That of `fun`, or None."""
+        return of_its_update(self.fun, "vjp")
 
     def rough(self, context: Any) -> tuple[Any] | None:
         """The arguments of the approximate update, if there is one here and now."""

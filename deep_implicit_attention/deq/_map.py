@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
 from ._linear_map import Pullback
+from ._module import of_its_update
 from ._state import Layout, full_precision
 
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
@@ -92,7 +93,7 @@ class TracedMap:
 
         With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any.
         """
-        if not isinstance(self.f, nn.Module) or not hasattr(self.f, "vjp"):
+        if not isinstance(self.f, nn.Module) or of_its_update(self.f, "vjp", "forward") is None:
             return None
         module: Any = self.f
         with self._arguments([tensor.detach() for tensor in tensors]) as args:

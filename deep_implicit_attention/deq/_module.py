@@ -43,6 +43,9 @@ class DEQModule(nn.Module):
       `deq._linear_map.Pullback` it knows the derivatives by the context as well, so that backward
       needs no evaluation with a graph; `update` must then depend on nothing but z and the context.
 
+    A subclass that overrides `update` alone has none of these (nor `append`): those that it
+    inherits speak of another update.
+
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
     `StateCache` calls it.
@@ -75,3 +78,18 @@ class DEQModule(nn.Module):
     def forward(self, z: Any, context: Any) -> Any:
         """The same as `update`."""
         return self.update(z, context)
+
+
+def of_its_update(fun: Any, name: str, *changes: str) -> Any:
+    """`fun.name`, a method that says something of `fun.update`, or None.
+
+    None, too, where a subclass has overridden `update` (or one of the methods `changes`) and not
+    this one, which then speaks of another update.
+    """
+    method = getattr(fun, name, None)
+    for names in (vars(fun), *map(vars, type(fun).__mro__)):
+        if name in names:
+            break
+        if "update" in names or any(change in names for change in changes):
+            return None
+    return method

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..solvers import Solution, Status
 from ..solvers._scale import is_host
+from ._module import of_its_update
 from ._state import Layout
 
 
@@ -42,13 +43,14 @@ def closed_form(
     A module with a `residual` is asked for it and computes only what is wanted; of others every
     element is computed, and the residual is that of an update.
     """
-    measured = hasattr(fun, "residual")
+    residual_of = of_its_update(fun, "residual")
+    measured = residual_of is not None
     state = fun.solve(context, tuple(wanted) if measured else tuple(range(len(layout.shapes))))
     parts = [state] if isinstance(state, Tensor) else state
     chosen = [parts[i] for i in wanted]
     with torch.no_grad():
         if measured:
-            residual, norm = fun.residual(context, state)
+            residual, norm = residual_of(context, state)
         else:
             residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
         largest = norm

@@ -12,6 +12,7 @@ from ..solvers import Solution
 from ._failure import report
 from ._layer import DEQFixedPoint
 from ._map import without_autocast
+from ._module import of_its_update
 from ._settings import override, parse
 from ._state import full_precision
 
@@ -43,10 +44,10 @@ class StateCache:
             ValueError: for a fixed number of steps. States after K steps are not final: at an
                 earlier step they were others, and a new site would need those.
         """
-        if not hasattr(layer.fun, "append"):
+        if of_its_update(layer.fun, "append") is None:
             raise TypeError(
                 f"{type(layer.fun).__name__} has no append: only causal mechanisms can add a site "
-                "to a solved system"
+                "to a solved system, and a subclass that overrides update overrides append, too"
             )
         with without_autocast(x):
             fields = layer._fields(x, inputs)

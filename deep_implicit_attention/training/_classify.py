@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq import spectral_radius
+from ..deq._module import of_its_update
 from ..models import ImageClassifier
 from ..solvers._validate import check_count, check_number
 from ._data import ImageData, Split
@@ -206,7 +207,8 @@ def batch_spectral_radius(model: ImageClassifier, images: Tensor) -> float:
     images = images.to(_device(model))
     _, solutions = model(images, return_solution=True)
     pairs = zip(model.equilibria(), model.maps(images, solutions), strict=True)
-    radii = [spectral_radius(*at).mean() for layer, at in pairs if not hasattr(layer.fun, "solve")]
+    iterated = [at for layer, at in pairs if of_its_update(layer.fun, "solve") is None]
+    radii = [spectral_radius(*at).mean() for at in iterated]
     return torch.stack(radii).max().item() if radii else 0.0
 
 

@@ -24,12 +24,14 @@ from deep_implicit_attention.deq import (
     DEQModule,
     Implicit,
     OneStep,
+    StateCache,
     fixed_point,
     jacobian_norm,
     jacobian_penalty,
     spectral_radius,
 )
 from deep_implicit_attention.deq._linear_map import Pullback
+from deep_implicit_attention.deq._module import of_its_update
 from deep_implicit_attention.solvers import anderson, gmres
 
 TIGHT = {
@@ -137,6 +139,81 @@ def test_derivatives_by_the_context_have_its_structure(x):
     layer = DEQFixedPoint(Wrong().double())
     with pytest.raises(TypeError, match="derivatives in place of its tensors"):
         layer(x).sum().backward()
+
+
+def _halved(kind):
+    """A subclass of a mechanism with an update of its own."""
+
+    class Halved(kind):
+        def update(self, z, context):
+            image = super().update(z, context)
+            if isinstance(image, tuple):
+                return 0.5 * image[0], image[1]
+            return 0.5 * torch.tanh(image)
+
+    return Halved
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DEQMeanFieldAttention, {}),
+        (DEQVanillaSoftmaxAttention, {}),
+        (DEQVanillaSoftmaxAttention, {"normalize": True}),
+        (DEQAdaTAPMeanFieldAttention, {}),
+    ],
+)
+def test_an_update_that_is_overridden_is_the_one_that_counts(kind, options):
+    """What the mechanism knows of its own update (closed form, derivatives) is not for another."""
+    torch.manual_seed(0)
+    module = _halved(kind)(4, 8, **options).double()
+    x = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    z = DEQFixedPoint(module, **TIGHT)(x)
+    context, state = module.prepare(x), module.initial_state(x)
+    for _ in range(200):
+        state = module.update(state, context)
+    unrolled = state if isinstance(state, Tensor) else state[0]
+    torch.testing.assert_close(z, unrolled, rtol=1e-9, atol=1e-9)
+    tensors = [x, *module.parameters()]
+    found, expected = (grad(value.pow(3).sum(), tensors) for value in (z, unrolled))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_an_update_set_on_the_instance_counts_as_well(monkeypatch):
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(4, 3).double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    inherited = module.update
+    monkeypatch.setattr(
+        module, "update", lambda z, context: 0.5 * torch.tanh(inherited(z, context))
+    )
+    expected = _halved(DEQMeanFieldAttention)(4, 3).double()
+    expected.load_state_dict(module.state_dict())
+    found, others = (
+        grad(DEQFixedPoint(fun, **TIGHT)(x).pow(3).sum(), x) for fun in (module, expected)
+    )
+    torch.testing.assert_close(found, others, rtol=1e-9, atol=1e-9)
+
+
+def test_a_subclass_may_say_anew_what_it_knows():
+    class Doubled(DEQMeanFieldAttention):
+        def update(self, z, context):
+            return super().update(z, context) / 2
+
+        def vjp(self, z, context):
+            product = super().vjp(z, context)
+            return lambda v: product(v / 2)
+
+    module = Doubled(4, 3)
+    assert of_its_update(module, "vjp") is not None
+    assert of_its_update(module, "preconditioner") is None
+    assert of_its_update(_halved(Doubled)(4, 3), "vjp") is None
+
+
+def test_sites_are_not_appended_to_another_update():
+    module = _halved(DEQVanillaSoftmaxAttention)(4, 8, causal=True)
+    with pytest.raises(TypeError, match="overrides append"):
+        StateCache.start(DEQFixedPoint(module), torch.randn(1, 4, 8))
 
 
 def test_the_live_module_is_not_touched_even_by_threads(rich, x):
