@@ -6,7 +6,7 @@ RUN is a folder that `dia train mnist-vit` or `dia train shakespeare` has writte
 it is where its run is not given. Random initial weights flatter solvers: trained couplings are
 stronger. Forward and backward through the first block, on the data of the model's own test or
 validation set, at the same tolerance for all. The floor is the bare matrix products of our
-evaluations, forward and backward: what no program can go below that needs as many.
+evaluations, forward and backward, in float32: what a program that needs as many hardly goes below.
 """
 
 from __future__ import annotations

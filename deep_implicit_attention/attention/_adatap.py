@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..deq._map import without_autocast
 from ..deq._state import full_precision
+from ..deq._watched import transformed, watched
 from ..solvers._scale import is_host
 from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
@@ -29,7 +30,7 @@ class _Gaussian(NamedTuple):
     """What a solve with a Gaussian prior needs."""
 
     x: Tensor  # (B, N, d), the fields, x + Pμ
-    weight: Tensor  # (N, N, d, d), the raw couplings
+    weight: Tensor | None  # (N, N, d, d), the raw couplings, where no others are put for them
     precision: Tensor  # (N, d, d), P_i
     operator: Tensor  # (N·d, N·d), blockdiag P − J
     factor: Factor  # of the operator
@@ -132,8 +133,20 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
         weight = full_precision(self._weight)
-        operator = coupling_operator(weight, precision, self._symmetries)
-        return _Gaussian(x, weight, precision, operator, factorise(operator, self.symmetric))
+        known = not (self._has_other_couplings() or watched(weight, precision, x))
+        if known:
+            operator = coupling_operator(weight, precision, self._symmetries)
+        else:
+            operator = block_diagonal(precision) - self.coupling_matrix()
+        factor = factorise(operator, self.symmetric)
+        return _Gaussian(x, weight if known else None, precision, operator, factor)
+
+    def _has_other_couplings(self) -> bool:
+        """Whether a subclass or the instance makes its couplings in another way."""
+        return any(
+            name in vars(self) or getattr(type(self), name) is not getattr(SiteCouplings, name)
+            for name in ("coupling_matrix", "coupling_blocks")
+        )
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -163,7 +176,11 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """z; V only if element 1 is wanted."""
         x, operator, factor = context.x, context.operator, context.factor
-        z = response(context.weight, context.precision, x, factor, self._symmetries)
+        if context.weight is None:
+            z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
+        else:
+            made_of = context.weight, context.precision
+            z = response(*made_of, x, operator, factor, self._symmetries)
         if 1 not in wanted:
             return z, None
         if not self.lin_response:
@@ -178,13 +195,19 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         That is the update at V = 0; V has no influence on the fixed point. f(z) − z is
         P⁻¹ (x + Pμ − (P − J) z).
         """
-        z = state[0]
+        z, x, operator, precision = state[0], context.x, context.operator, context.precision
+        on_host = is_host(z)
+        if not on_host:
+            # Accelerators may round the factors of a product: P, which is large, stays out of it.
+            operator = operator - block_diagonal(precision)
         # The fast product is that with the matrix as it lies in memory.
-        acting = context.operator if self.symmetric else context.operator.mT
-        change = torch.addmm(context.x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
-        if not _is_one(context.precision):
-            change = torch.linalg.solve_ex(context.precision, change.permute(1, 2, 0)).result
+        acting = operator if self.symmetric else operator.mT
+        change = torch.addmm(x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
+        if not (on_host and _is_one(precision)):
+            change = torch.linalg.solve_ex(precision, change.permute(1, 2, 0)).result
             change = change.permute(2, 0, 1)
+        if not on_host:
+            change = change - z
         norm = torch.linalg.vector_norm(change.flatten(1), dim=1)
         size = torch.linalg.vector_norm((z + change).flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
@@ -269,9 +292,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
             context = self.prepare(nothing)
             if isinstance(context, _Gaussian):
-                context = context._replace(
-                    weight=context.weight.detach(), factor=context.factor.inverted()
-                )
+                weight = None if context.weight is None else context.weight.detach()
+                context = context._replace(weight=weight, factor=context.factor.inverted())
             copies = [weight.clone() for weight in self._weights()]
         return _Frozen(self._settings(), copies, context)
 
@@ -307,13 +329,11 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
 
 def _is_one(precision: Tensor) -> bool:
-    """Whether every P_i is known to be the identity, as by default; an accelerator is not asked."""
-    return is_host(precision) and torch.equal(precision, _ones(precision.shape, precision.dtype))
-
-
-@functools.lru_cache(maxsize=8)
-def _ones(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.eye(shape[-1], dtype=dtype).repeat(shape[0], 1, 1)
+    """Whether every P_i on the host is the identity, as by default."""
+    if transformed(precision):
+        return False
+    blocks = precision.detach().numpy()
+    return bool((blocks == np.eye(blocks.shape[-1])).all())
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

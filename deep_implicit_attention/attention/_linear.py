@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..deq._map import without_autocast
+
 
 class Factor(NamedTuple):
     """A factorisation of a matrix: Cholesky, or with `pivots` LU; and its inverse, if made."""
@@ -106,8 +108,9 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         operator, x, *factor = ctx.saved_tensors
-        u = _Solve.apply(operator, g, *factor, not ctx.transposed)
         by_operator = None
-        if ctx.needs_input_grad[0]:
-            by_operator = -x @ u.mT if ctx.transposed else -u @ x.mT
+        with without_autocast(x):
+            u = _Solve.apply(operator, g, *factor, not ctx.transposed)
+            if ctx.needs_input_grad[0]:
+                by_operator = -x @ u.mT if ctx.transposed else -u @ x.mT
         return by_operator, u, None, None, None, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..deq._linear_map import LinearMap, Pullback
+from ..deq._watched import transformed, watched
 from ..solvers._scale import is_host
 from ._memory import empty
 from ._parts import (
@@ -21,7 +22,6 @@ from ._parts import (
 )
 from ._products import linear
 from ._site_couplings import SiteCouplings
-from ._watched import transformed
 
 # Up to this N·d the couplings are inverted, in less time than the updates take that it spares. (The
 # size of the batch does not decide, or samples would depend on their mates.)
@@ -191,7 +191,7 @@ class _Field(torch.autograd.Function):
 def _by_couplings(g: Tensor, z: Tensor) -> Tensor:
     """Σ_b g_bic z_bjd `(N, d, N, d)`, without a graph."""
     rows, columns = g.flatten(1).mT, z.flatten(1)
-    if torch.compiler.is_compiling():
+    if watched(g, z):
         found = rows @ columns
     elif 0 < len(z) <= _FEW:
         return _outer(g, z)

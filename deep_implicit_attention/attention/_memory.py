@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._watched import watched
+from ..deq._watched import watched
 
 # From this size on memory is worth keeping.
 _LARGE = 1 << 20

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deq._map import without_autocast
+from ..deq._watched import watched
 from ..spins._blocks import diagonal_blocks
 from ._linear import Factor, solve
 from ._memory import empty
@@ -21,14 +23,19 @@ def coupling_operator(weight: Tensor, precision: Tensor, symmetries: Symmetries)
 
 
 def response(
-    weight: Tensor, precision: Tensor, x: Tensor, factor: Factor, symmetries: Symmetries
+    weight: Tensor,
+    precision: Tensor,
+    x: Tensor,
+    operator: Tensor,
+    factor: Factor,
+    symmetries: Symmetries,
 ) -> Tensor:
-    """A⁻¹ x for `x` `(B, N, d)`, where `factor` is that of the `coupling_operator` A.
+    """A⁻¹ x for `x` `(B, N, d)`, where `factor` is that of the `coupling_operator` A = `operator`.
 
     The same as `solve` with A itself, but that the derivative by the couplings, of rank B, is made
     in fewer passes.
     """
-    return _Response.apply(weight, precision, x, *factor, symmetries)
+    return _Response.apply(weight, precision, x, operator, *factor, symmetries)
 
 
 class _Operator(torch.autograd.Function):
@@ -51,7 +58,10 @@ class _Operator(torch.autograd.Function):
 
 
 class _Response(torch.autograd.Function):
-    """z = A⁻¹ x: with u = A⁻ᵀ ∂L/∂z, ∂L/∂x = u and ∂L/∂A = −u zᵀ."""
+    """z = A⁻¹ x: with u = A⁻ᵀ ∂L/∂z, ∂L/∂x = u and ∂L/∂A = −u zᵀ.
+
+    The latter goes to what A is made of; A itself is an input for second derivatives.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -59,34 +69,41 @@ class _Response(torch.autograd.Function):
         weight: Tensor,
         precision: Tensor,
         x: Tensor,
+        operator: Tensor,
         matrix: Tensor,
         pivots: Tensor | None,
         inverse: Tensor | None,
         symmetries: Symmetries,
     ) -> Tensor:
         factor = Factor(matrix, pivots, inverse)
-        z = factor.solve(x.flatten(1).mT, False).mT.reshape_as(x)
-        ctx.save_for_backward(weight, precision, z, matrix, pivots, inverse)
+        # A copy, for a view could not be changed in place by who gets it.
+        z = factor.solve(x.flatten(1).mT, False).mT.reshape_as(x).clone()
+        ctx.save_for_backward(z, operator, matrix, pivots, inverse)
         ctx.symmetries = symmetries
         return z
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        weight, precision, z, *rest = ctx.saved_tensors
+        z, operator, *rest = ctx.saved_tensors
         factor, by_weight, by_precision = Factor(*rest), None, None
-        columns = g.flatten(1).mT
-        if torch.is_grad_enabled():
-            operator = coupling_operator(weight, precision, ctx.symmetries)
-            u = solve(operator, columns, factor, transposed=True).mT.reshape_as(g)
-            by_blocks = torch.einsum("bic,bjd->icjd", u, z)
-            by_weight = RawGradient.apply(by_blocks, ctx.symmetries, 1.0)
-        else:
-            u = factor.solve(columns, True).mT.reshape_as(g)
-            if ctx.needs_input_grad[0]:
+        for_weight, for_precision = ctx.needs_input_grad[:2]
+        plain = torch.is_grad_enabled() or watched(g)
+        with without_autocast(z):
+            columns = g.reshape(g.shape[0], g.shape[1] * g.shape[2]).mT
+            if plain:
+                u = solve(operator, columns, factor, transposed=True).mT.reshape(g.shape)
+            else:
+                u = factor.solve(columns, True).mT.reshape_as(g)
+            if for_weight and plain:
+                size = z.shape[1] * z.shape[2]
+                outer = u.reshape(len(z), size).mT @ z.reshape(len(z), size)
+                by_blocks = outer.reshape(*z.shape[1:], *z.shape[1:])
+                by_weight = RawGradient.apply(by_blocks, ctx.symmetries, 1.0)
+            elif for_weight:
                 by_weight = _by_outer_product(u, z, ctx.symmetries)
-        if ctx.needs_input_grad[1]:
-            by_precision = -torch.einsum("bic,bid->icd", u, z)
-        return by_weight, by_precision, u, None, None, None, None
+            if for_precision:
+                by_precision = -(u.permute(1, 2, 0) @ z.permute(1, 0, 2))
+        return by_weight, by_precision, u, None, None, None, None, None
 
 
 def _by_outer_product(u: Tensor, z: Tensor, symmetries: Symmetries) -> Tensor:

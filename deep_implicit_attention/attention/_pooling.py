@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..deq._map import without_autocast
+from ..deq._watched import transformed, watched
 from ._memory import empty
-from ._watched import transformed, watched
 
 # From here on fused attention gives the gradient by queries and keys, which takes half the memory
 # and (measured on one core) an eighth more time, and the few updates of a solve that no backward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._watched import watched
+from ..deq._watched import watched
 
 # Below these many multiplications the way to oneDNN takes longer than it saves.
 _SMALL = 1 << 17
@@ -74,7 +74,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """(x Wᵀ) ∘ factor in one pass, without a gradient."""
+    """(x Wᵀ) ∘ factor; in one pass, and without a gradient, by oneDNN and for a narrow `weight`."""
     if weight.dtype == torch.bfloat16 or _fast(x, weight):
         x = x.to(weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")

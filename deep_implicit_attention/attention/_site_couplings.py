@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
+from ..deq._watched import watched
 from ..solvers._validate import check_number
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
-from ._watched import watched
 
 
 class SiteCouplings(DEQModule):

@@ -61,9 +61,10 @@ class Implicit(Adjoint):
     the parameters of an f that is a module; second derivatives that involve tensors f merely
     closes over raise `RuntimeError`.
 
-    Approximates nothing but to `tol`. Costs one evaluation of f with a graph and one
-    vector–Jacobian product per solver step; memory is that of one evaluation, however many steps
-    forward or backward take (and the solver's history).
+    Approximates nothing but to `tol`. Costs one evaluation of f with a graph (none where f is a
+    module that knows its own derivatives) and one vector–Jacobian product per solver step; memory
+    is that of one evaluation, however many steps forward or backward take (and the solver's
+    history).
 
     Args:
         solver: `gmres`, which needs the fewest products, or any fixed-point solver.

@@ -25,9 +25,9 @@ class Pullback(NamedTuple):
     """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context."""
 
     by_state: Callable[[Any], Any]
-    # Takes v and the context with booleans in place of its tensors, whether a derivative by each is
-    # wanted; returns this with the derivatives in it.
-    by_context: Callable[[Any, Any], Any]
+    # Takes v and the context (each of several arguments) with booleans in place of its tensors,
+    # whether a derivative by each is wanted; returns this with the derivatives in it.
+    by_context: Callable[..., Any]
 
     def __call__(self, v: Any) -> Any:
         return self.by_state(v)

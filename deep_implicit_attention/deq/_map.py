@@ -89,7 +89,8 @@ class TracedMap:
         """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`.
 
         A `Pullback` if the module's is: `by_context` then takes v and a list of what is needed, and
-        returns a list, as long as `tensors`.
+        returns a list, as long as `tensors`. It has None for the module's own parameters, which a
+        map with a `Pullback` does not read.
 
         With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any.
         """
@@ -118,8 +119,9 @@ class TracedMap:
         given = len(self._slots)
         for slot, need in zip(self._slots, needed[:given], strict=True):
             leaves[slot] = need
-        found = by_context(self.layout.unpack(v), *pytree.tree_unflatten(leaves, self._tree))
-        grads, tree = pytree.tree_flatten((found,))
+        asked = pytree.tree_unflatten(leaves, self._tree)
+        found = by_context(self.layout.unpack(v), *asked)
+        grads, tree = pytree.tree_flatten((found,) if len(asked) == 1 else found)
         if tree != self._tree:
             raise TypeError(
                 "by_context must return a context with derivatives in place of its tensors"

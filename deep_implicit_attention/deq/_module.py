@@ -43,8 +43,8 @@ class DEQModule(nn.Module):
       `deq._linear_map.Pullback` it knows the derivatives by the context as well, so that backward
       needs no evaluation with a graph; `update` must then depend on nothing but z and the context.
 
-    A subclass that overrides `update` alone has none of these (nor `append`): those that it
-    inherits speak of another update.
+    Where a subclass or an instance has another `update`, none of these (nor `append`) is used that
+    was written for the one that it replaces.
 
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
@@ -80,16 +80,28 @@ class DEQModule(nn.Module):
         return self.update(z, context)
 
 
-def of_its_update(fun: Any, name: str, *changes: str) -> Any:
+def of_its_update(fun: Any, name: str, *others: str) -> Any:
     """`fun.name`, a method that says something of `fun.update`, or None.
 
-    None, too, where a subclass has overridden `update` (or one of the methods `changes`) and not
-    this one, which then speaks of another update.
+    None, too, where `update` (or one of the methods `others`) has been overridden since `name` was
+    defined, which then speaks of another update. A class that left `update` open, like a template
+    or a mixin, speaks of any.
     """
-    method = getattr(fun, name, None)
-    for names in (vars(fun), *map(vars, type(fun).__mro__)):
-        if name in names:
-            break
-        if "update" in names or any(change in names for change in changes):
+    method, kinds = getattr(fun, name, None), type(fun).__mro__
+    definer = next((i for i, kind in enumerate(kinds) if name in vars(kind)), None)
+    if method is None or definer is None or name in vars(fun):
+        return method
+    for other in ("update", *others):
+        spoken_of = _defined(other, kinds[definer:])
+        actual = vars(fun).get(other, _defined(other, kinds))
+        if spoken_of is not actual and spoken_of not in (None, *_OPEN):
             return None
     return method
+
+
+def _defined(name: str, kinds: tuple[type, ...]) -> Any:
+    return next((vars(kind)[name] for kind in kinds if name in vars(kind)), None)
+
+
+# What stands for an update, or a map, that is yet to be written.
+_OPEN = (DEQModule.update, nn.Module.forward)

@@ -14,6 +14,9 @@ from ..solvers import Solution, Status
 from ..solvers._scale import is_host
 from ._module import of_its_update
 from ._state import Layout
+from ._watched import transformed
+
+_NUMPYS = (torch.float32, torch.float64)
 
 
 def relax(
@@ -57,14 +60,15 @@ def closed_form(
         for part in chosen:
             size = torch.linalg.vector_norm(part.flatten(1), ord=torch.inf, dim=1)
             largest = torch.maximum(largest, size)
-        if is_host(norm):  # numpy is quicker with a few numbers
+        if norm.dtype in _NUMPYS and is_host(norm) and not transformed(norm, residual, largest):
+            # It is quicker with a few numbers.
             residual, norm, largest = residual.numpy(), norm.numpy(), largest.numpy()
         finite = largest < torch.inf  # which NaN is not
-    objection = fun.judge(context) if hasattr(fun, "judge") else ""
+    judge = of_its_update(fun, "judge")
+    objection = "" if judge is None else judge(context)
     solution = _solution(chosen, finite, residual, norm, 1, tol, Status.MAX_ITER)
     if objection:
-        found = torch.as_tensor(finite)
-        solution = replace(solution.with_status(found, Status.INDEFINITE), note=objection)
+        solution = replace(solution.with_status(_tensor(finite), Status.INDEFINITE), note=objection)
     return solution
 
 
@@ -89,13 +93,18 @@ def _solution(
     converged = finite & (residual <= tol)
     codes = xp.where(converged, Status.CONVERGED.code, otherwise.code)
     codes = xp.where(finite, codes, Status.NONFINITE.code)
-    residual = torch.as_tensor(xp.where(finite, residual, xp.inf))
+    residual = _tensor(xp.where(finite, residual, xp.inf))
     return Solution(
         value=value,
         residual=residual,
         steps=torch.full_like(residual, steps, dtype=torch.long),
-        converged=torch.as_tensor(converged),
-        codes=torch.as_tensor(codes),
+        converged=_tensor(converged),
+        codes=_tensor(codes),
         trace=residual[None],
-        residual_norm=torch.as_tensor(norm),
+        residual_norm=_tensor(norm),
     )
+
+
+def _tensor(numbers: Any) -> Tensor:
+    """Numbers of `_solution` as a tensor, whatever the default device."""
+    return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.autograd import grad
 
-from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention
+from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention, _adatap
 from deep_implicit_attention.deq import DEQFixedPoint, fixed_point
+from deep_implicit_attention.spins import GaussianPrior
 
 
 class TestAdaTAP:
@@ -105,3 +108,69 @@ class TestAdaTAP:
         assert bool(solution.converged.all())
         expected = fields.flatten(1) @ torch.linalg.inv(self.dense(module)).T
         torch.testing.assert_close(z.flatten(1), expected)
+
+
+class TestClosedFormAsUsersMeetIt:
+    @pytest.mark.parametrize("name", ["coupling_matrix", "coupling_blocks"])
+    def test_other_couplings_are_those_of_the_system(self, name):
+        def weaker(self):
+            return 0.5 * getattr(DEQAdaTAPMeanFieldAttention, name)(self)
+
+        torch.manual_seed(0)
+        kind = type("Weaker", (DEQAdaTAPMeanFieldAttention,), {name: weaker})
+        module, x = kind(4, 3).double(), torch.randn(2, 4, 3, dtype=torch.float64)
+        plain = DEQAdaTAPMeanFieldAttention(4, 3).double()
+        plain._weight.data = module._weight.detach() / 2
+        found, expected = DEQFixedPoint(module)(x), DEQFixedPoint(plain)(x)
+        torch.testing.assert_close(found, expected)
+        (by_weight,) = torch.autograd.grad(found.square().sum(), module._weight)
+        (other,) = torch.autograd.grad(expected.square().sum(), plain._weight)
+        torch.testing.assert_close(by_weight, other / 2)
+
+    def test_gradients_of_a_whole_batch_at_once(self):
+        torch.manual_seed(0)
+        module = DEQAdaTAPMeanFieldAttention(4, 3).double()
+        x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+        z, v = DEQFixedPoint(module)(x), torch.randn(5, 2, 4, 3, dtype=torch.float64)
+        at = x, module._weight
+        found = torch.autograd.grad(z, at, v, is_grads_batched=True, retain_graph=True)
+        for i, one in enumerate(v):
+            expected = torch.autograd.grad(z, at, one, retain_graph=True)
+            torch.testing.assert_close(tuple(part[i] for part in found), expected)
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_a_step_of_the_weights_before_backward_changes_nothing(self, frozen):
+        torch.manual_seed(0)
+        module = DEQAdaTAPMeanFieldAttention(4, 3)
+        layer, x = DEQFixedPoint(module), torch.randn(2, 4, 3, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+        with module.frozen() if frozen else contextlib.nullcontext():
+            z = layer(x)
+        with torch.no_grad():
+            module._weight.mul_(0.9)
+        torch.testing.assert_close(torch.autograd.grad(z.square().sum(), x)[0], expected)
+
+    def test_the_output_may_be_changed_in_place(self):
+        layer, x = DEQFixedPoint(DEQAdaTAPMeanFieldAttention(4, 3)), torch.randn(2, 4, 3)
+        torch.testing.assert_close(layer(x).add_(1), layer(x) + 1)
+
+    def test_another_default_device_leaves_no_trace(self):
+        layer, x = DEQFixedPoint(DEQAdaTAPMeanFieldAttention(5, 3)), torch.randn(2, 5, 3)
+        with torch.device("meta"):
+            found = layer(x)
+        torch.testing.assert_close(found, layer(x))
+
+    def test_the_residual_is_that_of_an_update(self):
+        """With an accelerator's way to it as well, where P stays out of the product."""
+        torch.manual_seed(0)
+        prior = GaussianPrior(torch.randn(3), torch.eye(3) + 0.2)
+        module = DEQAdaTAPMeanFieldAttention(5, 3, prior=prior).double()
+        x = torch.randn(2, 5, 3, dtype=torch.float64)
+        context, z = module.prepare(x), torch.randn_like(x)
+        image, _ = module.update((z, torch.zeros(2, 5, 3, 3).double()), context)
+        norm = (image - z).flatten(1).norm(dim=1)
+        expected = norm / image.flatten(1).norm(dim=1), norm
+        torch.testing.assert_close(module.residual(context, (z, None)), expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_adatap, "is_host", lambda t: False)
+            torch.testing.assert_close(module.residual(context, (z, None)), expected)

@@ -297,8 +297,9 @@ def test_the_operator_and_its_response(dim, symmetries):
         return coupling_operator(weight, precision, symmetries)
 
     def respond(weight, precision, x):
-        factor = factorise(operator(weight, precision), all(symmetries))
-        return response(weight, precision, x, factor, symmetries)
+        matrix = operator(weight, precision)
+        factor = factorise(matrix, all(symmetries))
+        return response(weight, precision, x, matrix, factor, symmetries)
 
     for function, inputs, expected in (
         (operator, (module._weight, precision), plain),

@@ -93,14 +93,14 @@ class ByHand(DEQModule):
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor([0.5, -0.7, 0.9, 0.3]))
-        self.updates = 0
+        self.updates = []  # with gradients; a list, to be that of copies, too
 
     def prepare(self, x):
         return {"field": x, "rest": ("half", 0.5, self.gain)}
 
     def update(self, z, context):
-        if torch.is_grad_enabled():
-            self.updates += 1
+        if torch.is_grad_enabled() and context["field"].requires_grad:
+            self.updates.append(z)
         return torch.tanh(context["rest"][2] * z) * context["rest"][1] + context["field"]
 
     def vjp(self, z, context):
@@ -122,13 +122,40 @@ def test_derivatives_by_the_context_spare_an_evaluation(x):
     module = ByHand().double()
     layer = DEQFixedPoint(module, **TIGHT)
     z = layer(x)
-    before = module.updates
     first = grad(z.pow(3).sum(), (x, module.gain))
-    assert module.updates == before
+    assert not module.updates
+    kind = type("ByState", (ByHand,), {"vjp": lambda self, *at: ByHand.vjp(self, *at).by_state})
+    other = kind().double()
+    grad(DEQFixedPoint(other, **TIGHT)(x).sum(), x)
+    assert len(other.updates) == 1
     expected = grad(reference(module, x).pow(3).sum(), (x, module.gain))
     torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-9)
     module.gain.requires_grad_(False)
     torch.testing.assert_close(grad(layer(x).pow(3).sum(), x), expected[:1], rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_by_several_arguments(x):
+    class Scaled(nn.Module):
+        def forward(self, z, field, gain):
+            return 0.5 * torch.tanh(gain * z) + field
+
+        def vjp(self, z, field, gain):
+            slope = 0.5 * (1 - torch.tanh(gain * z) ** 2)
+
+            def by_arguments(v, for_field, for_gain):
+                assert for_field is True
+                assert for_gain is True
+                return v, (v * slope * z).sum(0)
+
+            return Pullback(lambda v: v * slope * gain, by_arguments)
+
+    gain = torch.tensor([0.5, -0.7, 0.9, 0.3], dtype=torch.float64, requires_grad=True)
+    exact = {"tol": 1e-13, "max_iter": 300}
+    plain = fixed_point(lambda z, a, b: Scaled()(z, a, b), torch.zeros_like(x), (x, gain), **exact)
+    found = fixed_point(Scaled(), torch.zeros_like(x), (x, gain), **exact)
+    torch.testing.assert_close(
+        *(grad(solution.value.pow(3).sum(), (x, gain)) for solution in (found, plain))
+    )
 
 
 def test_derivatives_by_the_context_have_its_structure(x):
@@ -208,6 +235,59 @@ def test_a_subclass_may_say_anew_what_it_knows():
     assert of_its_update(module, "vjp") is not None
     assert of_its_update(module, "preconditioner") is None
     assert of_its_update(_halved(Doubled)(4, 3), "vjp") is None
+
+
+class Exact(DEQModule):
+    """A template: a closed form of affine updates, which subclasses write."""
+
+    def solve(self, context, wanted):
+        offset = self.update(torch.zeros_like(context), context)
+        slope = self.update(torch.ones_like(context), context) - offset
+        return offset / (1 - slope)
+
+
+class Affine(Exact):
+    def update(self, z, context):
+        return context - 2 * z
+
+
+class Mixed(Affine):
+    def judge(self, context):
+        return "nothing is right"
+
+    solve = Exact.solve
+
+
+def test_what_a_template_says_holds_for_the_update_written_for_it(x):
+    for module in (Affine(), type("Both", (Exact, DEQModule), {"update": Affine.update})()):
+        solution = DEQFixedPoint(module)(x, return_solution=True)
+        torch.testing.assert_close(solution.value, x / 3)
+        assert bool(solution.converged.all())
+
+
+def test_a_verdict_on_another_system_is_not_used(x):
+    class Other(Mixed):
+        def update(self, z, context):
+            return context - z
+
+        solve = Exact.solve
+
+    with pytest.warns(ConvergenceWarning, match="nothing is right"):
+        DEQFixedPoint(Mixed())(x)
+    torch.testing.assert_close(DEQFixedPoint(Other(), on_failure="raise")(x), x / 2)
+
+
+def test_closed_forms_of_any_dtype_and_under_transformations(x):
+    class Narrow(Affine):
+        def solve(self, context, wanted):
+            return (context / 3).bfloat16()
+
+    found = DEQFixedPoint(Narrow(), on_failure="ignore", solver_fwd_tol=0.1)(x)
+    torch.testing.assert_close(found.double(), x.detach() / 3, rtol=1e-2, atol=1e-2)
+    layer = DEQFixedPoint(Affine())
+    third = torch.full_like(x, 1 / 3)
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).sum())(x), third)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1], third)
 
 
 def test_sites_are_not_appended_to_another_update():
