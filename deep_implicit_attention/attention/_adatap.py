@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -332,8 +332,12 @@ def _is_one(precision: Tensor) -> bool:
     """Whether every P_i on the host is the identity, as by default."""
     if transformed(precision):
         return False
-    blocks = precision.detach().numpy()
-    return bool((blocks == np.eye(blocks.shape[-1])).all())
+    return torch.equal(precision, _one(precision.shape[-1], precision.dtype).expand_as(precision))
+
+
+@functools.lru_cache(maxsize=8)
+def _one(dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.eye(dim, dtype=dtype, device="cpu")
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -28,10 +28,9 @@ Place = tuple[dict[str, Any], str]
 
 def without_autocast(like: Tensor) -> AbstractContextManager:
     """A solve keeps the precision of its state: autocast is off inside, forward and backward."""
-    device = like.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not in_autocast(like):
         return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def in_autocast(like: Tensor) -> bool:
