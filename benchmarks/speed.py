@@ -45,13 +45,12 @@ from .timing import Respond, both, forward, peak_bytes, saved_bytes, take_turns
 
 # What holds back the rows that miss their bars, as profiles say.
 MISSED = (
-    "Where a bar is missed: mean field (4, 128, 32) reads its 64 MB of couplings in every "
-    "evaluation, which takes two thirds of its forward time, and copies them once; mean field (32, "
-    "64, 16) has couplings whose spectrum is a disc, for which plain iteration is optimal, so no "
-    "solver saves evaluations, and over half of its forward time is bare products; of adaptive TAP "
-    "(4, 32, 8) a fifth of the forward time is one Cholesky factorisation. What else there is "
-    "there, in mean field (60, 17, 10) and in softmax (32, 64, 16) is many small operations, which "
-    "find the caches filled by the rival whose turn it was."
+    "Where a bar is missed: mean field (32, 64, 16) has couplings whose spectrum is a disc, for "
+    "which plain iteration is optimal, so no solver saves evaluations, and over half of its "
+    "forward time is bare products; of adaptive TAP (4, 32, 8) a quarter of the forward time is "
+    "one Cholesky factorisation. What else there is there, in mean field (60, 17, 10) and in "
+    "softmax (32, 64, 16) is many small operations, which find the caches filled by the rival "
+    "whose turn it was."
 )
 
 
