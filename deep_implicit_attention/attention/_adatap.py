@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..deq._map import without_autocast
 from ..deq._state import full_precision
-from ..deq._watched import transformed, watched
+from ..deq._watched import transformed
 from ..solvers._scale import is_host
 from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
@@ -20,7 +20,6 @@ from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
-from ._operator import coupling_operator, response
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
@@ -30,7 +29,6 @@ class _Gaussian(NamedTuple):
     """What a solve with a Gaussian prior needs."""
 
     x: Tensor  # (B, N, d), the fields, x + Pμ
-    weight: Tensor | None  # (N, N, d, d), the raw couplings, where no others are put for them
     precision: Tensor  # (N, d, d), P_i
     operator: Tensor  # (N·d, N·d), blockdiag P − J
     factor: Factor  # of the operator
@@ -132,21 +130,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        weight = full_precision(self._weight)
-        known = not (self._has_other_couplings() or watched(weight, precision, x))
-        if known:
-            operator = coupling_operator(weight, precision, self._symmetries)
-        else:
-            operator = block_diagonal(precision) - self.coupling_matrix()
-        factor = factorise(operator, self.symmetric)
-        return _Gaussian(x, weight if known else None, precision, operator, factor)
-
-    def _has_other_couplings(self) -> bool:
-        """Whether a subclass or the instance makes its couplings in another way."""
-        return any(
-            name in vars(self) or getattr(type(self), name) is not getattr(SiteCouplings, name)
-            for name in ("coupling_matrix", "coupling_blocks")
-        )
+        operator = self.coupling_operator(precision)
+        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -176,11 +161,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """z; V only if element 1 is wanted."""
         x, operator, factor = context.x, context.operator, context.factor
-        if context.weight is None:
-            z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
-        else:
-            made_of = context.weight, context.precision
-            z = response(*made_of, x, operator, factor, self._symmetries)
+        z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
         if 1 not in wanted:
             return z, None
         if not self.lin_response:
@@ -202,12 +183,12 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             operator = operator - block_diagonal(precision)
         # The fast product is that with the matrix as it lies in memory.
         acting = operator if self.symmetric else operator.mT
-        change = torch.addmm(x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
-        if not (on_host and _is_one(precision)):
-            change = torch.linalg.solve_ex(precision, change.permute(1, 2, 0)).result
-            change = change.permute(2, 0, 1)
-        if not on_host:
-            change = change - z
+        field = torch.addmm(x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
+        if on_host and _is_one(precision):
+            change = field
+        else:
+            change = torch.linalg.solve_ex(precision, field.permute(1, 2, 0)).result
+            change = change.permute(2, 0, 1) if on_host else change.permute(2, 0, 1) - z
         norm = torch.linalg.vector_norm(change.flatten(1), dim=1)
         size = torch.linalg.vector_norm((z + change).flatten(1), dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
@@ -292,8 +273,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
             context = self.prepare(nothing)
             if isinstance(context, _Gaussian):
-                weight = None if context.weight is None else context.weight.detach()
-                context = context._replace(weight=weight, factor=context.factor.inverted())
+                context = context._replace(factor=context.factor.inverted())
             copies = [weight.clone() for weight in self._weights()]
         return _Frozen(self._settings(), copies, context)
 

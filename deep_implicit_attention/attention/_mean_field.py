@@ -181,17 +181,14 @@ class _Field(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_z = linear(g.flatten(1), _matrix(couplings).mT).view_as(z)
         if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():
-                by_couplings = torch.einsum("bic,bjd->icjd", g, z)
-            else:
-                by_couplings = _by_couplings(g, z)
+            by_couplings = _by_couplings(g, z)
         return by_z, by_couplings
 
 
 def _by_couplings(g: Tensor, z: Tensor) -> Tensor:
-    """Σ_b g_bic z_bjd `(N, d, N, d)`, without a graph."""
+    """Σ_b g_bic z_bjd `(N, d, N, d)`, into memory in use where no graph is wanted."""
     rows, columns = g.flatten(1).mT, z.flatten(1)
-    if watched(g, z):
+    if torch.is_grad_enabled() or watched(g, z):
         found = rows @ columns
     elif 0 < len(z) <= _FEW:
         return _outer(g, z)

@@ -12,12 +12,13 @@ from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..deq._watched import watched
 from ..solvers._validate import check_number
+from ..spins._blocks import block_diagonal, diagonal_blocks
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 
 
 class SiteCouplings(DEQModule):
-    """A module with free parameters J_ij, one d×d matrix for each ordered pair of sites.
+    """A module with free parameters J_ij, one d×d matrix for each _ordered pair of sites.
 
     The raw parameter `_weight` is `(N, N, d, d)`, initialised N(0, `weight_init_std`²), by
     default with variance 1/(N d²), so that fields of unit norm give responses of order one (Bal
@@ -86,6 +87,20 @@ class SiteCouplings(DEQModule):
             return self.weight().transpose(1, 2).contiguous()
         return _Matrix.apply(weight, self._symmetries, 1.0)
 
+    def coupling_operator(self, precision: Tensor) -> Tensor:
+        """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass."""
+        weight = full_precision(self._weight)
+        if self._has_other_couplings() or watched(weight, precision):
+            return block_diagonal(precision) - self.coupling_matrix()
+        return _Operator.apply(weight, precision, self._symmetries)
+
+    def _has_other_couplings(self) -> bool:
+        """Whether a subclass or the instance makes its couplings in another way."""
+        return any(
+            name in vars(self) or getattr(type(self), name) is not getattr(SiteCouplings, name)
+            for name in ("coupling_matrix", "coupling_blocks")
+        )
+
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
         self.sources(full_precision(x))
@@ -108,14 +123,14 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        return ordered(weight, *ctx.how)
+        return _ordered(weight, *ctx.how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        return RawGradient.apply(g, *ctx.how), None, None
+        return _Raw.apply(g, *ctx.how), None, None
 
 
-class RawGradient(torch.autograd.Function):
+class _Raw(torch.autograd.Function):
     """The transpose of `_Matrix`."""
 
     @staticmethod
@@ -124,33 +139,49 @@ class RawGradient(torch.autograd.Function):
         if watched(g):
             raw = _symmetrised(g.transpose(1, 2), *symmetries)
             return raw * (sign * _apart(raw))
-        return raw_gradient(g, symmetries, sign)
+        internal, sites = symmetries
+        count, dim, _, _ = g.shape
+        raw = empty(count, count, dim, dim, like=g)
+        _write(g.transpose(1, 2), internal, raw)
+        if sites:
+            raw = raw + raw.transpose(0, 1)
+        return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
         return _Matrix.apply(h, *ctx.how), None, None
 
 
-def raw_gradient(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
-    """The derivative by the raw couplings `(N, N, d, d)`, for that by ±J `(N, d, N, d)`."""
-    internal, sites = symmetries
-    count, dim, _, _ = g.shape
-    raw = empty(count, count, dim, dim, like=g)
-    write(g.transpose(1, 2), internal, raw)
-    if sites:
-        raw = raw + raw.transpose(0, 1)
-    return freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
+class _Operator(torch.autograd.Function):
+    """blockdiag P − J of the raw couplings and P `(N, d, d)`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple) -> Tensor:  # type: ignore[override]
+        ctx.symmetries = symmetries
+        operator = _ordered(weight, symmetries, -1.0)
+        ctx.blocks = operator.shape
+        operator.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
+        return operator.flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        by_weight = by_precision = None
+        if ctx.needs_input_grad[0]:
+            by_weight = _Raw.apply(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
+        if ctx.needs_input_grad[1]:
+            by_precision = diagonal_blocks(g, ctx.blocks[0])
+        return by_weight, by_precision, None
 
 
-def ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     """±J `(N, d, N, d)` from the raw couplings `(N, N, d, d)`."""
     internal, sites = symmetries
     count, _, dim, _ = weight.shape
     matrix = empty(count, dim, count, dim, like=weight)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
         weight = weight + weight.transpose(0, 1)
-    write(weight, internal, matrix.transpose(1, 2))
-    return freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
+    _write(weight, internal, matrix.transpose(1, 2))
+    return _freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
 
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
@@ -167,7 +198,7 @@ def _apart(weight: Tensor) -> Tensor:
     return (1 - one)[:, :, None, None]
 
 
-def write(blocks: Tensor, internal: bool, out: Tensor) -> None:
+def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
     """Copy `blocks` `(N, N, d, d)` to `out`, if `internal` with the transpose of each added."""
     if internal:
         torch.add(blocks, blocks.mT, out=out)
@@ -175,7 +206,7 @@ def write(blocks: Tensor, internal: bool, out: Tensor) -> None:
         out.copy_(blocks)
 
 
-def freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
+def _freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
     """`matrix` times `factor`, and without self-couplings; i, j are axes `sites`."""
     if factor != 1:
         matrix.mul_(factor)

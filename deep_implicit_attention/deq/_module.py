@@ -91,10 +91,7 @@ def of_its_update(fun: Any, name: str, *others: str) -> Any:
     definer = next((i for i, kind in enumerate(kinds) if name in vars(kind)), None)
     if method is None or definer is None or name in vars(fun):
         return method
-    others = ("update", *others)
-    if definer == 0 and not any(other in vars(fun) for other in others):
-        return method  # as is nearly always the case
-    for other in others:
+    for other in ("update", *others):
         spoken_of = _defined(other, kinds[definer:])
         actual = vars(fun).get(other, _defined(other, kinds))
         if spoken_of is not actual and spoken_of not in (None, *_OPEN):
