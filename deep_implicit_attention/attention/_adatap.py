@@ -18,7 +18,7 @@ from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
 from . import _matched
-from ._linear import Factor, factorise, inverse, log_determinant, solve
+from ._linear import Factor, factorise, inverse, log_determinant, room_for, solve
 from ._matched import Matched, Method
 from ._site_couplings import SiteCouplings
 
@@ -130,8 +130,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        operator = self.coupling_operator(precision)
-        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric))
+        room = room_for(self.num_spins * self.dim, x) if self.symmetric else None
+        operator = self.coupling_operator(precision, room)
+        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric, room))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):

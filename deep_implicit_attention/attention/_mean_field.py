@@ -15,6 +15,7 @@ from ._parts import (
     FeedForward,
     Weights,
     feed_forward,
+    feed_forward_at_zero,
     feed_forward_slope,
     feed_forward_vjp,
     inverse_or_identity,
@@ -95,7 +96,7 @@ class DEQMeanFieldAttention(SiteCouplings):
         """x − f(0), the update from z = 0, which needs no couplings."""
         if context.correction is None:
             return context.x
-        return context.x - feed_forward(context.x.new_zeros(self.dim), context.correction)
+        return context.x - feed_forward_at_zero(context.correction)
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""

@@ -92,9 +92,21 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
     return Pullback(lambda v: linear(linear_times(v, out, slope), back), by_weights)
 
 
+def feed_forward_at_zero(weights: Weights) -> Tensor:
+    """f(0) `(d,)`."""
+    hidden = F.gelu(_double(weights.b_in)).to(weights.b_in.dtype)
+    return linear(hidden, weights.w_out, weights.b_out)
+
+
 def feed_forward_slope(weights: Weights) -> Tensor:
     """∂f/∂z `(d, d)` where the hidden units are at their biases, as they are at z = 0."""
-    return (weights.w_out * _gelu_slope(weights.b_in)) @ weights.w_in
+    slope = _gelu_slope(_double(weights.b_in)).to(weights.b_in.dtype)
+    return (weights.w_out * slope) @ weights.w_in
+
+
+def _double(bias: Tensor) -> Tensor:
+    """Few numbers in float64: in float32 torch takes a GELU to oneDNN, and the way is longer."""
+    return bias.double() if bias.is_cpu else bias
 
 
 def _gelu_slope(h: Tensor) -> Tensor:

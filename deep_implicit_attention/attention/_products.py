@@ -24,6 +24,10 @@ _SMALL = 1 << 17
 _CACHED = 1 << 22
 # In place a function of fewer numbers than these is no faster.
 _CACHED_STATES = 1 << 18
+# With fewer results a row than these and at least so many rows, the transposed product takes 0.4 to
+# 0.9 of the time.
+_SLIM = 12
+_MANY = 512
 # A gradient by weights this narrow is the faster by the BLAS.
 _NARROW = 64
 
@@ -36,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype == torch.bfloat16:
         return _product(x.to(weight.dtype), weight, bias)
     if not _fast(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return _upright(x, weight, bias) if _slim(x, weight) else F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -139,6 +143,22 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def _slim(x: Tensor, weight: Tensor) -> bool:
+    """Whether the BLAS is slow at so few numbers a row, and the rows are worth a detour."""
+    return (
+        not torch.compiler.is_compiling()
+        and len(weight) < _SLIM
+        and x.is_cpu
+        and x.numel() >= _MANY * x.shape[-1]
+    )
+
+
+def _upright(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by the transposed product, with the memory of each number of the rows together."""
+    product = (weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], len(weight))
+    return product if bias is None else product + bias
 
 
 def _dense(weight: Tensor) -> bool:

@@ -87,12 +87,18 @@ class SiteCouplings(DEQModule):
             return self.weight().transpose(1, 2).contiguous()
         return _Matrix.apply(weight, self._symmetries, 1.0)
 
-    def coupling_operator(self, precision: Tensor) -> Tensor:
-        """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass."""
+    def coupling_operator(self, precision: Tensor, room: Tensor | None = None) -> Tensor:
+        """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass.
+
+        It is written into the corner of `room`, if that is given.
+        """
         weight = full_precision(self._weight)
-        if self._has_other_couplings() or watched(weight, precision):
-            return block_diagonal(precision) - self.coupling_matrix()
-        return _Operator.apply(weight, precision, self._symmetries)
+        if not self._has_other_couplings() and not watched(weight, precision):
+            return _Operator.apply(weight, precision, self._symmetries, room)
+        operator = block_diagonal(precision) - self.coupling_matrix()
+        if room is not None:
+            room[: len(operator), : len(operator)] = operator.detach()
+        return operator
 
     def _has_other_couplings(self) -> bool:
         """Whether a subclass or the instance makes its couplings in another way."""
@@ -123,7 +129,8 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        return _ordered(weight, *ctx.how)
+        count, _, dim, _ = weight.shape
+        return _order(weight, *ctx.how, empty(count, dim, count, dim, like=weight))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -156,12 +163,17 @@ class _Operator(torch.autograd.Function):
     """blockdiag P − J of the raw couplings and P `(N, d, d)`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple) -> Tensor:  # type: ignore[override]
-        ctx.symmetries = symmetries
-        operator = _ordered(weight, symmetries, -1.0)
-        ctx.blocks = operator.shape
-        operator.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
-        return operator.flatten(2).flatten(0, 1)
+    def forward(  # type: ignore[override]
+        ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple, room: Tensor | None
+    ) -> Tensor:
+        count, _, dim, _ = weight.shape
+        size = count * dim
+        operator = empty(size, size, like=weight) if room is None else room[:size, :size]
+        blocks = operator.unflatten(1, (count, dim)).unflatten(0, (count, dim))
+        ctx.blocks, ctx.symmetries = blocks.shape, symmetries
+        _order(weight, symmetries, -1.0, blocks)
+        blocks.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
+        return operator
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -170,18 +182,18 @@ class _Operator(torch.autograd.Function):
             by_weight = _Raw.apply(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
         if ctx.needs_input_grad[1]:
             by_precision = diagonal_blocks(g, ctx.blocks[0])
-        return by_weight, by_precision, None
+        return by_weight, by_precision, None, None
 
 
-def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
-    """±J `(N, d, N, d)` from the raw couplings `(N, N, d, d)`."""
+def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: Tensor) -> Tensor:
+    """`matrix` `(N, d, N, d)`, filled with ±J of the raw couplings `(N, N, d, d)`."""
     internal, sites = symmetries
-    count, _, dim, _ = weight.shape
-    matrix = empty(count, dim, count, dim, like=weight)
+    factor = sign * 0.5 ** (internal + sites)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
-        weight = weight + weight.transpose(0, 1)
+        weight = (weight + weight.transpose(0, 1)).mul_(factor)
+        factor = 1.0
     _write(weight, internal, matrix.transpose(1, 2))
-    return _freed(matrix, (0, 2), sign * 0.5 ** (internal + sites))
+    return _freed(matrix, (0, 2), factor)
 
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:

@@ -13,6 +13,7 @@ from ._parts import (
     Weights,
     check_positive,
     feed_forward,
+    feed_forward_at_zero,
     feed_forward_slope,
     feed_forward_vjp,
     hide,
@@ -166,7 +167,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             response = context.kept[0] * response
         field = response + context.x
         if context.correction is not None:
-            correction = feed_forward(torch.zeros_like(context.b_out), context.correction)
+            correction = feed_forward_at_zero(context.correction)
             field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
 
@@ -237,20 +238,17 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             one = one + feed_forward_slope(context.correction)
         apart, both = inverse_or_identity(torch.stack([one, one - context.w_out])).unbind()
         common = both - apart
-        kept = None if context.mask is None else context.mask.to(one)[:, :, None]
+        # A row vector for each sample, whose product with a state is its mean.
+        kept = one.new_ones(()).expand(len(context.x), 1, context.x.shape[1])
+        if context.mask is not None:
+            kept = context.mask.to(one)[:, None]
+        mean = kept / kept.sum(dim=2, keepdim=True).clamp_min(1)
 
-        def averaged(r: Tensor) -> Tensor:
-            if kept is None:
-                return r.mean(dim=1, keepdim=True)
-            return r.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(1)
+        def apply(r: Tensor, apart: Tensor, common: Tensor) -> Tensor:
+            mixed = mean @ r @ common.mT
+            return linear(r, apart).add_(mixed if context.mask is None else kept.mT * mixed)
 
-        def spread(r: Tensor) -> Tensor:
-            return r if kept is None else kept * r
-
-        return LinearMap(
-            lambda r: linear(r, apart) + spread(averaged(r) @ common.mT),
-            lambda r: linear(r, apart.mT) + spread(averaged(r) @ common),
-        )
+        return LinearMap(lambda r: apply(r, apart, common), lambda r: apply(r, apart.mT, common.mT))
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium of those before it.

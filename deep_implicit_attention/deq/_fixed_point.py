@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -140,19 +139,19 @@ def solve_and_attach(
         )
     differentiable = torch.is_grad_enabled()
 
-    with torch.no_grad(), without_autocast(flat), ExitStack() as stack:
-        bound: Callable[[Tensor], Tensor] | None = None
+    with torch.no_grad(), without_autocast(flat):
+        constants = [full_precision(t.detach()) for t in traced.tensors]
+        with traced.bound(constants) as bound:
+            first = differentiable
 
-        def step(z: Tensor) -> Tensor:
-            nonlocal bound
-            if bound is not None:
-                return bound(z)
-            image = traced.trace(z) if differentiable else None
-            constants = [full_precision(t.detach()) for t in traced.tensors]
-            bound = stack.enter_context(traced.bound(constants))
-            return bound(z) if image is None else image
+            def step(z: Tensor) -> Tensor:
+                nonlocal first
+                if not first:
+                    return bound(z)
+                first = False
+                return traced.trace(bound, z)
 
-        solution = solve(step, flat)
+            solution = solve(step, flat)
 
     value = solution.value
     depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)

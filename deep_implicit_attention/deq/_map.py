@@ -134,13 +134,13 @@ class TracedMap:
             for table, name in places:
                 table[name] = tensor
 
-    def trace(self, z: Tensor) -> Tensor:
+    def trace(self, bound: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """f at z, without a graph, finding out whether f closes over a differentiable tensor.
 
-        It does if the result needs gradients although all that is listed is detached.
+        It does if the result of `bound`, f with all that is listed detached, needs gradients.
         """
         with torch.enable_grad():
-            image = self(z.detach(), [t.detach() for t in self.tensors])
+            image = bound(z.detach())
             self.closes_over = image.requires_grad
         return image.detach()
 

@@ -95,7 +95,7 @@ class _History:
         self.f, self.g = fz, g
         self.on_host = is_host(g)
         self.unit: Tensor | None = None  # in which the differences are stored
-        self.norm = self._norm(g)
+        self.norm = norms(g)
         self.slow = self.norm < 0
         self.delta_f = self.delta_g = g[:0]
         self.weights: _Weights
@@ -110,14 +110,10 @@ class _History:
         self.delta_g = torch.empty_like(self.delta_f)
         self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
 
-    def _norm(self, g: Tensor) -> Any:
-        """‖g‖ `(B,)`, on the host numpy's, as in `iterate`."""
-        return norms(g).numpy() if self.on_host else norms(g)
-
     def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
         f_before, g_before, norm_before = self.f, self.g, self.norm
         self.f, self.g = fz, g
-        self.norm = self._norm(g)
+        self.norm = norms(g)
         # Not `>`: what is not finite is not fast.
         self.slow = self.slow | ~(self.norm <= _FAST * norm_before)
         if self.steps == 0:

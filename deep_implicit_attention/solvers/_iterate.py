@@ -70,13 +70,14 @@ def iterate(
     # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
     # than torch, and which case holds may be asked; elsewhere they stay on the device.
     xp: Any = np if on_host else torch
-    numbers, select = (_on_host, _select_on_host) if on_host else (_in_place, _select)
+    select = _select_on_host if on_host else _select
     sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
     tiny = torch.finfo(z0.dtype).tiny
 
     z = z0.detach().clone()
     best = z
-    nothing = numbers(z.new_zeros(len(z)))
+    nothing: Any = z.new_zeros(len(z))
+    nothing = nothing.numpy() if on_host else nothing
     active = nothing == 0
     converged = broken = ~active
     steps = xp.zeros_like(nothing, dtype=xp.int64)
@@ -86,34 +87,48 @@ def iterate(
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
+    together = on_host  # whether all samples have gone on and improved at every step so far
 
     for k in range(max_iter):
         if first is not None and k + 1 < max_iter and _some(first.serves):
             fz, exact = first(z), ~first.serves
+            together = False
         else:
             fz, exact, first = f(z), True, None
             check_same_shape(fz, z, "the map")
         g = fz - z
-        g_norm, f_norm = numbers(norms(g)), numbers(norms(fz))
-        with np.errstate(all="ignore"):
-            now = g_norm / (f_norm + tiny) if stop_mode == "rel" else g_norm
-        finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
+        g_norm, f_norm = norms(g), norms(fz)
+        now = g_norm
+        if stop_mode == "rel":
+            with np.errstate(all="ignore"):
+                now = g_norm / (f_norm + tiny)
         if k == 0:
             first_norm = last_norm = g_norm
 
-        usable = active & finite
-        better = usable & exact & ((now < residual) | xp.isinf(residual))
-        best = select(better, z, best)
-        residual = xp.where(better, now, residual)
-        residual_norm = xp.where(better, g_norm, residual_norm)
-        last_norm = xp.where(usable, g_norm, last_norm)
-        trace.append(xp.where(usable, now, residual))
-        if first is not None:
-            first.look(now)
-        steps = steps + active
-        broken = broken | (active & ~finite)
-        converged = converged | (usable & exact & (now <= tol))
-        active = usable & ~converged
+        # Comparisons are false of NaN.
+        together = together and not _some(~((now < residual) & (f_norm < np.inf)))
+        if together:
+            best, residual, residual_norm, last_norm = z, now, g_norm, g_norm
+            trace.append(now)
+            steps = steps + 1
+            converged = now <= tol
+            active = ~converged
+            together = not _some(converged)
+        else:
+            finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
+            usable = active & finite
+            better = usable & exact & ((now < residual) | xp.isinf(residual))
+            best = select(better, z, best)
+            residual = xp.where(better, now, residual)
+            residual_norm = xp.where(better, g_norm, residual_norm)
+            last_norm = xp.where(usable, g_norm, last_norm)
+            trace.append(xp.where(usable, now, residual))
+            if first is not None:
+                first.look(now)
+            steps = steps + active
+            broken = broken | (active & ~finite)
+            converged = converged | (usable & exact & (now <= tol))
+            active = usable & ~converged
 
         last = k + 1 == max_iter
         if last or ((k + 1) % sync_every == 0 and not _some(active)):
@@ -121,10 +136,14 @@ def iterate(
         if guard is not None:
             z, g = guard(k, z, g, g_norm, propose)
             fz = z + g
-        z = select(active, propose(k, z, fz, g), best)
+        z = propose(k, z, fz, g)
+        if not together:
+            z = select(active, z, best)
 
     # A map that was never finite has no best iterate; the start would look like an answer.
-    best = select(xp.isinf(residual_norm), torch.full_like(best, torch.nan), best)
+    lost = xp.isinf(residual_norm)
+    if not on_host or _some(lost):
+        best = select(lost, torch.full_like(best, torch.nan), best)
     grown = last_norm > _GROWTH * first_norm
     codes = xp.where(grown, Status.DIVERGED.code, xp.full_like(steps, Status.MAX_ITER.code))
     codes = xp.where(broken & ~grown, Status.NONFINITE.code, codes)
@@ -158,7 +177,7 @@ class _Rough:
         image = self.rough(z)
         check_same_shape(image, z, "the rough map")
         # Narrow numbers may not reach as far as those of f.
-        self.serves = self.serves & np.isfinite(norms(image).numpy())
+        self.serves = self.serves & np.isfinite(norms(image))
         if np.count_nonzero(self.serves) == len(z):
             return image
         exact = self.f(z)
@@ -213,14 +232,6 @@ class _Guard:
 def _some(mask: Any) -> bool:
     """`mask.any()`, of numpy in a third of the time."""
     return bool(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.any())
-
-
-def _on_host(numbers: Tensor) -> np.ndarray:
-    return numbers.numpy()
-
-
-def _in_place(numbers: Tensor) -> Tensor:
-    return numbers
 
 
 def _select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

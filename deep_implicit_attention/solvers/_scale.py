@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +15,21 @@ def is_host(z: Tensor) -> bool:
     return z.device.type == "cpu"
 
 
-def norms(v: Tensor) -> Tensor:
-    """‖v‖ `(B,)`; on the host also where the squares of its numbers are too small for their type.
+def norms(v: Tensor) -> Any:
+    """‖v‖ `(B,)`; on the host as numpy's array, and also where squares are too small for the type.
 
     On an accelerator it would take a look, or twice the time, to find out.
     """
-    norm = torch.linalg.vector_norm(v, dim=1)
+    norm: Any = torch.linalg.vector_norm(v, dim=1)
     if not is_host(v):
         return norm
-    small = norm.numpy() < _least(v.dtype)
+    norm = norm.numpy()
+    small = norm < _least(v.dtype)
     if not np.count_nonzero(small):
         return norm
     unit = power_of_two(v)
     scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
-    return torch.where(torch.from_numpy(small), scaled, norm)
+    return np.where(small, scaled.numpy(), norm)
 
 
 @functools.cache

@@ -111,6 +111,30 @@ class TestAdaTAP:
 
 
 class TestClosedFormAsUsersMeetIt:
+    @pytest.mark.parametrize("kind", ["own", "other couplings", "indefinite"])
+    def test_a_size_that_is_a_power_of_two(self, kind):
+        """There the factorised matrix stands in the corner of a larger one."""
+
+        class Weaker(DEQAdaTAPMeanFieldAttention):
+            def coupling_matrix(self):
+                return 0.5 * super().coupling_matrix()
+
+        torch.manual_seed(0)
+        module = (Weaker if kind == "other couplings" else DEQAdaTAPMeanFieldAttention)(16, 8)
+        module = module.double()
+        if kind == "indefinite":
+            module._weight.data *= 9
+        x = torch.randn(3, 16, 8, dtype=torch.float64, requires_grad=True)
+        solution = DEQFixedPoint(module, on_failure="ignore")(x, return_solution=True)
+        assert {str(status) for status in solution.status} == {
+            "indefinite" if kind == "indefinite" else "converged"
+        }
+        operator = torch.eye(128, dtype=torch.float64) - module.coupling_matrix()
+        expected = torch.linalg.solve(operator, x.flatten(1).mT).mT.view_as(x)
+        torch.testing.assert_close(solution.value, expected)
+        g, at = torch.randn_like(x), (x, module._weight)
+        torch.testing.assert_close(grad(solution.value, at, g), grad(expected, at, g))
+
     @pytest.mark.parametrize("name", ["coupling_matrix", "coupling_blocks"])
     def test_other_couplings_are_those_of_the_system(self, name):
         def weaker(self):

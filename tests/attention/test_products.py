@@ -97,6 +97,36 @@ def test_many_hidden_units_without_a_gradient(wide, monkeypatch):
     torch.testing.assert_close(found, slope.mT @ x, rtol=1e-4, atol=1e-2)
 
 
+SLIM = {
+    "rows": lambda: torch.randn(600, 40),
+    "sites": lambda: torch.randn(60, 17, 40),
+    "transposed": lambda: torch.randn(40, 600).mT,
+    "spread": lambda: torch.randn(1, 40).expand(600, 40),
+    "few": lambda: torch.randn(3, 17, 40),
+}
+
+
+@pytest.mark.parametrize("name", SLIM)
+@pytest.mark.parametrize("width", [1, 10, 11])
+@pytest.mark.parametrize("biased", [True, False])
+def test_few_numbers_a_row(name, width, biased, monkeypatch):
+    """Their product is transposed; values, shapes and gradients are those of torch."""
+    monkeypatch.setattr(_products, "_wide", lambda: False)
+    upright = []
+    plain = _products._upright
+    monkeypatch.setattr(_products, "_upright", lambda *a: upright.append(a) or plain(*a))
+    torch.manual_seed(0)
+    inputs = [SLIM[name](), torch.randn(width, 40), *([torch.randn(width)] if biased else [])]
+    inputs = [t.double().requires_grad_() for t in inputs]
+    found, expected = linear(*inputs), F.linear(*inputs)
+    assert len(upright) == (name != "few")
+    torch.testing.assert_close(found, expected)
+    g = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g)
+    )
+
+
 BIASES = {
     "strided": lambda: torch.randn(512)[::2],
     "one number": lambda: torch.randn(1).expand(256),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deep_implicit_attention.solvers import _anderson, _iterate, anderson, broyden, picard
+from deep_implicit_attention.solvers import _anderson, _iterate, _scale, anderson, broyden, picard
 
 SOLVE = {"tol": 1e-10, "max_iter": 60}
 
@@ -26,7 +26,7 @@ class Questions(TorchDispatchMode):
 
 
 def leave_the_host(monkeypatch):
-    for part in (_iterate, _anderson):
+    for part in (_iterate, _anderson, _scale):
         monkeypatch.setattr(part, "is_host", lambda z: False)
 
 
