@@ -17,6 +17,7 @@ from ._products import (
     linear,
     linear_by_bias,
     linear_by_weight,
+    linear_term,
     linear_times,
 )
 
@@ -71,7 +72,7 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     """The network of `FeedForward` with the given weights."""
-    return linear(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
+    return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 
 def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
@@ -89,7 +90,7 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
             linear_by_bias(v) if needed.b_out else None,
         )
 
-    return Pullback(lambda v: linear(linear_times(v, out, slope), back), by_weights)
+    return Pullback(lambda v: linear_term(linear_times(v, out, slope), back), by_weights)
 
 
 def feed_forward_at_zero(weights: Weights) -> Tensor:

@@ -170,12 +170,12 @@ class _Pooled(torch.autograd.Function):
         z = z.to(q.dtype)
         pooled = _fused(q, k, z, scale, causal) if matrix is None else _times(matrix.mT, z)
         ctx.scale, ctx.causal = scale, causal
-        ctx.save_for_backward(q, k, z, matrix, mask, pooled)
+        ctx.save_for_backward(q, k, z, matrix, mask)
         return pooled
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        q, k, z, matrix, mask, pooled = ctx.saved_tensors
+        q, k, z, matrix, mask = ctx.saved_tensors
         needed, g = ctx.needs_input_grad[:3], g.to(q.dtype)
         if torch.is_grad_enabled() or matrix is None:
             return *_by_autograd(ctx, q, k, z, mask, g), None, None
@@ -184,12 +184,18 @@ class _Pooled(torch.autograd.Function):
             if needed[2]:
                 by_z = _times(matrix, g)
             if needed[0] or needed[1]:
-                # Of the softmax: J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, whose sum is g·(J z).
-                out = None if watched(g) else empty(*matrix.shape, like=g)
-                logits = torch.matmul(ctx.scale * g, z.mT, out=out)
-                logits.sub_(ctx.scale * (g * pooled).sum(dim=-1, keepdim=True)).mul_(matrix)
+                logits = _by_logits(ctx.scale * g, z, matrix)
                 by_q, by_k = _times(logits.mT, k), _times(logits, q)
         return by_q, by_k, by_z, None, None
+
+
+def _by_logits(g: Tensor, z: Tensor, matrix: Tensor) -> Tensor:
+    """J ∘ (G − Σ_j J_ij G_ij) with G = g zᵀ, the derivative by J."""
+    by_softmax = torch.ops.aten._softmax_backward_data
+    if watched(g):
+        return by_softmax(g @ z.mT, matrix, -1, matrix.dtype)
+    logits = torch.matmul(g, z.mT, out=empty(*matrix.shape, like=g))
+    return by_softmax.out(logits, matrix, -1, matrix.dtype, grad_input=logits)
 
 
 def _by_autograd(

@@ -40,12 +40,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype == torch.bfloat16:
         return _product(x.to(weight.dtype), weight, bias)
     if not _fast(x, weight, bias):
-        return _upright(x, weight, bias) if _slim(x, weight) else F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
+
+
+def linear_term(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` for a term of a sum: rows of few numbers lie transposed in memory.
+
+    The BLAS is slow at such rows, and where the transposed product comes faster by more than
+    reading it across takes, that is what is returned.
+    """
+    if not _slim(x, weight) or _fast(x, weight, bias):
+        return linear(x, weight, bias)
+    product = (weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], len(weight))
+    return product if bias is None else product + bias
 
 
 def linear_by_weight(g: Tensor, x: Tensor) -> Tensor:
@@ -146,19 +158,13 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def _slim(x: Tensor, weight: Tensor) -> bool:
-    """Whether the BLAS is slow at so few numbers a row, and the rows are worth a detour."""
+    """Whether there are few results a row, and rows that are worth a detour."""
     return (
         not torch.compiler.is_compiling()
         and len(weight) < _SLIM
         and x.is_cpu
         and x.numel() >= _MANY * x.shape[-1]
     )
-
-
-def _upright(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` by the transposed product, with the memory of each number of the rows together."""
-    product = (weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], len(weight))
-    return product if bias is None else product + bias
 
 
 def _dense(weight: Tensor) -> bool:
