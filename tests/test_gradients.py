@@ -15,7 +15,7 @@ from deep_implicit_attention.attention import (
 from deep_implicit_attention.deq import DEQFixedPoint
 from deep_implicit_attention.solvers import anderson
 
-NUM_SPINS, DIM = 4, 3
+NUM_SPINS, DIM = 3, 3
 
 
 def mechanisms(lin_response: bool) -> list[torch.nn.Module]:

@@ -83,7 +83,7 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
     assert samples_differ == (name != "gaussian")
 
 
-@pytest.mark.parametrize("name", ["ising", "potts"])  # the sphere's Bessel ratios take a minute
+@pytest.mark.parametrize("name", ["ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)])
 def test_explicit_steps_are_exported(name, fields):
     layer = DEQFixedPoint(make(name, 0.4), steps=3)
     exported = torch.export.export(layer, (fields,)).module()

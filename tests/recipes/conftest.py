@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
@@ -164,3 +165,17 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
     assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
     return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but their SVG is empty: drawing is most of the time that a page takes."""
+    savefig = Figure.savefig
+
+    def save(self: Figure, file: Any, *, format: str, **options: Any) -> None:
+        if format == "svg":
+            file.write('<svg viewBox="0 0 1 1"></svg>')
+        else:
+            savefig(self, file, format=format, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)

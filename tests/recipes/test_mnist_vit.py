@@ -216,8 +216,12 @@ def test_another_model_is_not_resumed(train: Train, monkeypatch: pytest.MonkeyPa
     assert (config["recipe"], config["attention"]) == ("mnist-vit", "mean-field")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("attention", VARIANTS)
-def test_the_report_shows_every_mechanism(attention: str, train: Train, data: ImageData) -> None:
+def test_the_report_shows_every_mechanism(
+    attention: str, train: Train, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     run = train("--attention", attention, *VARIANTS[attention].split())
     assert run.status == 0, run.err
     report = invoke(run.folder, "report", str(run.folder))

@@ -34,6 +34,7 @@ def test_a_run_without_weights(copy: Path) -> None:
     assert page.data is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_being_written(copy: Path) -> None:
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(lines[:2]) + '\n{"epoch": 3, "tra')
@@ -49,6 +50,7 @@ def test_a_run_that_is_being_written(copy: Path) -> None:
     assert page.titles == ["Configuration", "How this was made"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_another_version(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     del config["zoom"]
@@ -68,6 +70,7 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     """Names that are not there, and values of another kind."""
     lines = [{**record, "train_loss": "low"} for record in records(copy)]
@@ -85,6 +88,7 @@ def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     assert set(page.figures) == set(reported(run).figures) - lost
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None:
     lines = [json.dumps({**record, "interrupted": True}) if "ending" in record else
              json.dumps(record) for record in records(copy)]  # fmt: skip
@@ -146,6 +150,7 @@ def test_a_recipe_that_is_not_known_has_curves(recipe: object, copy: Path) -> No
     assert page.titles[:2] == ["Results", "Training"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -200,6 +205,7 @@ def test_weights_that_are_not_finite(part: str, copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_is_not_finite(copy: Path) -> None:
     """A training that diverged late: one frame less, and nothing else is lost."""
     step = Run(copy).checkpoints.steps()[-1]
@@ -211,6 +217,7 @@ def test_a_checkpoint_that_is_not_finite(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_that_are_folders(copy: Path) -> None:
     (copy / "couplings.gif").unlink()
     (copy / "couplings.gif").mkdir()
@@ -223,6 +230,7 @@ def test_files_that_are_folders(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "lost"),
     [
