@@ -266,6 +266,7 @@ def test_one_part_that_fails_costs_no_other(
     assert page.values["metric"] == records(copy)[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_metrics_without_evaluations(copy: Path) -> None:
     (copy / "metrics.jsonl").write_text(json.dumps(records(copy)[-1]) + "\n")
     page = reported(copy)
