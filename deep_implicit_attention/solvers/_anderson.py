@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._iterate import Map, iterate
-from ._scale import is_host, norms, power_of_two
+from ._scale import is_host, power_of_two
 from ._solution import Solution
 from ._validate import check_count, check_number
 
@@ -63,14 +63,14 @@ def anderson(
     check_number("ridge", ridge, minimum=0.0)
     history: _History | None = None
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         nonlocal history
         if k == 0 or history is None:
             # No more columns than steps or unknowns can fill.
             size = max(1, min(m, max_iter - 2, z.shape[1]))
-            history = _History(fz, g, size, ridge)
+            history = _History(fz, g, norm, size, ridge)
             return fz - damping * g if damping else fz
-        return history.accelerate(fz, g, damping)
+        return history.accelerate(fz, g, norm, damping)
 
     return iterate(
         f,
@@ -90,13 +90,12 @@ class _History:
     A sample's history begins when its residual first falls too slowly.
     """
 
-    def __init__(self, fz: Tensor, g: Tensor, size: int, ridge: float) -> None:
+    def __init__(self, fz: Tensor, g: Tensor, norm: Any, size: int, ridge: float) -> None:
         self.size, self.ridge, self.steps = size, ridge, 0
-        self.f, self.g = fz, g
+        self.f, self.g, self.norm = fz, g, norm
         self.on_host = is_host(g)
         self.unit: Tensor | None = None  # in which the differences are stored
-        self.norm = norms(g)
-        self.slow = self.norm < 0
+        self.slow = norm < 0
         self.delta_f = self.delta_g = g[:0]
         self.weights: _Weights
 
@@ -110,12 +109,11 @@ class _History:
         self.delta_g = torch.empty_like(self.delta_f)
         self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
 
-    def accelerate(self, fz: Tensor, g: Tensor, damping: float) -> Tensor:
-        f_before, g_before, norm_before = self.f, self.g, self.norm
-        self.f, self.g = fz, g
-        self.norm = norms(g)
+    def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
+        f_before, g_before = self.f, self.g
         # Not `>`: what is not finite is not fast.
-        self.slow = self.slow | ~(self.norm <= _FAST * norm_before)
+        self.slow = self.slow | ~(norm <= _FAST * self.norm)
+        self.f, self.g, self.norm = fz, g, norm
         if self.steps == 0:
             if self.on_host and not np.count_nonzero(self.slow):
                 return fz - damping * g if damping else fz

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def broyden(
     check_count("memory", memory)
     history: _Inverse | None = None
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         nonlocal history
         if k == 0 or history is None:
             history = _Inverse(z, g, max(1, min(memory, max_iter - 2)))

@@ -19,7 +19,8 @@ from ._solution import Solution, Status
 from ._validate import check_arguments, check_same_shape
 
 Map = Callable[[Tensor], Tensor]
-Propose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# What of k, z, f(z), f(z) − z and its norms makes the next z.
+Propose = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
 
 # A sample whose residual norm ends this many times above where it started has diverged; below,
 # it merely ran out of steps.
@@ -50,17 +51,17 @@ def iterate(
     preconditioner: Map | None = None,
     rough: Map | None = None,
 ) -> Solution:
-    """Iterate `z ← propose(k, z, f(z), f(z) − z)` until each sample's residual is within `tol`.
+    """Iterate `z ← propose(k, z, f(z), f(z) − z, ‖f(z) − z‖)` to residuals within `tol`.
 
     The value returned is, per sample, the iterate with the smallest residual seen. A sample that
     is done (converged or no longer finite) is frozen: its value does not change any more, however
     long its batch mates take.
 
     With a `preconditioner` P, `propose` is given z + P (f(z) − z) in the place of f(z), a map with
-    the same fixed points; residuals are those of f. A sample whose residual the first step does
-    not halve goes back to where it was and goes on without P, so that an approximation which is
-    bad there costs one evaluation and not the solution. `propose` is told of a new beginning by
-    k = 0.
+    the same fixed points; residuals and norms are those of f. A sample whose residual the first
+    step does not halve goes back to where it was and goes on without P, so that an approximation
+    which is bad there costs one evaluation and not the solution. `propose` is told of a new
+    beginning by k = 0.
 
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
@@ -76,14 +77,13 @@ def iterate(
 
     z = z0.detach().clone()
     best = z
-    nothing: Any = z.new_zeros(len(z))
-    nothing = nothing.numpy() if on_host else nothing
-    active = nothing == 0
+    active: Any = np.ones(len(z), dtype=bool) if on_host else z.new_ones(len(z), dtype=torch.bool)
     converged = broken = ~active
-    steps = xp.zeros_like(nothing, dtype=xp.int64)
-    residual = residual_norm = first_norm = last_norm = nothing + torch.inf
+    steps = active * 0
+    residual: Any = None  # that of `best`
+    residual_norm = first_norm = last_norm = residual
     trace: list[Any] = []
-    guard = None if preconditioner is None else _Guard(preconditioner, select)
+    guard = None if preconditioner is None else _Guard(preconditioner, select, xp)
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
@@ -104,6 +104,7 @@ def iterate(
                 now = g_norm / (f_norm + tiny)
         if k == 0:
             first_norm = last_norm = g_norm
+            residual = residual_norm = xp.full_like(g_norm, torch.inf)
 
         # Comparisons are false of NaN.
         together = together and not _some(~((now < residual) & (f_norm < np.inf)))
@@ -134,9 +135,9 @@ def iterate(
         if last or ((k + 1) % sync_every == 0 and not _some(active)):
             break
         if guard is not None:
-            z, g = guard(k, z, g, g_norm, propose)
+            z, g, g_norm = guard(k, z, g, g_norm, propose)
             fz = z + g
-        z = propose(k, z, fz, g)
+        z = propose(k, z, fz, g, g_norm)
         if not together:
             z = select(active, z, best)
 
@@ -144,10 +145,12 @@ def iterate(
     lost = xp.isinf(residual_norm)
     if not on_host or _some(lost):
         best = select(lost, torch.full_like(best, torch.nan), best)
-    grown = last_norm > _GROWTH * first_norm
-    codes = xp.where(grown, Status.DIVERGED.code, xp.full_like(steps, Status.MAX_ITER.code))
-    codes = xp.where(broken & ~grown, Status.NONFINITE.code, codes)
-    codes = xp.where(converged, Status.CONVERGED.code, codes)
+    codes = xp.full_like(steps, Status.CONVERGED.code)
+    if not on_host or _some(~converged):
+        grown = last_norm > _GROWTH * first_norm
+        failed = xp.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
+        failed = xp.where(broken & ~grown, Status.NONFINITE.code, failed)
+        codes = xp.where(converged, codes, failed)
     rows = int(steps.max()) if len(steps) else 0
     return Solution(
         value=best,
@@ -194,31 +197,34 @@ class _Rough:
 class _Guard:
     """P (f(z) − z) where P helps, f(z) − z elsewhere, and where to go on from."""
 
-    def __init__(self, preconditioner: Map, select: Callable[[Any, Tensor, Tensor], Tensor]):
-        self.preconditioner, self.select = preconditioner, select
+    def __init__(
+        self, preconditioner: Map, select: Callable[[Any, Tensor, Tensor], Tensor], xp: Any
+    ):
+        self.preconditioner, self.select, self.xp = preconditioner, select, xp
         self.start: tuple[Tensor, Tensor, Tensor] | None = None
         self.first_norm: Any = None
         self.helps: Any = None
 
     def __call__(
         self, k: int, z: Tensor, g: Tensor, g_norm: Any, propose: Propose
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Any]:
         if k == 0:
             changed = self.preconditioner(g)
             check_same_shape(changed, z, "the preconditioner")
             self.start, self.first_norm = (z, g, changed), g_norm
-            return z, changed
+            return z, changed, g_norm
         if self.start is not None:
             before, plain, changed = self.start
             self.start = None
             self.helps = g_norm <= _HELPS * self.first_norm
             if not self._everywhere():
                 z, g = self.select(self.helps, z, before), self.select(self.helps, g, plain)
+                g_norm = self.xp.where(self.helps, g_norm, self.first_norm)
                 first = self.select(self.helps, changed, plain)
-                propose(0, before, before + first, first)
+                propose(0, before, before + first, first, self.first_norm)
         if self._nowhere():
-            return z, g
-        return z, self.select(self.helps, self.preconditioner(g), g)
+            return z, g, g_norm
+        return z, self.select(self.helps, self.preconditioner(g), g), g_norm
 
     # Asked of numpy only: on an accelerator the answer would stall the queue.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def newton_krylov(
         # Where the linear system made no sense a Picard step is still one.
         return torch.where(torch.isfinite(delta).all(dim=1, keepdim=True), delta, g)
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         nonlocal search
         if search is None:
             search = _LineSearch(z, g)

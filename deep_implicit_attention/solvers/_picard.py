@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ._iterate import Map, iterate
@@ -48,7 +50,7 @@ def picard(
     """
     check_number("damping", damping, minimum=0.0, below=1.0)
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         return fz if damping == 0 else z + (1 - damping) * g
 
     return iterate(

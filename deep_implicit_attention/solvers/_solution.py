@@ -52,10 +52,11 @@ class Status(StrEnum):
     @property
     def code(self) -> int:
         """The status as an integer, for tensors."""
-        return _MEMBERS.index(self)
+        return _CODES[self]
 
 
 _MEMBERS = list(Status)
+_CODES = {status: code for code, status in enumerate(_MEMBERS)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class _Schedule:
         h, V = self.cavities
         layout = Layout((h.shape, V.shape), bare=False)
 
-        def propose(k: int, z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
+        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal h, V
             h, V = parallel(self.local, self.x, self.couplings, h, V, self.method.damping)
             return layout.pack((self.local.mean(h, V), V))
@@ -159,7 +159,7 @@ class _Schedule:
         def embedded(z: Tensor) -> Tensor:
             return f(z0.index_put((rows,), z))[rows]
 
-        def propose(k: int, z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
+        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal terms
             terms = update(*terms)
             h, V, _ = cavity(self.local, x, self.couplings, *terms)

@@ -25,7 +25,8 @@ def test_reaches_the_solution_of_a_contraction(solver, options, nonlinear, dtype
     tol = 1e-10 if dtype == torch.float64 else 1e-5
     problem = make_problem(norm=0.8, dtype=dtype, nonlinear=nonlinear)
     solution = solver(problem.f, problem.z0, tol=tol, max_iter=300, **options)
-    assert solution.value.dtype == dtype
+    for numbers in (solution.value, solution.residual, solution.residual_norm, solution.trace):
+        assert numbers.dtype == dtype
     assert solution.converged.all()
     assert solution.status == (Status.CONVERGED,) * 4
     # ‖z − z*‖ ≤ ‖f(z) − z‖ / (1 − L), here in units of the solution's size.
