@@ -40,14 +40,13 @@ def _least(dtype: torch.dtype) -> float:
 
 
 def power_of_two(b: Tensor) -> Tensor:
-    """The power of two below the largest entry of each row, `(B, 1)`; 1 for rows of zeros."""
+    """The power of two below the largest entry of each row, `(B, 1)`; ½ or 1 for rows of zeros."""
     if b.numel() == 0:
         return b.new_ones(b.shape[0], 1)
     largest = b.abs().amax(dim=1, keepdim=True)  # on the host four times faster than the norm
     if is_host(b):  # numpy is quicker with a few numbers
         few = largest.numpy()
-        sound = (few > 0) & (few < np.inf)
-        exponent = np.frexp(np.where(sound, few, np.ones_like(few)))[1] - 1
-        return torch.as_tensor(np.ldexp(np.ones_like(few), exponent))
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(np.ldexp(few.dtype.type(0.5), np.frexp(few)[1]))
     sound = (largest > 0) & (largest < torch.inf)
     return torch.where(sound, largest, 1).log2().floor().exp2()
