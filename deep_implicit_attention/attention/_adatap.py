@@ -130,7 +130,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        room = room_for(self.num_spins * self.dim, x) if self.symmetric else None
+        room = None
+        if self.symmetric:
+            room = room_for(self.num_spins * self.dim, full_precision(self._weight))
         operator = self.coupling_operator(precision, room)
         return _Gaussian(x, precision, operator, factorise(operator, self.symmetric, room))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..deq._map import without_autocast
+from ..deq._watched import watched
 from ._memory import empty
 
 
@@ -43,26 +44,28 @@ class Factor(NamedTuple):
 def factorise(operator: Tensor, symmetric: bool, room: Tensor | None = None) -> Factor:
     """Cholesky for a symmetric positive definite `operator` `(n, n)`, else LU; without a graph.
 
-    `room` is what `room_for` made, if the operator stands in it.
+    `room` is what `room_for` made; it is factorised if the operator stands in it.
     """
     with torch.no_grad():
         if symmetric:
-            size = len(operator)
-            factor, failed = torch.linalg.cholesky_ex(operator if room is None else room)
+            size, whole = len(operator), operator
+            if room is not None and room.data_ptr() == operator.data_ptr():
+                whole = room
+            factor, failed = torch.linalg.cholesky_ex(whole)
             if int(failed) == 0:
                 return Factor(factor[:size, :size], None)
         return Factor(*torch.linalg.lu_factor_ex(operator)[:2])
 
 
-def room_for(size: int, like: Tensor) -> Tensor:
-    """Memory for a matrix `(n, n)` to be factorised: a square tensor with the matrix in its corner.
+def room_for(size: int, like: Tensor) -> Tensor | None:
+    """Memory in whose corner a matrix `(n, n)` can be written to be factorised, if that pays.
 
     At multiples of a large power of two the entries of a column compete for the same lines of the
     cache (measured: Cholesky at n = 1024 takes 1.4 times as long as at 1032, at 128 twice as long
     as at 136). There it has a few rows more, of the identity, and columns that nobody reads.
     """
-    if size % 128:
-        return empty(size, size, like=like)
+    if size % 128 or watched(like):
+        return None
     room = empty(size + 8, size + 8, like=like)
     room[size:].zero_()
     room.diagonal()[size:].fill_(1.0)

@@ -80,7 +80,7 @@ class DEQMLPMixerAttention(DEQModule):
         return _Context(x, self.sum_over_couplings.weights(), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        field = feed_forward(z.mT, context.mixing).mT + context.x
+        field = context.x + feed_forward(z.mT, context.mixing).mT
         if context.correction is None:
             return field
         return field - feed_forward(z, context.correction)

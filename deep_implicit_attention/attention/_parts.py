@@ -45,7 +45,8 @@ class FeedForward(nn.Module):
         return Weights(*linear_weights(self.expand), *linear_weights(self.contract))
 
     def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.weights())
+        weights = self.weights()
+        return linear(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ def project(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
-    """The network of `FeedForward` with the given weights."""
+    """The network of `FeedForward` with the given weights, as a term of a sum (`linear_term`)."""
     return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 

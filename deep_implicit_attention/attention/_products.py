@@ -162,6 +162,7 @@ def _slim(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and len(weight) < _SLIM
+        and weight.dtype != torch.bfloat16
         and x.is_cpu
         and x.numel() >= _MANY * x.shape[-1]
     )

@@ -90,15 +90,12 @@ class SiteCouplings(DEQModule):
     def coupling_operator(self, precision: Tensor, room: Tensor | None = None) -> Tensor:
         """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass.
 
-        It is written into the corner of `room`, if that is given.
+        It is written into the corner of `room`, if that is given and the couplings are its own.
         """
         weight = full_precision(self._weight)
-        if not self._has_other_couplings() and not watched(weight, precision):
-            return _Operator.apply(weight, precision, self._symmetries, room)
-        operator = block_diagonal(precision) - self.coupling_matrix()
-        if room is not None:
-            room[: len(operator), : len(operator)] = operator.detach()
-        return operator
+        if self._has_other_couplings() or watched(weight, precision):
+            return block_diagonal(precision) - self.coupling_matrix()
+        return _Operator.apply(weight, precision, self._symmetries, room)
 
     def _has_other_couplings(self) -> bool:
         """Whether a subclass or the instance makes its couplings in another way."""

@@ -98,10 +98,8 @@ def iterate(
             check_same_shape(fz, z, "the map")
         g = fz - z
         g_norm, f_norm = norms(g), norms(fz)
-        now = g_norm
-        if stop_mode == "rel":
-            with np.errstate(all="ignore"):
-                now = g_norm / (f_norm + tiny)
+        with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart
+            now = g_norm / (f_norm + tiny) if stop_mode == "rel" else 1.0 * g_norm
         if k == 0:
             first_norm = last_norm = g_norm
             residual = residual_norm = xp.full_like(g_norm, torch.inf)

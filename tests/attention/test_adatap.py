@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention, _adatap
+from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention, _adatap, _linear
 from deep_implicit_attention.deq import DEQFixedPoint, fixed_point
 from deep_implicit_attention.spins import GaussianPrior
 
@@ -111,25 +111,38 @@ class TestAdaTAP:
 
 
 class TestClosedFormAsUsersMeetIt:
-    @pytest.mark.parametrize("kind", ["own", "other couplings", "indefinite"])
-    def test_a_size_that_is_a_power_of_two(self, kind):
+    @pytest.mark.parametrize("kind", ["own", "other couplings", "other operator", "indefinite"])
+    def test_a_size_that_is_a_power_of_two(self, kind, monkeypatch):
         """There the factorised matrix stands in the corner of a larger one."""
+        made = []
+
+        def empty(*shape, like):
+            made.append(shape)
+            return like.new_full(shape, torch.nan)
+
+        monkeypatch.setattr(_linear, "empty", empty)
 
         class Weaker(DEQAdaTAPMeanFieldAttention):
             def coupling_matrix(self):
                 return 0.5 * super().coupling_matrix()
 
+        class Doubled(DEQAdaTAPMeanFieldAttention):
+            def coupling_operator(self, precision, room=None):
+                return 2 * super().coupling_operator(precision, room)
+
         torch.manual_seed(0)
-        module = (Weaker if kind == "other couplings" else DEQAdaTAPMeanFieldAttention)(16, 8)
-        module = module.double()
+        kinds = {"other couplings": Weaker, "other operator": Doubled}
+        module = kinds.get(kind, DEQAdaTAPMeanFieldAttention)(16, 8).double()
         if kind == "indefinite":
             module._weight.data *= 9
         x = torch.randn(3, 16, 8, dtype=torch.float64, requires_grad=True)
         solution = DEQFixedPoint(module, on_failure="ignore")(x, return_solution=True)
+        assert made == [(136, 136)]
         assert {str(status) for status in solution.status} == {
             "indefinite" if kind == "indefinite" else "converged"
         }
         operator = torch.eye(128, dtype=torch.float64) - module.coupling_matrix()
+        operator = 2 * operator if kind == "other operator" else operator
         expected = torch.linalg.solve(operator, x.flatten(1).mT).mT.view_as(x)
         torch.testing.assert_close(solution.value, expected)
         g, at = torch.randn_like(x), (x, module._weight)

@@ -133,3 +133,13 @@ def test_fused_attention_is_left_to_autograd_where_transformed(monkeypatch):
     x.requires_grad_()
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
     close(found, expected)
+
+
+@pytest.mark.parametrize("sites", [4, 16])
+def test_adaptive_tap_for_samples_one_by_one(sites):
+    """Its couplings are factorised outside of `vmap`, also where N · d is a power of two."""
+    torch.manual_seed(0)
+    layer = DEQFixedPoint(DEQAdaTAPMeanFieldAttention(sites, 8), steps=2)
+    x = torch.randn(3, sites, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(lambda one: layer(one[None])[0])(x), layer(x))

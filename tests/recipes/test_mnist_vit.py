@@ -216,7 +216,6 @@ def test_another_model_is_not_resumed(train: Train, monkeypatch: pytest.MonkeyPa
     assert (config["recipe"], config["attention"]) == ("mnist-vit", "mean-field")
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("attention", VARIANTS)
 def test_the_report_shows_every_mechanism(
     attention: str, train: Train, data: ImageData, monkeypatch: pytest.MonkeyPatch

@@ -205,7 +205,6 @@ def test_weights_that_are_not_finite(part: str, copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_is_not_finite(copy: Path) -> None:
     """A training that diverged late: one frame less, and nothing else is lost."""
     step = Run(copy).checkpoints.steps()[-1]

@@ -84,3 +84,14 @@ def test_accepting_and_with_status_touch_only_the_chosen_samples(mixed):
     assert indefinite.residual[0] == mixed.residual[0]
     assert isinstance(indefinite, Solution)
     assert mixed.converged.tolist() == [True, False, False]  # the original is as it was
+
+
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+@pytest.mark.parametrize("max_iter", [1, 40])
+def test_its_numbers_are_apart(stop_mode, max_iter):
+    """Whoever changes one of them changes no other."""
+    solution = picard(
+        lambda z: 0.5 * z + 1, torch.zeros(3, 2), stop_mode=stop_mode, max_iter=max_iter
+    )
+    numbers = [solution.residual, solution.residual_norm, solution.trace, solution.steps]
+    assert len({part.data_ptr() for part in numbers}) == 4
