@@ -79,7 +79,7 @@ def peak_bytes(run: Run) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident("VmRSS")
         run()
-        return _resident("VmHWM") - before
+        return max(0, _resident("VmHWM") - before)
     except OSError:
         return None
 
