@@ -49,8 +49,8 @@ MISSED = (
     "which plain iteration is optimal, so no solver saves evaluations, and over half of its "
     "forward time is bare products; of adaptive TAP (4, 32, 8) a quarter of the forward time is "
     "one Cholesky factorisation. What else there is there, in mean field (60, 17, 10) and in "
-    "softmax (32, 64, 16) is many small operations, which find the caches filled by the rival "
-    "whose turn it was."
+    "softmax (32, 64, 16) is many small operations of many kinds, which among each other take two "
+    "to four times as long as each in a loop of its own."
 )
 
 

@@ -45,8 +45,7 @@ class FeedForward(nn.Module):
         return Weights(*linear_weights(self.expand), *linear_weights(self.contract))
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.weights()
-        return linear(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
+        return feed_forward(x, self.weights()).contiguous()
 
 
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:

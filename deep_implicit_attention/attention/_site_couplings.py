@@ -18,7 +18,7 @@ from ._parts import check_no_inputs, check_positive, check_sources
 
 
 class SiteCouplings(DEQModule):
-    """A module with free parameters J_ij, one d×d matrix for each _ordered pair of sites.
+    """A module with free parameters J_ij, one d×d matrix for each ordered pair of sites.
 
     The raw parameter `_weight` is `(N, N, d, d)`, initialised N(0, `weight_init_std`²), by
     default with variance 1/(N d²), so that fields of unit norm give responses of order one (Bal
