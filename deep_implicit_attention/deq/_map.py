@@ -202,22 +202,28 @@ def _uncached() -> Iterator[None]:
 
 def _replica(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, list[Place]]]]:
     """A copy of the tree of modules with tables of its own, and where each tensor stands in it."""
-    copies: dict[int, nn.Module] = {}
     owned: dict[int, tuple[Tensor, list[Place]]] = {}
+    return _copied(module, {}, owned), list(owned.values())
 
-    def copy(part: nn.Module) -> nn.Module:
-        if id(part) in copies:
-            return copies[id(part)]
-        new = copies[id(part)] = object.__new__(type(part))
-        new.__dict__ = dict(part.__dict__)
-        for kind in ("_parameters", "_buffers"):
-            table = new.__dict__[kind] = dict(part.__dict__[kind])
-            for name, tensor in table.items():
-                if tensor is not None:
-                    owned.setdefault(id(tensor), (tensor, []))[1].append((table, name))
-        new.__dict__["_modules"] = {
-            name: None if child is None else copy(child) for name, child in part._modules.items()
-        }
-        return new
 
-    return copy(module), list(owned.values())
+def _copied(
+    part: nn.Module,
+    copies: dict[int, nn.Module],
+    owned: dict[int, tuple[Tensor, list[Place]]],
+) -> nn.Module:
+    """`_replica` of a part, adding to what has been copied and to whose tensors stand where."""
+    # Not a closure that calls itself: it would be a cycle, and keep the weights until a collection.
+    if id(part) in copies:
+        return copies[id(part)]
+    new = copies[id(part)] = object.__new__(type(part))
+    new.__dict__ = dict(part.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        table = new.__dict__[kind] = dict(part.__dict__[kind])
+        for name, tensor in table.items():
+            if tensor is not None:
+                owned.setdefault(id(tensor), (tensor, []))[1].append((table, name))
+    new.__dict__["_modules"] = {
+        name: None if child is None else _copied(child, copies, owned)
+        for name, child in part._modules.items()
+    }
+    return new

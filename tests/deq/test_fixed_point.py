@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -205,8 +207,6 @@ class TestGraph:
             loss.backward()
 
     def test_no_memory_is_held_after_backward(self, problem, w, x):
-        import gc
-
         def alive() -> int:
             return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
@@ -221,6 +221,18 @@ class TestGraph:
         finally:
             gc.enable()
         assert leaked <= 0
+
+    def test_weights_go_with_their_module(self, problem, w, x):
+        module = problem.module(w.detach())
+        weight = weakref.ref(module.w)
+        gc.collect()
+        gc.disable()
+        try:
+            fixed_point(module, torch.zeros_like(x), (x,), **TIGHT).value.sum().backward()
+            del module
+            assert weight() is None
+        finally:
+            gc.enable()
 
 
 class TestStates:
