@@ -36,7 +36,10 @@ def without_autocast(like: Tensor) -> AbstractContextManager:
 def in_autocast(like: Tensor) -> bool:
     """Whether autocast is on for the device of `like`."""
     device = like.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The compiler of torch 2.11 breaks the graph at the first question; what it compiles for has
+    # autocast.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 class TracedMap:
