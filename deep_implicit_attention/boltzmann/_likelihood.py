@@ -73,14 +73,14 @@ def anneal(theta: Tensor, base: Tensor, *, particles: int, steps: int, seed: int
     blocks = BlockGibbs(SpinSystem.unchecked(J, IsingPrior()))
     spins = IsingPrior().sample(base.expand(particles, -1), generator)
     packed = blocks.pack(spins)
-    gain = blocks.pack((h - base).expand_as(spins))
+    start, end = (blocks.pack(field.expand_as(spins)) for field in (base, h))
+    gain = end - start
     log_weight = torch.zeros_like(packed[0, 0])
     for step in range(1, steps + 1):
         log_weight += blocks.log_weight(packed, gain) / steps
         if step < steps:
             beta = step / steps
-            field = blocks.pack((h + (1 - beta) / beta * base).expand_as(spins))
-            blocks.sweep(packed, field, beta, generator)
+            blocks.sweep(packed, end + (1 - beta) / beta * start, beta, generator)
     return log_weight
 
 
