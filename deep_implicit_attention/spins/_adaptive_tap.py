@@ -77,6 +77,9 @@ def next_variance(
     new_V = 0.5 * (new_V + new_V.mT)
     # Where Λ − J is not positive definite on the way, V grows, slowly: m has time to move, and no
     # such state is a fixed point.
+    sound = white.sound[:, None, None, None]
     typical = covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(dim=1)[:, None, None, None]
+    # Saturated spins have none, and the derivative of 1/0 is NaN even where it is not wanted.
+    typical = torch.where(sound, 1.0, typical)
     grown = V + 0.1 / typical * torch.eye(k, dtype=V.dtype, device=V.device)
-    return torch.where(white.sound[:, None, None, None], new_V, grown), Q, white
+    return torch.where(sound, new_V, grown), Q, white

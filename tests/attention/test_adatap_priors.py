@@ -101,6 +101,26 @@ def test_naive_mean_field_without_the_response(name, fields):
     assert not bool(cavity.any())
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize(("name", "size"), [("ising", 30), ("potts", 60), ("sphere", 1e20)])
+def test_saturated_spins_have_no_derivative_and_spoil_none(name, size, steps, fields):
+    module, fields = make(name, 0.1).float(), fields.float()
+    layer = DEQFixedPoint(module, steps=steps)
+    fields[1] = size * torch.tensor([1.0, 0.0, -1.0] if name == "potts" else [1.0, 1.0, 1.0])
+    x = fields.requires_grad_()
+    found = grad(layer(x).square().sum(), (x, module._weight))
+    others = x.detach()[[0, 2]].requires_grad_()
+    expected = grad(layer(others).square().sum(), (others, module._weight))
+    torch.testing.assert_close(found[0][[0, 2]], expected[0])
+    assert found[0][1].abs().max() < 1e-10
+    free = grad(module.free_energy(x)[[0, 2]].sum(), module._weight)[0]
+    torch.testing.assert_close(free, grad(module.free_energy(others).sum(), module._weight)[0])
+    if name == "sphere":  # its direction stays free, and couplings turn it
+        assert bool(found[1].isfinite().all())
+    else:
+        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", PRIORS)
 def test_gradients_of_every_order(name, fields):
     module = make(name, 0.4)
