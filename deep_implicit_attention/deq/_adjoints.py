@@ -134,7 +134,7 @@ class Implicit(Adjoint):
         tape = None
         if f.closes_over:
             tape = f(z, [t.detach() for t in f.tensors])
-        return _attach(f, equation, z, tape, f.tensors)
+        return _attach(f, equation, z, tape, f.kept())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (str(self), self.solution)
+
 
 def check_on_failure(value: str) -> None:
     """Raise `ValueError` unless `value` names a policy."""

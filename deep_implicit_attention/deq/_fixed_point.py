@@ -15,10 +15,11 @@ from ..solvers._validate import check_options, takes
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
-from ._map import TracedMap, is_plain, untraced, without_autocast
+from ._map import TracedMap, outside_inference_mode, plain_arguments, untraced, without_autocast
 from ._state import Layout, State, full_precision, widen
 
 
+@outside_inference_mode
 def fixed_point(
     f: Callable[..., State],
     z0: State,
@@ -72,7 +73,7 @@ def fixed_point(
         max_iter=max_iter,
         **solver_options,
     )
-    report(solution, on_failure, "fixed_point", tol)
+    report(solution, on_failure, "fixed_point", tol, stacklevel=4)
     return solution
 
 
@@ -121,15 +122,17 @@ def solve_and_attach(
         flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
-    plain = (rough_args is not None or not torch.is_grad_enabled()) and is_plain(f, args)
-    if not plain:
+    plain = None
+    if rough_args is not None or not torch.is_grad_enabled():
+        plain = plain_arguments(f, args)
+    if plain is None:
         rough_args = None  # narrow parameters are widened for f, but not for its approximation
     if rough_args is not None and takes(solver, "rough"):
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
-    if not torch.is_grad_enabled() and plain:
+    if not torch.is_grad_enabled() and plain is not None:
         with without_autocast(flat):
-            solution = solve(untraced(f, layout, args), flat)
+            solution = solve(untraced(f, layout, plain), flat)
         return solution.with_value(layout.unpack(solution.value))
     traced = TracedMap(f, layout, args)
     if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):

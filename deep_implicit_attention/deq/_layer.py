@@ -12,7 +12,7 @@ from ..solvers import Solution, Status, anderson
 from ._adjoints import Adjoint
 from ._failure import OnFailure, report
 from ._fixed_point import check_fixed_point_solver, solve_and_attach
-from ._map import TracedMap, in_autocast, without_autocast
+from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
 from ._relax import closed_form, relax
 from ._settings import Settings, check_elements, override, parse
@@ -168,6 +168,7 @@ class DEQFixedPoint(nn.Module):
 
         return update
 
+    @outside_inference_mode
     def _respond(
         self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
     ) -> Solution:
@@ -176,8 +177,10 @@ class DEQFixedPoint(nn.Module):
             fields = self._fields(x, inputs)
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             poisoned = False
-            if not bool(solution.converged.all()):
-                broken = solution.codes == Status.NONFINITE.code
+            # A bounded response to what is not finite may be finite. (The sum is a quick first look.)
+            sound = bool(solution.converged.all()) and bool(fields.detach().sum().isfinite())
+            if not sound:
+                broken = (solution.codes == Status.NONFINITE.code) | ~_finite(fields)
                 poisoned = bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
@@ -197,7 +200,7 @@ class DEQFixedPoint(nn.Module):
                 type(self.fun).__name__,
                 settings.tol,
                 _LEFT_OUT if poisoned else "",
-                stacklevel=6,
+                stacklevel=7,
             )
         return self._narrowed(solution, x)
 
@@ -207,7 +210,7 @@ class DEQFixedPoint(nn.Module):
         """The same at a fixed number of steps, without control flow on data."""
         with without_autocast(x):
             fields = self._fields(x, inputs)
-            broken = ~torch.isfinite(fields).flatten(1).all(dim=1)
+            broken = ~_finite(fields)
             fields = fields.masked_fill(_like(broken, fields), 0.0)
             context = self._prepare(fields, inputs)
             solution = self._solve(fields, context, state, settings, evidence, traceable=True)
@@ -326,9 +329,13 @@ class DEQFixedPoint(nn.Module):
                         f"{tuple(parts[place].shape)}, got {part.dtype} {tuple(part.shape)}"
                     )
                 part = part.detach().to(parts[place])
-                sound = torch.isfinite(part.flatten(1)).all(dim=1)
-                parts[place] = torch.where(_like(sound, part), part, parts[place])
+                parts[place] = torch.where(_like(_finite(part), part), part, parts[place])
         return parts[0] if layout.bare else tuple(parts)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Which samples of `x` `(B, ...)` are finite, `(B,)`."""
+    return torch.isfinite(x.detach()).flatten(1).all(dim=1)
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ a differentiable tensor that is on neither list.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,9 @@ from ._state import Layout, full_precision
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
 Place = tuple[dict[str, Any], str]
 
+# Buffers of more numbers than these are couplings or masks, and constant.
+_SMALL = 1 << 16
+
 
 def without_autocast(like: Tensor) -> AbstractContextManager:
     """A solve keeps the precision of its state: autocast is off inside, forward and backward."""
@@ -40,6 +44,23 @@ def in_autocast(like: Tensor) -> bool:
     # autocast.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
+
+
+def outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` called under `no_grad` in the place of inference mode.
+
+    Tensors of inference mode have no version, by which a map that changes its state in place is
+    found out.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **options)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **options)
+
+    return call
 
 
 class TracedMap:
@@ -61,8 +82,23 @@ class TracedMap:
         self.closes_over = False
 
     def __call__(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        with self.bound(tensors) as f:
-            return f(z)
+        with self._arguments(tensors) as args:
+            f = self.f
+            if isinstance(f, nn.Module) and torch.is_grad_enabled():
+                # What a backward pass computes again (`torch.utils.checkpoint`) has to find its
+                # tensors then, in a copy that lives as long as that graph.
+                f = _copied(f, {}, {})
+            return _flat_image(f, self.layout, z, args)
+
+    def kept(self) -> list[Tensor]:
+        """`tensors` as they are to be saved for backward.
+
+        Buffers that a forward pass in training updates (running statistics, the vectors of
+        `spectral_norm`) change before it, so small ones are copied; torch's own do likewise.
+        """
+        given = len(self._slots)
+        owned = (t.clone() if _is_small_buffer(t) else t for t in self.tensors[given:])
+        return [*self.tensors[:given], *owned]
 
     @contextmanager
     def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -148,14 +184,31 @@ class TracedMap:
         return image.detach()
 
 
-def is_plain(f: Callable, args: Sequence[Any]) -> bool:
-    """Whether f is a module that can be called as it is: nothing needs widening or a derivative."""
+def plain_arguments(f: Callable, args: Sequence[Any]) -> Sequence[Any] | None:
+    """`args` detached, if f can be called with them as it is, or None.
+
+    It can if it is a module, nothing needs widening or a derivative, and no parameter that it reads
+    by itself requires a gradient: products with such a one may take another kernel, and the solution
+    would not be that with gradients, bit for bit. (A module with a `vjp` reads none.)
+    """
     if not isinstance(f, nn.Module):
-        return False
-    leaves = [leaf for leaf in pytree.tree_leaves(tuple(args)) if isinstance(leaf, Tensor)]
-    if any(unpack_dual(leaf).tangent is not None for leaf in leaves):
-        return False
-    return all(tensor is full_precision(tensor) for tensor in (*leaves, *_owned(f)))
+        return None
+    leaves, tree = pytree.tree_flatten(tuple(args))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return None
+    owned = [tensor for tensor in _owned(f) if tensor is not None]
+    if not all(tensor is full_precision(tensor) for tensor in (*tensors, *owned)):
+        return None
+    if of_its_update(f, "vjp", "forward") is None and any(t.requires_grad for t in owned):
+        return None
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(detached, tree)
+
+
+def _is_small_buffer(tensor: Tensor) -> bool:
+    own = not isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    return own and tensor.numel() <= _SMALL
 
 
 def _owned(module: nn.Module) -> Iterator[Tensor | None]:
