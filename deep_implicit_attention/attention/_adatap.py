@@ -31,7 +31,7 @@ class _Gaussian(NamedTuple):
     x: Tensor  # (B, N, d), the fields, x + Pμ
     precision: Tensor  # (N, d, d), P_i
     operator: Tensor  # (N·d, N·d), blockdiag P − J
-    factor: Factor  # of the operator
+    factor: Factor | None  # of the operator; None where numbers cannot be looked at
 
 
 class _Frozen(NamedTuple):
@@ -134,7 +134,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if self.symmetric:
             room = room_for(self.num_spins * self.dim, full_precision(self._weight))
         operator = self.coupling_operator(precision, room)
-        return _Gaussian(x, precision, operator, factorise(operator, self.symmetric, room))
+        context = _Gaussian(x, precision, operator, None)
+        if torch.compiler.is_compiling() or transformed(operator):
+            return context  # which serves `update`
+        return context._replace(factor=factorise(operator, self.symmetric, room))
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):
@@ -163,7 +166,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
     def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """z; V only if element 1 is wanted."""
-        x, operator, factor = context.x, context.operator, context.factor
+        x, operator, factor = context.x, context.operator, self._factor(context)
         z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
         if 1 not in wanted:
             return z, None
@@ -172,6 +175,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         blocks = diagonal_blocks(inverse(operator, factor), self.num_spins)
         cavity_variance = context.precision - torch.linalg.inv_ex(blocks).inverse
         return z, cavity_variance.expand(x.shape[0], *cavity_variance.shape)
+
+    def _factor(self, context: _Gaussian) -> Factor:
+        return context.factor or factorise(context.operator, self.symmetric)
 
     def residual(self, context: _Gaussian, state: State) -> tuple[Tensor, Tensor]:
         """‖f(z) − z‖, relative to ‖f(z)‖ and absolute, of f(z) = P⁻¹ (x + Pμ + J z).
@@ -198,7 +204,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
     def judge(self, context: _Gaussian) -> str:
         """Names the smallest eigenvalue of P − J if the matrix is not positive definite."""
-        if not self.symmetric or context.factor.pivots is None:
+        if not self.symmetric or self._factor(context).pivots is None:
             return ""
         operator = context.operator.detach()
         if not bool(torch.isfinite(operator).all()):
@@ -243,9 +249,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _gaussian_log_partition(self, context: _Gaussian) -> Tensor:
         if message := self.judge(context):
             raise ValueError(f"P − J must be positive definite. {message}")
-        b = context.x.flatten(1)
-        z = solve(context.operator, b.mT, context.factor).mT
-        log = 0.5 * (b * z).sum(dim=1) - 0.5 * log_determinant(context.operator, context.factor)
+        b, factor = context.x.flatten(1), self._factor(context)
+        z = solve(context.operator, b.mT, factor).mT
+        log = 0.5 * (b * z).sum(dim=1) - 0.5 * log_determinant(context.operator, factor)
         log = log + 0.5 * torch.linalg.slogdet(context.precision).logabsdet.sum()
         if isinstance(self.prior, GaussianPrior):
             pulled = self.prior.precision() @ self.prior.location
@@ -276,7 +282,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
             context = self.prepare(nothing)
             if isinstance(context, _Gaussian):
-                context = context._replace(factor=context.factor.inverted())
+                context = context._replace(factor=self._factor(context).inverted())
             copies = [weight.clone() for weight in self._weights()]
         return _Frozen(self._settings(), copies, context)
 

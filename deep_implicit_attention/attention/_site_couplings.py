@@ -83,7 +83,7 @@ class SiteCouplings(DEQModule):
     def coupling_blocks(self) -> Tensor:
         """`coupling_matrix()` with its indices apart, `(N, d, N, d)`."""
         weight = full_precision(self._weight)
-        if watched(weight):
+        if watched(weight) or self._overrides("weight"):
             return self.weight().transpose(1, 2).contiguous()
         return _Matrix.apply(weight, self._symmetries, 1.0)
 
@@ -93,15 +93,16 @@ class SiteCouplings(DEQModule):
         It is written into the corner of `room`, if that is given and the couplings are its own.
         """
         weight = full_precision(self._weight)
-        if self._has_other_couplings() or watched(weight, precision):
+        own = self._overrides("weight", "coupling_matrix", "coupling_blocks")
+        if own or watched(weight, precision):
             return block_diagonal(precision) - self.coupling_matrix()
         return _Operator.apply(weight, precision, self._symmetries, room)
 
-    def _has_other_couplings(self) -> bool:
-        """Whether a subclass or the instance makes its couplings in another way."""
+    def _overrides(self, *names: str) -> bool:
+        """Whether a subclass or the instance has one of these methods of its own."""
         return any(
             name in vars(self) or getattr(type(self), name) is not getattr(SiteCouplings, name)
-            for name in ("coupling_matrix", "coupling_blocks")
+            for name in names
         )
 
     def couplings(self, x: Tensor) -> Tensor:

@@ -61,9 +61,13 @@ class SoftmaxCouplings(DEQModule):
         self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
 
     def sources(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_sources(x, self.dim, None, next(self.to_q.parameters()))
+        check_sources(x, self.dim, None, self._weight_like(x))
         check_key_mask(mask, x)
         return hide(x, mask)
+
+    def _weight_like(self, x: Tensor) -> Tensor:
+        """A parameter to hold the sources against; replicas of a data-parallel module have none."""
+        return next(self.to_q.parameters(), x)
 
     def couplings(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """J_ij of each head, `(B, heads, N, N)`; rows sum to one (zero without any key)."""
@@ -100,7 +104,7 @@ class SoftmaxCouplings(DEQModule):
                 f"{type(self).__name__} must be causal to append a site: without causal=True a new "
                 "site changes the equilibrium of those before it"
             )
-        check_sources(x_new, self.dim, 1, next(self.to_q.parameters()))
+        check_sources(x_new, self.dim, 1, self._weight_like(x_new))
         recent = split_heads(state, self.heads)
         states = recent if memory.states is None else torch.cat([memory.states, recent], dim=2)
         q, k = self.queries_and_keys(x_new, first=memory.keys.shape[2])

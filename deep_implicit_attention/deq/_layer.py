@@ -177,7 +177,7 @@ class DEQFixedPoint(nn.Module):
             fields = self._fields(x, inputs)
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             poisoned = False
-            # A bounded response to what is not finite may be finite. (The sum is a quick first look.)
+            # A bounded response to what is not finite may be finite. The sum is a first look.
             sound = bool(solution.converged.all()) and bool(fields.detach().sum().isfinite())
             if not sound:
                 broken = (solution.codes == Status.NONFINITE.code) | ~_finite(fields)

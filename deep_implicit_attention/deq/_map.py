@@ -188,8 +188,8 @@ def plain_arguments(f: Callable, args: Sequence[Any]) -> Sequence[Any] | None:
     """`args` detached, if f can be called with them as it is, or None.
 
     It can if it is a module, nothing needs widening or a derivative, and no parameter that it reads
-    by itself requires a gradient: products with such a one may take another kernel, and the solution
-    would not be that with gradients, bit for bit. (A module with a `vjp` reads none.)
+    by itself requires a gradient: products with such a one may take another kernel, and the
+    solution would not be that with gradients, bit for bit. (A module with a `vjp` reads none.)
     """
     if not isinstance(f, nn.Module):
         return None

@@ -56,10 +56,13 @@ def sample(
 
     The likeliest itself at temperature 0.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = full_precision(logits) / temperature
+    logits = full_precision(logits)
+    # From the largest down, so that a small temperature makes none infinite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        # By their places, as several may be equal to the last.
+        likeliest = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, *likeliest[::-1])
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

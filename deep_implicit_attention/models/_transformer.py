@@ -206,7 +206,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             check_left_padding(mask)
         cache = cache and overrides.get("steps", self.steps) is None
         caches: list[StateCache] = []
-        was_training = self.training
+        before = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -223,7 +223,9 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
                 if mask is not None:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         finally:
-            self.train(was_training)
+            self.train(before[0][1])
+            for module, training in before:  # parts may have been in another mode
+                module.training = training
         return ids
 
     def _extend(

@@ -86,8 +86,13 @@ def _uniform(x: Tensor, n: float) -> Bessel:
     return Bessel(ratio, slope, fall, log)
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # a compiler would trace what the cache is there to spare
 def _coefficients(n: float) -> list[tuple[float, float, float]]:
+    return _kept_coefficients(n)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_coefficients(n: float) -> list[tuple[float, float, float]]:
     """For each power of p, the highest first, the coefficients of three polynomials.
 
     With D(p) = Σ_m a_m p^m = Σ_k D_k(p)/n^k: those of Σ_m m a_m p^m and Σ_m m (m + 2) a_m p^m, and

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..deq._failure import report
+from ..deq._watched import transformed
 from ..solvers import Solution, Status
 from ._blocks import diagonal_blocks
 from ._exact import Exact
@@ -117,7 +118,8 @@ def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
     operator.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(operator)
     sound = failed == 0
-    if torch.compiler.is_compiling() or not bool(sound.all()):
+    unseen = torch.compiler.is_compiling() or transformed(sound)
+    if unseen or not bool(sound.all()):
         identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
         factor = torch.where(sound[:, None, None], factor, identity)
     return Whitened(factor, sound, root, pulled)

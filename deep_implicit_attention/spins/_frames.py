@@ -7,8 +7,6 @@ are, but their second moments are matched on the trace only.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 
@@ -88,10 +86,17 @@ class Frame:
     def __init__(self, system: SpinSystem, local: Local, components: int) -> None:
         self.system, self.local, self.components = system, local, components
         self.basis: Tensor | None = None
+        self._couplings: Tensor | None = None
 
-    @cached_property
+    @property
     def couplings(self) -> Tensor:
         """`(N·k, N·k)`. Scalar couplings are J_ij · 1 in any frame and need not be so large."""
+        # Not `cached_property`: before Python 3.12 it takes a lock, which compilers do not know.
+        if self._couplings is None:
+            self._couplings = self._matrix()
+        return self._couplings
+
+    def _matrix(self) -> Tensor:
         return self.system.matrix()
 
     def fields(self, x: Tensor) -> Tensor:
@@ -134,8 +139,7 @@ class _PottsFrame(Frame):
         self.push = system.pull(centre)  # Σ_j J_ij 1/q
         self.centre_energy = 0.5 * (centre * self.push).sum()
 
-    @cached_property
-    def couplings(self) -> Tensor:
+    def _matrix(self) -> Tensor:
         given, k = self.system.couplings, self.components
         if given.dim() == 4:
             blocks = self.basis.mT @ given @ self.basis

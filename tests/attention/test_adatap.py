@@ -148,7 +148,7 @@ class TestClosedFormAsUsersMeetIt:
         g, at = torch.randn_like(x), (x, module._weight)
         torch.testing.assert_close(grad(solution.value, at, g), grad(expected, at, g))
 
-    @pytest.mark.parametrize("name", ["coupling_matrix", "coupling_blocks"])
+    @pytest.mark.parametrize("name", ["coupling_matrix", "coupling_blocks", "weight"])
     def test_other_couplings_are_those_of_the_system(self, name):
         def weaker(self):
             return 0.5 * getattr(DEQAdaTAPMeanFieldAttention, name)(self)

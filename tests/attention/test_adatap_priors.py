@@ -83,11 +83,29 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
     assert samples_differ == (name != "gaussian")
 
 
-@pytest.mark.parametrize("name", ["ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)])
-def test_explicit_steps_are_exported(name, fields):
+@pytest.mark.parametrize("name", PRIORS)
+def test_explicit_steps_are_exported_and_mapped_over_samples(name, fields):
     layer = DEQFixedPoint(make(name, 0.4), steps=3)
+    expected = layer(fields)
     exported = torch.export.export(layer, (fields,)).module()
-    torch.testing.assert_close(exported(fields), layer(fields))
+    torch.testing.assert_close(exported(fields), expected)
+    one_by_one = torch.func.vmap(lambda x: layer(x[None])[0])(fields)
+    torch.testing.assert_close(one_by_one, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["gaussian", "ising", *(pytest.param(n, marks=pytest.mark.slow) for n in ITERATED[1:])]
+)
+def test_explicit_steps_compile_as_one_graph(name, fields):
+    torch._dynamo.reset()
+    module = make(name, 0.4)
+    layer = DEQFixedPoint(module, steps=2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(fields), layer(fields)
+    torch.testing.assert_close(found, expected)
+    weights = list(module.parameters())
+    by_weights = grad(found.square().sum(), weights)
+    torch.testing.assert_close(by_weights, grad(expected.square().sum(), weights))
 
 
 @pytest.mark.parametrize("name", ITERATED)

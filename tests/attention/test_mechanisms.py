@@ -33,6 +33,48 @@ def network(weights, x):
     return hidden @ weights.contract.weight.T + weights.contract.bias
 
 
+class Causal(DEQMeanFieldAttention):
+    """Free couplings to earlier sites only."""
+
+    def weight(self):
+        return super().weight() * torch.ones(4, 4).tril()[:, :, None, None].to(self._weight)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_couplings_are_those_that_weight_says(x, steps):
+    torch.manual_seed(0)
+    module = Causal(4, 6).double()
+    layer = DEQFixedPoint(module, steps=steps, **TIGHT)
+    later = x.clone()
+    later[:, 2:] += 1
+    z = layer(x)
+    torch.testing.assert_close(layer(later)[:, :2], z[:, :2], rtol=0, atol=1e-10)
+    (by_weight,) = grad(z.square().sum(), module._weight)
+    apart = torch.ones(4, 4, dtype=torch.bool).tril(-1)
+    assert bool((by_weight[~apart] == 0).all())
+    assert bool((by_weight[apart] != 0).all())
+
+
+def test_replicas_of_data_parallel_modules(case, x):
+    """As `nn.DataParallel` makes them: attributes in the place of parameters."""
+    replica = case.module._replicate_for_data_parallel()
+    for name, child in case.module.named_modules():
+        if name:
+            parent, _, last = name.rpartition(".")
+            copied = child._replicate_for_data_parallel()
+            replica.get_submodule(parent)._modules[last] = copied
+    for original, copied in zip(case.module.modules(), replica.modules(), strict=True):
+        for name, parameter in original._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+    found = DEQFixedPoint(replica, **TIGHT)(x, *case.inputs)
+    expected = DEQFixedPoint(case.module, **TIGHT)(x, *case.inputs)
+    torch.testing.assert_close(found, expected)
+    weights = [p for p in case.module.parameters() if p.requires_grad]
+    torch.testing.assert_close(
+        grad(found.square().sum(), weights), grad(expected.square().sum(), weights)
+    )
+
+
 class TestEquations:
     """One update against the equation of the docstring, site by site."""
 

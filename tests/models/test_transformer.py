@@ -219,6 +219,20 @@ def test_generation_leaves_the_mode_and_uses_no_dropout() -> None:
     assert model.training
     assert model.blocks[0].fun.training
     assert torch.equal(first, model.eval().generate(ids, 3, temperature=0))
+    model.train()
+    model.blocks[0].eval()  # a part that is frozen, say
+    before = [module.training for module in model.modules()]
+    model.generate(ids, 1)
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-40, 1e-300])
+def test_equal_logits_are_drawn_from_the_first_k_only(temperature: float) -> None:
+    model = build(depth=1)
+    model.tokens.weight.data.zero_()  # all logits are equal
+    many = tokens(1, 3).expand(200, 3)
+    drawn = model.generate(many, 1, temperature=temperature, top_k=2)[:, -1]
+    assert len(set(drawn.tolist())) <= 2
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
