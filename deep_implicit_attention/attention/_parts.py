@@ -48,12 +48,15 @@ class FeedForward(nn.Module):
         return feed_forward(x, self.weights()).contiguous()
 
 
+_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")
+
+
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer that acts on the state, for the context.
 
     During a solve the layer is not called, so hooks on it would silently do nothing.
     """
-    if layer._forward_pre_hooks or layer._forward_hooks:
+    if any(getattr(layer, f"_{kind}_hooks") for kind in _HOOKS):
         raise RuntimeError(
             f"{layer} acts inside a solve, where its hooks are not called: use "
             "torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
@@ -257,6 +258,11 @@ class _Attach(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        if is_legacy_batchedtensor(g):
+            raise RuntimeError(
+                "gradients of a fixed point are solved for one vector at a time: leave out "
+                "is_grads_batched=True, or vectorize=True of torch.autograd.functional"
+            )
         z, tape, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
         u = _solve_adjoint(ctx.f, ctx.equation, z, tensors, needed, g)

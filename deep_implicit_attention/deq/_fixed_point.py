@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 
 from ..solvers import Solution, anderson, gmres
@@ -77,6 +78,23 @@ def fixed_point(
     return solution
 
 
+_FORWARD_MODE = (
+    "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use reverse mode"
+)
+
+
+def _refuse_transformations() -> None:
+    """Raise where `torch.func` hides the numbers that a solver looks at."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(_FORWARD_MODE)
+    raise RuntimeError(
+        "torch.func cannot transform a solve to tolerance, which is a loop on data: use "
+        "torch.autograd, or a layer with a fixed number of steps, DEQFixedPoint(..., steps=K)"
+    )
+
+
 def check_fixed_point_solver(solver: Callable) -> None:
     """Raise unless `solver` can be meant to solve z = f(z)."""
     if not callable(solver):
@@ -130,16 +148,14 @@ def solve_and_attach(
     if rough_args is not None and takes(solver, "rough"):
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
+    _refuse_transformations()
     if not torch.is_grad_enabled() and plain is not None:
         with without_autocast(flat):
             solution = solve(untraced(f, layout, plain), flat)
         return solution.with_value(layout.unpack(solution.value))
     traced = TracedMap(f, layout, args)
     if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):
-        raise RuntimeError(
-            "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use "
-            "reverse mode"
-        )
+        raise RuntimeError(_FORWARD_MODE)
     differentiable = torch.is_grad_enabled()
 
     with torch.no_grad(), without_autocast(flat):
@@ -169,5 +185,7 @@ def solve_and_attach(
                 preconditioner=flat_preconditioner,
                 rough=rough_args is not None,
             )
+    else:
+        value = value.clone()  # a map may return what it was given
     traced.tensors = []  # from here on what autograd saved is all that is held
     return solution.with_value(layout.unpack(value))

@@ -249,11 +249,14 @@ def _uncached() -> Iterator[None]:
     if not enabled:
         yield
         return
-    parametrize._cache_enabled = 0
+    # By how much, not to what: another thread may enter or leave `cached()` meanwhile.
+    parametrize._cache_enabled -= enabled
     try:
         yield
     finally:
-        parametrize._cache_enabled = enabled
+        parametrize._cache_enabled += enabled
+        if not parametrize._cache_enabled:
+            parametrize._cache = {}
 
 
 def _replica(module: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, list[Place]]]]:
@@ -271,6 +274,8 @@ def _copied(
     # Not a closure that calls itself: it would be a cycle, and keep the weights until a collection.
     if id(part) in copies:
         return copies[id(part)]
+    if isinstance(part, torch.jit.ScriptModule):
+        raise TypeError("f must not hold a scripted module, of which no copy can be made")
     new = copies[id(part)] = object.__new__(type(part))
     new.__dict__ = dict(part.__dict__)
     for kind in ("_parameters", "_buffers"):

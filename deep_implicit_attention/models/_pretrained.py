@@ -87,7 +87,6 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
             f"{path} does not fit the config beside it; {len(wrong)} tensors differ (name, in the "
             f"model, in the file): {'; '.join(wrong[:5])}"
         )
-    kinds = {t.dtype for t in weights.values() if t.is_floating_point()}
-    if len(kinds) == 1:
-        model.to(kinds.pop())
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(weights[key].dtype)
     model.load_state_dict(weights)

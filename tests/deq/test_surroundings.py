@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import grad
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -182,3 +184,72 @@ def test_a_module_has_the_same_solution_with_and_without_gradients(x):
         with torch.no_grad():
             without = fixed_point(module, torch.zeros_like(x), (x,)).value
         assert torch.equal(fixed_point(module, torch.zeros_like(x), (x,)).value, without)
+
+
+@pytest.mark.parametrize("solver", [picard, anderson, broyden, newton_krylov])
+def test_a_solution_is_not_what_the_map_was_given(solver, x):
+    x = x.detach()
+    with torch.no_grad():
+        value = fixed_point(lambda z, x: x, torch.zeros_like(x), (x,), solver=solver).value
+    before = x.clone()
+    value.add_(1)
+    assert torch.equal(x, before)
+
+
+class TestTransformations:
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            lambda f: torch.func.grad(lambda x: f(x).sum()),
+            lambda f: lambda x: torch.func.vmap(f)(x[None]),
+            torch.func.jacrev,
+        ],
+    )
+    def test_torch_func_is_refused_with_what_to_do(self, transform, x):
+        with pytest.raises(RuntimeError, match=r"torch.autograd, or .* steps=K"):
+            transform(DEQFixedPoint(make(Spectral).eval()))(x.detach())
+
+    def test_forward_mode_is_refused_with_what_to_do(self, x):
+        with pytest.raises(RuntimeError, match="use reverse mode"):
+            torch.func.jvp(DEQFixedPoint(make(Spectral).eval()), (x.detach(),), (x.detach(),))
+
+    def test_many_vectors_at_once_are_refused_with_what_to_do(self, x):
+        layer = DEQFixedPoint(make(Spectral).eval())
+        with pytest.raises(RuntimeError, match="one vector at a time"):
+            torch.autograd.functional.jacobian(layer, x.detach(), vectorize=True)
+
+    def test_scripted_modules_are_refused(self, x):
+        scripted = torch.jit.script(nn.Linear(4, 4).double())
+        with pytest.raises(TypeError, match="must not hold a scripted module"):
+            fixed_point(scripted, torch.zeros_like(x))
+
+
+def test_weights_cached_by_another_thread_are_not_kept_for_ever(x):
+    """One thread solves inside `parametrize.cached()` while another enters and leaves it."""
+    inside, entered, solved = (threading.Event() for _ in range(3))
+
+    class Waiting(Spectral):
+        def update(self, z, x):
+            if not inside.is_set():
+                inside.set()
+                assert entered.wait(30)
+            return super().update(z, x)
+
+    def other():
+        assert inside.wait(30)
+        with parametrize.cached():
+            entered.set()
+            assert solved.wait(30)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    layer = DEQFixedPoint(make(Waiting).eval())
+    with parametrize.cached():
+        layer(x)
+    solved.set()
+    thread.join()
+    linear = layer.fun.linear
+    before = linear.weight.clone()
+    with torch.no_grad():
+        linear.parametrizations.weight.original.add_(torch.randn(4, 4))
+    assert not torch.equal(linear.weight, before)

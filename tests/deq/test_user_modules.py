@@ -410,6 +410,10 @@ class TestParametrised:
         prune.l1_unstructured(module.correction.expand, "weight", amount=0.5)
         with pytest.raises(RuntimeError, match="hooks are not called"):
             DEQFixedPoint(module)(torch.zeros(2, 5, 4))
+        module = DEQVanillaSoftmaxAttention(5, 4)
+        module.to_out.register_full_backward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match="hooks are not called"):
+            DEQFixedPoint(module)(torch.zeros(2, 5, 4))
 
     def test_layers_that_act_on_the_sources_may_be_wrapped(self):
         torch.manual_seed(0)

@@ -29,6 +29,16 @@ def build(**changes: Any) -> DeepImplicitAttentionTransformer:
     return DeepImplicitAttentionTransformer(**{**options, **changes})
 
 
+def test_every_tensor_keeps_its_precision(tmp_path: Path) -> None:
+    model = build().double()
+    model.tokens.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    for (name, saved), loaded in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert loaded.dtype == saved.dtype, name
+        assert torch.equal(loaded, saved)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
