@@ -54,7 +54,7 @@ class Boltzmann:
     seed: int = 0
     """random seed of the validation images, the chains and the draws"""
     run_dir: Path = Path("runs/boltzmann")
-    """folder for metrics, parameters and figures; an earlier run there is overwritten"""
+    """folder for metrics, parameters and figures: new, empty, or an earlier run's to overwrite"""
     threads: int = 1
     """CPU threads (0 leaves it to PyTorch)"""
 

@@ -14,7 +14,7 @@ class TrainingFlags:
     """Every field is a flag of the command line."""
 
     run_dir: Path
-    """folder of the run's files; an earlier run there is overwritten, or resumed"""
+    """folder of the run's files: new, empty, or an earlier run's to overwrite or resume"""
     seed: int
     """random seed; the same seed gives the same run on the same CPU"""
     batch_size: int

@@ -90,7 +90,7 @@ class Ising:
     max_iter: int = 2000
     """solver steps at most"""
     run_dir: Path = Path("runs/ising")
-    """folder for metrics, answers and figure; an earlier run there is overwritten"""
+    """folder for metrics, answers and figure: new, empty, or an earlier run's to overwrite"""
     threads: int = 1
     """CPU threads (0 leaves it to PyTorch)"""
 

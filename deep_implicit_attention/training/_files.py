@@ -8,13 +8,18 @@ from pathlib import Path
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path`, then put it in its place: a crash leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".part")
+    beside = unfinished(path)
     with beside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
     _sync_folder(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """What `path` is called while it is written."""
+    return path.with_name(path.name + ".part")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ._checkpoint import Checkpoints, whole_tensors
-from ._files import write_whole
+from ._files import unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
-_PICTURES = (".png", ".gif", ".html")
+# What recipes and reports draw into the folder: any other picture in it is the user's.
+_DRAWN = re.compile(
+    r"(learning_curves|confusion_matrix|(convergence|couplings)(_\d+)?|ising|completions|samples)"
+    r"\.png|couplings\.gif|report\.html"
+)
 
 
 class Run:
@@ -33,18 +38,30 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder anew: the configuration, and no metrics, weights or pictures.
+        """Make the folder anew: the configuration, and none of the metrics, weights, checkpoints
+        and pictures of an earlier run. Other files stay.
 
         Paths in the configuration become strings.
+
+        Raises:
+            ValueError: for a folder with files in it that is not one of a run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Without the configuration it is no run, so a crash in here leaves none, and not the old.
-        (self.folder / CONFIG).unlink(missing_ok=True)
-        pictures = (path for kind in _PICTURES for path in self.folder.glob(f"*{kind}"))
-        for path in (self.folder / METRICS, self.folder / WEIGHTS, *pictures):
-            path.unlink(missing_ok=True)
+        path = self.folder / CONFIG
+        # Without the configuration it is no run, so a crash in here leaves none, and not the old;
+        # the unfinished one tells that the folder is a run's all the same.
+        if path.exists():
+            path.replace(unfinished(path))
+        elif not unfinished(path).exists() and self._holds_files():
+            raise ValueError(
+                f"{self.folder} holds files but no run (no {CONFIG}), and was left as it is: name "
+                "a folder that is new or empty"
+            )
+        drawn = [path for path in self.folder.iterdir() if _DRAWN.fullmatch(path.name)]
+        for old in (self.folder / METRICS, self.folder / WEIGHTS, *drawn):
+            old.unlink(missing_ok=True)
         self.checkpoints.clear()
-        write_whole(self.folder / CONFIG, (json.dumps(plain(config), indent=2) + "\n").encode())
+        write_whole(path, (json.dumps(plain(config), indent=2) + "\n").encode())
 
     def log(self, **record: Any) -> None:
         """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""
@@ -122,6 +139,10 @@ class Run:
             model.load_state_dict(load_file(path))
         except (RuntimeError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit this model: {error}") from error
+
+    def _holds_files(self) -> bool:
+        """Whether there is anything in the folder, but for what systems hide in it."""
+        return any(not path.name.startswith(".") for path in self.folder.iterdir())
 
     def _saved(self, name: str) -> int | None:
         path = self.folder / WEIGHTS

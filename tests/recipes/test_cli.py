@@ -24,6 +24,8 @@ from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, MnistViT
 from deep_implicit_attention.training import ImageData, Progress, Run, _data, measure
 
+from .conftest import invoke
+
 Dia = Callable[..., Any]
 INSTALL = "pip install 'deep-implicit-attention[train]'"
 
@@ -277,6 +279,20 @@ def test_settings_out_of_range(
 ) -> None:
     monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     assert dia("digits", *flags.split()).complaint()
+
+
+@pytest.mark.parametrize("command", ["train digits", "train digits --resume", "ising", "boltzmann"])
+def test_a_folder_that_is_no_run_is_left_as_it_is(
+    command: str, few_digits: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "digits", few_digits)
+    own = ["holiday.png", "report.html", "model.safetensors", "checkpoints/step-1.safetensors"]
+    for name in own:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    run = invoke(tmp_path, *command.split(), "--run-dir", str(tmp_path))
+    assert f"{tmp_path} holds files but no run" in run.complaint()
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == {tmp_path / name for name in own}
 
 
 def test_a_run_folder_that_is_a_file(dia: Dia, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,70 @@ def test_start_removes_metrics_and_weights_of_an_earlier_run(run: Run) -> None:
     assert {p.name for p in run.folder.iterdir()} == {"config.json", "notes.txt"}
     assert run.metrics() == []
     assert run.config() == {"recipe": "y"}
+
+
+DRAWN = [
+    *("learning_curves.png", "confusion_matrix.png", "convergence.png", "convergence_2.png"),
+    *("couplings.png", "couplings_12.png", "ising.png", "completions.png", "samples.png"),
+    *("couplings.gif", "report.html"),
+]
+OWN = ["holiday.png", "index.html", "my.gif", "report2.html", "couplings_of_mine.png"]
+
+
+def test_start_removes_the_pictures_of_runs_and_no_others(run: Run) -> None:
+    for name in (*DRAWN, *OWN):
+        (run.folder / name).write_text("drawn")
+    run.start({"recipe": "y"})
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", *OWN}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "metrics.jsonl", "checkpoints/step-1.safetensors", *DRAWN, *OWN]
+)
+def test_start_leaves_a_folder_that_is_no_run_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"files but no run \(no config\.json\)") as caught:
+        Run(tmp_path).start({})
+    assert str(tmp_path) in str(caught.value)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_start_in_a_folder_with_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("*")
+    Run(tmp_path).start({})
+    assert {p.name for p in tmp_path.iterdir()} == {".gitignore", "config.json"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("where", ["fsync", "replace", "unlink"])
+def test_start_after_a_crash_in_start(
+    where: str, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the crash left behind is no run, but may become one."""
+    run = Run(tmp_path / "run")
+    if earlier:
+        run.start({"recipe": "old"})
+        run.log(epoch=1)
+        run.save_weights(layer(0), 1)
+    whole, left = getattr(os if where == "fsync" else Path, where), 1 + (where == "replace")
+
+    def crash(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 or not earlier:
+            raise OSError("killed")
+        return whole(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if where == "fsync" else Path, where, crash)
+        with pytest.raises(OSError, match="killed"):
+            run.start({"recipe": "new"})
+    assert not run.is_started()
+    run.start({"recipe": "new"})
+    assert {p.name for p in run.folder.iterdir()} == {"config.json"}
+    assert run.config() == {"recipe": "new"}
 
 
 def test_a_seed_fixes_the_numbers() -> None:
