@@ -143,13 +143,8 @@ def _read_config(story: Story) -> None:
     config = story.attempt(
         "The settings are lost, and with them the model", lambda: story.run.config()
     )
-    if isinstance(config, dict):
+    if config is not None:
         story.config = config
-    elif config is not None:
-        story.missing.append(
-            f"The settings are lost, and with them the model: {CONFIG} must hold an object, got "
-            f"{type(config).__name__}."
-        )
 
 
 def _sections(story: Story) -> list[Section]:

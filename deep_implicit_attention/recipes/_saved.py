@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training import Devices, Run
-from ..training._run import plain
+from ..training._run import CONFIG, plain
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
 from ._mnist_vit import MnistViT
-from ._settings import typed
+from ._settings import misfits, typed
 from ._shakespeare import Shakespeare
 
 RECIPES: dict[str, type[Any]] = {
@@ -47,20 +47,21 @@ def start(run: Run, recipe: TrainingFlags, devices: Devices) -> bool:
 
 def finished(run: Run) -> dict[str, Any] | None:
     """The result of a run that is finished, the last line of its metrics; else None."""
-    lines = run.metrics()
-    return lines[-1] if lines and lines[-1].get("interrupted") is False else None
+    last = run.last_metrics()
+    return last if last and last.get("interrupted") is False else None
 
 
 def load_recipe(run: Run) -> Any:
     """The recipe of a run, with its settings."""
-    config = run.config()
-    kind = RECIPES.get(config.get("recipe", ""))
+    config, name = run.config(), _recipe_of(run)
+    kind = RECIPES.get(name)
     if kind is None:
         raise ValueError(
-            f"{run.folder} is a run of {config.get('recipe', 'nothing')}; only "
-            f"{', '.join(RECIPES)} can be loaded"
+            f"{run.folder} is a run of {name}; only {', '.join(RECIPES)} can be loaded"
         )
     types = typing.get_type_hints(kind)
+    for problem in misfits(config, types).values():
+        raise ValueError(f"{run.folder / CONFIG} is damaged: {problem}")
     return kind(
         **{name: typed(value, types[name]) for name, value in config.items() if name in types}
     )
@@ -86,13 +87,12 @@ def generate_run(folder: Path, prompt: str, **options: Any) -> str:
     Asks the run's recipe for `generate(run, prompt, **options)`; `ValueError` where it has none.
     """
     run = Run(folder)
-    recipe = load_recipe(run)
-    if not hasattr(recipe, "generate"):
+    name = _recipe_of(run)
+    if not hasattr(RECIPES.get(name), "generate"):
         raise ValueError(
-            f"{folder} is a run of {_name(recipe)}, which does not generate text: dia generate "
-            "needs a run of a language model"
+            f"{folder} is a run of {name}: dia generate needs a run of a language model"
         )
-    return recipe.generate(run, prompt, **options)
+    return load_recipe(run).generate(run, prompt, **options)
 
 
 def report_run(folder: Path, out: Path | None = None) -> Path:
@@ -118,6 +118,11 @@ def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
         for name, value in measured.items()
         if not name.endswith("residual")
     )
+
+
+def _recipe_of(run: Run) -> str:
+    """The name of a run's recipe, in a sentence "nothing" where there is none."""
+    return str(run.config().get("recipe", "nothing"))
 
 
 def _name(recipe: Any) -> str:

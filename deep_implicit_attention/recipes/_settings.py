@@ -22,20 +22,22 @@ def usable(config: dict[str, Any], kind: type[Any], missing: list[str]) -> dict[
                 f"The run is of another version: the settings {', '.join(settings)} are "
                 f"{'not known here' if settings is strange else 'not in it'} and {fate}."
             )
-    misfits = {
-        name: config[name]
-        for name, expected in known.items()
-        if name in config and not _fits(config[name], expected)
-    }
-    for name, value in misfits.items():
-        missing.append(
-            f"The setting {name} must be {_named(known[name])}, got {value!r}: it is taken at this "
-            "version's default."
-        )
+    problems = misfits(config, known)
+    for problem in problems.values():
+        missing.append(f"The {problem}: it is taken at this version's default.")
     return {
         name: typed(value, known[name])
         for name, value in config.items()
-        if name in known and name not in misfits
+        if name in known and name not in problems
+    }
+
+
+def misfits(config: dict[str, Any], known: dict[str, Any]) -> dict[str, str]:
+    """The settings in a configuration that are not of the type in `known`, and what is wrong."""
+    return {
+        name: f"setting {name} must be {_named(expected)}, got {config[name]!r}"
+        for name, expected in known.items()
+        if name in config and not _fits(config[name], expected)
     }
 
 

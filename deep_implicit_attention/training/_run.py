@@ -89,15 +89,28 @@ class Run:
             os.truncate(self.folder / METRICS, size)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics."""
-        path = self.folder / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """All lines of metrics; `ValueError` for one that is damaged."""
+        records = []
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                records.append(_object(line))
+            except ValueError as error:
+                path = self.folder / METRICS
+                raise ValueError(f"{path} is damaged: line {number}: {error}") from error
+        return records
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The last line of metrics; None if there is none, or one that a crash has torn."""
+        try:
+            return _object(self._lines()[-1])
+        except (IndexError, ValueError):
+            return None
 
     def config(self) -> dict[str, Any]:
-        """The configuration; `ValueError` if there is none."""
+        """The configuration; `ValueError` if there is none, or it is damaged."""
         path = self.folder / CONFIG
         try:
-            return json.loads(path.read_text())
+            return _object(path.read_bytes())
         except FileNotFoundError as error:
             raise ValueError(f"{self.folder} holds no run: it has no {CONFIG}") from error
         except NotADirectoryError as error:
@@ -140,6 +153,10 @@ class Run:
         except (RuntimeError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit this model: {error}") from error
 
+    def _lines(self) -> list[bytes]:
+        path = self.folder / METRICS
+        return path.read_bytes().splitlines() if path.exists() else []
+
     def _holds_files(self) -> bool:
         """Whether there is anything in the folder, but for what systems hide in it."""
         return any(not path.name.startswith(".") for path in self.folder.iterdir())
@@ -154,6 +171,14 @@ class Run:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         return json.loads(saved).get(name)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """The JSON object that `text` is; `ValueError` for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"it must be an object, got {type(found).__name__}")
+    return found
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -
     assert run.status == 0
 
 
+@pytest.mark.parametrize("torn", ['{"epoch": 3, "st', '{"epoch": 3, "step": 9}\n[1', "\0" * 9, "7"])
+@pytest.mark.parametrize("whole", [0, 2])
+def test_a_last_line_of_metrics_that_is_torn(
+    whole: int, torn: str, dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kill or a power failure leaves it, after so many of the two epochs."""
+    monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
+    assert dia("digits", "--keep-checkpoints", "9").status == 0
+    expected = records(tmp_path / "run")
+    run = Run(tmp_path / "run")
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "metrics.jsonl").write_text("".join(lines[:whole]) + torn)
+    for step in run.checkpoints.steps()[whole:]:
+        run.checkpoints.path(step).unlink()
+    line = invoke(run.folder, "evaluate", str(run.folder)).complaint()
+    assert "is not finished: dia train digits --resume" in line
+    resumed = dia("digits", "--resume", "--keep-checkpoints", "9")
+    assert resumed.status == 0, resumed.err
+    assert records(run.folder) == expected
+
+
 @pytest.mark.parametrize("case", ["truncated", "other model", "weights"])
 def test_checkpoints_that_do_not_fit(
     case: str, dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,8 +179,6 @@ def test_evaluate_measures_what_was_logged(finished: Any) -> None:
 
 
 def test_evaluate_notices_other_weights(finished: Any, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished.folder, folder)
     path = folder / "model.safetensors"
@@ -180,6 +200,28 @@ def test_evaluate_what_is_no_finished_run(finished: Any, dia: Dia, tmp_path: Pat
     assert "is not finished" in invoke(folder, "evaluate", str(folder)).complaint()
     (folder / "config.json").write_text("{")
     assert "config.json is damaged" in invoke(folder, "evaluate", str(folder)).complaint()
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("[1]", "it must be an object, got list"),
+        ("null", "it must be an object, got NoneType"),
+        ("\xff", "utf-8"),
+        ({"dim": "x"}, "setting dim must be int, got 'x'"),
+        ({"widths": 4}, "setting widths must be tuple[int, ...], got 4"),
+        ({"tol": None}, "setting tol must be float, got None"),
+    ],
+)
+def test_settings_that_are_damaged(content: Any, part: str, finished: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+    path = folder / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_bytes(content.encode("latin-1"))
+    line = invoke(folder, "evaluate", str(folder)).complaint()
+    assert f"{path} is damaged" in line
+    assert part in line
 
 
 # --- generate -------------------------------------------------------------------------------
@@ -211,7 +253,14 @@ def test_generate_asks_the_recipe_of_the_run(
 
 def test_generate_by_a_classifier(finished: Any) -> None:
     run = invoke(finished.folder, "generate", str(finished.folder), "--prompt", "x")
-    assert "a run of digits, which does not generate text" in run.complaint()
+    assert "a run of digits: dia generate needs a run of a language model" in run.complaint()
+
+
+@pytest.mark.parametrize("recipe", ["ising", "boltzmann", ["digits"]])
+def test_generate_by_what_is_no_training(recipe: object, tmp_path: Path) -> None:
+    Run(tmp_path).start({"recipe": recipe})
+    line = invoke(tmp_path, "generate", str(tmp_path), "--prompt", "x").complaint()
+    assert f"a run of {recipe}: dia generate needs a run of a language model" in line
 
 
 # --- SIGKILL --------------------------------------------------------------------------------

@@ -57,6 +57,20 @@ def test_metrics_and_configuration_round_trip(run: Run) -> None:
     assert Run(run.folder).metrics() == RECORDS
 
 
+def test_a_line_of_metrics_that_is_damaged_is_named(run: Run) -> None:
+    assert run.last_metrics() is None
+    for record in RECORDS:
+        run.log(**record)
+    assert run.last_metrics() == RECORDS[-1]
+    path = run.folder / "metrics.jsonl"
+    for torn in ('{"epoch": 3, "st', "[1]", "7"):
+        path.write_text("\n".join(json.dumps(record) for record in RECORDS) + "\n" + torn)
+        assert run.last_metrics() is None
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 3: ") as caught:
+            run.metrics()
+        assert str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_crash_while_writing_leaves_the_old_files(
     run: Run, failing: str, monkeypatch: pytest.MonkeyPatch
