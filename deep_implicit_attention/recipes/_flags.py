@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..solvers._validate import check_count, check_number
 from ..training import Device, OnDivergence, Precision
 
 
@@ -58,6 +59,10 @@ class TrainingFlags:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         if self.threads < 0:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
+        # Under the names of the flags: the plan and the solvers have others.
+        check_count("keep_checkpoints", self.keep_checkpoints)
+        check_number("tol", self.tol, minimum=0.0)
+        check_count("max_iter", self.max_iter)
 
     def plan_options(self) -> dict[str, Any]:
         """The part of the settings that is the same for every `Plan`."""

@@ -12,8 +12,10 @@ import torch
 
 from .. import training
 from ..models import DeepImplicitAttentionTransformer
+from ..solvers._validate import check_count
 from ..training import Device, Language, LanguagePlan, Run, TextData, Vocabulary
 from ..training._files import write_whole
+from ..training._text import check_parts
 from ._flags import TrainingFlags
 
 _VOCABULARY = "vocabulary.json"
@@ -87,6 +89,7 @@ class Shakespeare(TrainingFlags):
                 f"warmup must be at least 0 and below iterations = {self.iterations}, got "
                 f"{self.warmup}"
             )
+        check_count("length", self.length)
         if self.learn < 0:
             raise ValueError(f"learn must be at least 0, got {self.learn}")
         if self.sample < 1:
@@ -121,6 +124,10 @@ class Shakespeare(TrainingFlags):
 
     def task(self, data: TextData) -> Language:
         """The task of this recipe."""
+        try:
+            check_parts(data, self.length)
+        except ValueError as error:
+            raise ValueError(f"{self.text or 'Tiny Shakespeare'}: {error}") from error
         return Language(
             data,
             self.length,
@@ -208,7 +215,9 @@ def _saved(run: Run) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{run.folder} has no {_VOCABULARY}: its training never began") from error
+        raise ValueError(
+            f"{run.folder} has no {_VOCABULARY}: its training has not begun, or the file was lost"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     names = ("characters", "text_sha256")

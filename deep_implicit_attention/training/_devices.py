@@ -34,7 +34,10 @@ class Devices:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.folder, self.trackers = folder, plan.trackers
         accelerate = require("accelerate", "train")
+        known = require("accelerate.tracking", "train").LOGGER_TYPE_TO_CLASS
         for name in plan.trackers:
+            if name not in known:
+                raise ValueError(f"unknown tracker {name!r}; there are {', '.join(known)}")
             if importlib.util.find_spec(name) is None:
                 raise ModuleNotFoundError(
                     f"the tracker {name!r} is not installed; pip install {name}", name=name

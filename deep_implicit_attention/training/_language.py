@@ -13,7 +13,7 @@ from ..models import DeepImplicitAttentionTransformer
 from ..solvers._validate import check_count, check_number
 from ._plan import Plan
 from ._task import Outcome, Task
-from ._text import TextData, random_batch, windows
+from ._text import TextData, check_parts, random_batch, windows
 
 # Windows whose spectral radius is looked at: each costs thirty products with the Jacobian.
 _RADII = 8
@@ -72,12 +72,11 @@ class Language(Task):
     ) -> None:
         check_count("batch_size", batch_size)
         check_count("evaluate_windows", evaluate_windows)
-        if relax != 0:
-            check_count("relax", relax)
+        check_count("relax", relax, minimum=0)
         check_number("jacobian_penalty", jacobian_penalty, minimum=0.0)
         if learn is not None:
             check_count("learn", learn)
-        windows(data.train, length)  # raises for a text that is too short
+        check_parts(data, length)
         inputs, targets = windows(data.validation, length)
         count = min(evaluate_windows, len(inputs))
         chosen = torch.linspace(0, len(inputs) - 1, count, dtype=torch.float64).round().long()

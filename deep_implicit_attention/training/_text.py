@@ -107,6 +107,17 @@ def _check_length(ids: Tensor, length: int) -> None:
         raise ValueError(f"a text of {len(ids)} characters is too short for length {length}")
 
 
+def check_parts(data: TextData, length: int) -> None:
+    """Raise `ValueError` unless both parts of a text are longer than `length`."""
+    check_count("length", length)
+    for part, ids in (("training", data.train), ("validation", data.validation)):
+        if len(ids) <= length:
+            raise ValueError(
+                f"the {part} part of the text, {len(ids)} characters, is too short for length "
+                f"{length}"
+            )
+
+
 def shakespeare(data_dir: Path | None = None, *, download: bool = True) -> TextData:
     """Tiny Shakespeare: 1,115,394 characters, the last tenth for validation.
 

@@ -269,8 +269,6 @@ def test_a_download_that_fails(
         "--dim 0",
         "--strides 3",
         "--widths 4 4",
-        "--tol -1",
-        "--max-iter 0",
         "--threads -1",
     ],
 )
@@ -279,6 +277,22 @@ def test_settings_out_of_range(
 ) -> None:
     monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     assert dia("digits", *flags.split()).complaint()
+
+
+@pytest.mark.parametrize("recipe", ["digits", "mnist", "mnist-vit", "shakespeare"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--tol -1", "tol must be at least 0, got -1.0"),
+        ("--max-iter 0", "max_iter must be at least 1, got 0"),
+        ("--keep-checkpoints 0", "keep_checkpoints must be at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_called_as_their_flags(
+    flags: str, said: str, recipe: str, tmp_path: Path
+) -> None:
+    run = invoke(tmp_path, "train", recipe, *flags.split())
+    assert run.complaint() == f"dia: {said}"
 
 
 @pytest.mark.parametrize("command", ["train digits", "train digits --resume", "ising", "boltzmann"])

@@ -94,13 +94,15 @@ def test_an_earlier_run_survives_settings_that_do_not_fit(
     monkeypatch.setattr(recipes._images, "_draw", lambda *_: None)
     assert dia("digits").status == 0
     before = records(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "comet_ml", None)  # not installed
     for flags, part in (
         ("--accumulate 5", "32 rows cannot be cut"),
         ("--precision fp16", "fp16 needs an accelerator"),
         ("--ema 1", "ema must be"),
         ("--clip 0", "clip must be"),
-        ("--trackers no_such_tracker", "pip install no_such_tracker"),
-        ("--trackers json", "json"),
+        ("--trackers no_such_tracker", "unknown tracker 'no_such_tracker'; there are "),
+        ("--trackers comet_ml", "pip install comet_ml"),
+        ("--keep-checkpoints 0", "keep_checkpoints must be at least 1, got 0"),
     ):
         run = dia("digits", *flags.split())
         assert run.status == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,15 +311,22 @@ def test_generate_refuses(flags: list[str], part: str, trained: Outcome) -> None
         ("--warmup 6", "warmup must be at least 0 and below iterations = 6"),
         ("--iterations 0", "iterations"),
         ("--learn -1", "learn"),
-        ("--relax -1", "relax"),
+        ("--relax -1", "relax must be at least 0, got -1"),
         ("--jacobian-penalty -1", "jacobian_penalty"),
         ("--evaluate-windows 0", "evaluate_windows"),
         ("--sample 0", "sample"),
         ("--learning-rate -1", "learning_rate"),
         ("--weight-decay -1", "weight_decay"),
         ("--dropout 1", "dropout"),
-        ("--length 700", "too short for length 700"),
-        ("--length 70", "too short for length 70"),
+        ("--length 0", "dia: length must be at least 1, got 0"),
+        (
+            "--length 700",
+            "bottles.txt: the training part of the text, 562 characters, is too short",
+        ),
+        (
+            "--length 70",
+            "bottles.txt: the validation part of the text, 63 characters, is too short",
+        ),
         ("--batch-size 0", "batch_size"),
         ("--accumulate 3", "4 rows cannot be cut"),
         ("--seed -1", "seed must be"),
@@ -335,6 +343,13 @@ def test_settings_out_of_range(flags: str, part: str, train: Dia, tmp_path: Path
 def test_a_file_that_is_no_text(content: bytes, train: Dia, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(content)
     assert str(tmp_path / "other") in train("--text", str(tmp_path / "other")).complaint()
+
+
+def test_a_text_without_its_vocabulary(trained: Outcome, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "copy"))
+    (folder / "vocabulary.json").unlink()
+    line = invoke(folder, "generate", str(folder), "--prompt", "t").complaint()
+    assert "no vocabulary.json: its training has not begun, or the file was lost" in line
 
 
 def test_another_text_is_refused(train: Dia, tmp_path: Path) -> None:

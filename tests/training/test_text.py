@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deep_implicit_attention.training import (
+    Language,
     Vocabulary,
     _text,
     random_batch,
@@ -93,6 +94,14 @@ def test_texts_that_are_too_short(length: int) -> None:
         windows(ids, 0)
     with pytest.raises(ValueError, match="batch_size"):
         random_batch(ids, 3, 0, torch.Generator())
+
+
+def test_the_part_of_a_text_that_is_too_short_is_named() -> None:
+    data = text_data(TEXT * 3)
+    for length, part in ((len(data.validation), "validation"), (len(data.train), "training")):
+        ids = getattr(data, part.removesuffix("ing"))
+        with pytest.raises(ValueError, match=f"the {part} part of the text, {len(ids)} characters"):
+            Language(data, length, 2)
 
 
 @pytest.fixture

@@ -307,7 +307,7 @@ def test_what_would_do_nothing_is_refused(
         trainer(regression())
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "no_such_tracker"])
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_tracker_that_is_not_installed(
     name: str, regression: Build, trainer: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +315,12 @@ def test_a_tracker_that_is_not_installed(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=f"{name}.* is not installed; pip install {name}"):
+        trainer(regression(), trackers=(name,))
+
+
+@pytest.mark.parametrize("name", ["no_such_tracker", "json"])
+def test_a_tracker_that_is_unknown(name: str, regression: Build, trainer: Build) -> None:
+    with pytest.raises(ValueError, match=f"unknown tracker '{name}'; there are .*tensorboard"):
         trainer(regression(), trackers=(name,))
 
 
