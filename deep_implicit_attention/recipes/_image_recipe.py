@@ -30,7 +30,7 @@ class ImageRecipe(TrainingFlags):
     rotation: float
     """augmentation: largest rotation, in degrees"""
     zoom: float
-    """augmentation: largest zoom, as a fraction"""
+    """augmentation: largest zoom, as a fraction below 1"""
     validation: float
     """part of the training images set aside to choose the best epoch"""
 

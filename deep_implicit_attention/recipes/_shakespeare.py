@@ -181,7 +181,8 @@ class Shakespeare(TrainingFlags):
 def read_text(path: Path) -> TextData:
     """The text in a file, its last tenth for validation."""
     try:
-        return training.text_data(path.read_text(encoding="utf-8"))
+        # A byte order mark, as some editors write it first, is none of the text.
+        return training.text_data(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     except ValueError as error:

@@ -43,7 +43,9 @@ class Schedule:
         check_count("batch_size", self.batch_size)
         check_number("smoothing", self.smoothing, minimum=0.0, below=1.0)
         check_number("warmup", self.warmup, minimum=0.0, below=1.0)
-        for name in ("learning_rate", "coupling_rate", "weight_decay", "shift", "rotation", "zoom"):
+        # The factor 1 ± zoom may not reach 0, beyond which images are turned upside down.
+        check_number("zoom", self.zoom, minimum=0.0, below=1.0)
+        for name in ("learning_rate", "coupling_rate", "weight_decay", "shift", "rotation"):
             check_number(name, getattr(self, name), minimum=0.0)
 
     def batches(self, images: int) -> int:

@@ -265,6 +265,7 @@ def test_a_download_that_fails(
         "--epochs -1",
         "--learning-rate -1",
         "--smoothing 2",
+        "--zoom 1",
         "--dropout 2",
         "--dim 0",
         "--strides 3",

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import Shakespeare, load_recipe
+from deep_implicit_attention.recipes._shakespeare import load_vocabulary, save_vocabulary
 from deep_implicit_attention.training import Progress, Run
 from examples import shakespeare as example
 
@@ -343,6 +344,28 @@ def test_settings_out_of_range(flags: str, part: str, train: Dia, tmp_path: Path
 def test_a_file_that_is_no_text(content: bytes, train: Dia, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(content)
     assert str(tmp_path / "other") in train("--text", str(tmp_path / "other")).complaint()
+
+
+def test_a_byte_order_mark_is_none_of_the_text(
+    trained: Outcome, train: Dia, text: Path, tmp_path: Path
+) -> None:
+    """The same text to a run, trained with the mark or without; a mark in the middle stays."""
+    own = tmp_path / "own.txt"
+    own.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    run = train("--text", str(own), "--seed", "3")
+    assert run.status == 0, run.err
+    names = ("vocabulary.json", "model.safetensors", "sample.txt")
+    assert all((run.folder / n).read_bytes() == (trained.folder / n).read_bytes() for n in names)
+    own.write_text("a\ufeffb" * 20, encoding="utf-8")
+    assert Shakespeare(text=own).load().vocabulary.characters == "ab\ufeff"
+
+
+def test_a_vocabulary_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    """As in runs of texts with one, which was once a character of theirs."""
+    run = Run(tmp_path)
+    run.start({})
+    save_vocabulary(run, training.text_data("\ufeff" + TEXT))
+    assert load_vocabulary(run).characters == "".join(sorted({*TEXT, "\ufeff"}))
 
 
 def test_a_text_without_its_vocabulary(trained: Outcome, tmp_path: Path) -> None:

@@ -316,9 +316,11 @@ def test_too_few_images_for_a_batch(
     train(small_model(), problem, plan(batch_size=96, epochs=1), tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"epochs": -1}])
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch_size": 0}, {"epochs": -1}, {"zoom": 1.0}, {"zoom": -0.1}]
+)
 def test_settings_out_of_range(
-    change: dict[str, int], small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path
+    change: dict[str, Any], small_model: Build, problem: ImageData, plan: Plan, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=next(iter(change)).replace("_", ".")):
         train(small_model(), problem, plan(**change), tmp_path)
