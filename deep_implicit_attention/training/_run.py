@@ -50,13 +50,12 @@ class Run:
         path = self.folder / CONFIG
         # Without the configuration it is no run, so a crash in here leaves none, and not the old;
         # the unfinished one tells that the folder is a run's all the same.
-        if path.exists():
+        if self.is_started():
+            if self._holds_model():
+                raise self._foreign(f"{WEIGHTS} but no {METRICS}")
             path.replace(unfinished(path))
         elif not unfinished(path).exists() and self._holds_files():
-            raise ValueError(
-                f"{self.folder} holds files but no run (no {CONFIG}), and was left as it is: name "
-                "a folder that is new or empty"
-            )
+            raise self._foreign(f"no {CONFIG}")
         drawn = [path for path in self.folder.iterdir() if _DRAWN.fullmatch(path.name)]
         for old in (self.folder / METRICS, self.folder / WEIGHTS, *drawn):
             old.unlink(missing_ok=True)
@@ -160,6 +159,17 @@ class Run:
     def _holds_files(self) -> bool:
         """Whether there is anything in the folder, but for what systems hide in it."""
         return any(not path.name.startswith(".") for path in self.folder.iterdir())
+
+    def _holds_model(self) -> bool:
+        """Whether these are the files of a model that `save_pretrained` wrote: a run has metrics
+        before it has weights."""
+        return (self.folder / WEIGHTS).exists() and not (self.folder / METRICS).exists()
+
+    def _foreign(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.folder} holds files but no run ({why}), and was left as it is: name a folder "
+            "that is new or empty"
+        )
 
     def _saved(self, name: str) -> int | None:
         path = self.folder / WEIGHTS

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from deep_implicit_attention.models import DeepImplicitAttentionTransformer
 from deep_implicit_attention.training import Run, seed_everything
 
 RECORDS = [
@@ -157,6 +158,16 @@ def test_start_leaves_a_folder_that_is_no_run_as_it_is(name: str, tmp_path: Path
     assert str(tmp_path) in str(caught.value)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_start_leaves_a_pretrained_model_as_it_is(tmp_path: Path) -> None:
+    model = DeepImplicitAttentionTransformer(num_tokens=3, max_seq_len=4, dim=4, heads=1)
+    model.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors"} <= {path.name for path in before}
+    with pytest.raises(ValueError, match=r"no run \(model\.safetensors but no metrics\.jsonl\)"):
+        Run(tmp_path).start({})
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_start_in_a_folder_with_hidden_files(tmp_path: Path) -> None:
