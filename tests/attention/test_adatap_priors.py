@@ -139,7 +139,9 @@ def test_saturated_spins_have_no_derivative_and_spoil_none(name, size, steps, fi
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize(
+    "name", ["gaussian", "ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)]
+)
 def test_gradients_of_every_order(name, fields):
     module = make(name, 0.4)
     layer = DEQFixedPoint(

@@ -323,6 +323,7 @@ def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compare, "Exact", lambda: spins.Exact(max_states=2**5))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_states")
 def test_errors_against_the_sampler(ising: Command) -> None:
     """With more spins than can be enumerated; here they can, by the test."""

@@ -108,6 +108,7 @@ def test_the_film_has_a_frame_for_every_checkpoint(run: Path) -> None:
     assert film.n_frames == len(Run(run).checkpoints.steps()) >= 4  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(run: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     out = tmp_path / "elsewhere.html"

@@ -304,6 +304,7 @@ def finish(folder: Path, flags: list[str]) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*TINY.split(), "--epochs", "6", "--dropout", "0.1", "--checkpoint-every", "7"]
     flags += ["--validation", "0.8"]

@@ -147,6 +147,7 @@ def test_two_processes_with_half_the_batch_learn_like_one(
     assert loss == pytest.approx(first[0]["validation_loss"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_and_load_in_one_process(
     two_processes: Callable[[str], dict[int, Any]], tmp_path: Path
 ) -> None:
