@@ -43,7 +43,6 @@ def variants(*quick: str) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=slow) for name in VARIANTS]
 
 
-
 @pytest.fixture(scope="module")
 def data() -> ImageData:
     """Images of 8 × 8 pixels with a bright quarter, which is the label."""
