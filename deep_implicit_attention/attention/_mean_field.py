@@ -28,7 +28,7 @@ from ._site_couplings import SiteCouplings
 # size of the batch does not decide, or samples would depend on their mates.)
 _INVERTED = 256
 # Where ‖A⁴‖_F is less, as some rows tell, four or eight terms of its series serve as an inverse.
-_FOUR = 0.2
+_FOUR = 0.25
 _EIGHT = 0.8
 _ROWS = 16
 # Up to so many samples the derivative by the couplings is made in the order of the raw ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,7 +179,7 @@ class DEQFixedPoint(nn.Module):
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             poisoned = False
             # A bounded response to what is not finite may be finite. The sum is a first look.
-            sound = bool(solution.converged.all()) and bool(fields.detach().sum().isfinite())
+            sound = bool(solution.converged.all()) and math.isfinite(float(fields.detach().sum()))
             if not sound:
                 broken = (solution.codes == Status.NONFINITE.code) | ~_finite(fields)
                 poisoned = bool(broken.any())
