@@ -267,3 +267,44 @@ def test_gaussian_prior_in_bfloat16():
     torch.testing.assert_close(
         prior.mean(field).float(), torch.tensor([1.0, 4.0]).expand(3, 2), rtol=1e-2, atol=0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ising_derivatives_are_accurate_in_fields_of_any_strength(dtype):
+    sizes = [0.0, 1e-9, 1e-3, 0.5, 0.999, 1.0, 3.0, 20.0, 45.0, 400.0, 1e4]
+    field = torch.tensor([s * size for size in sizes for s in (1, -1)], dtype=dtype)
+    field.requires_grad_()
+    tanh, square = mpmath.tanh, lambda h: mpmath.sech(h) ** 2
+    derivatives = [
+        lambda h: mpmath.log(mpmath.cosh(h)),
+        tanh,
+        square,
+        lambda h: -2 * tanh(h) * square(h),
+        lambda h: square(h) * (4 - 6 * square(h)),
+    ]
+
+    def check(value: torch.Tensor, order: int, atol: float) -> None:
+        with mpmath.workdps(40):
+            exact = [float(derivatives[order](mpmath.mpf(h))) for h in field.tolist()]
+        expected = torch.tensor(exact, dtype=torch.float64).to(dtype)
+        rtol = (4, 4, 10, 20, 100)[order] * torch.finfo(dtype).eps
+        torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
+
+    least = 100 * torch.finfo(dtype).tiny
+    value = IsingPrior().log_partition(field)
+    for order in range(5):
+        check(value, order, least)
+        value = grad(value.sum(), field, create_graph=True)[0]
+    value = IsingPrior().covariance(field)
+    for order in range(2, 5):
+        # The slope at its zero is a difference of numbers of order one.
+        check(value, order, 4 * torch.finfo(dtype).eps if order == 3 else least)
+        value = grad(value.sum(), field, create_graph=True)[0]
+
+
+def test_ising_derivatives_work_in_transforms_and_for_no_dimensions():
+    field = torch.tensor([-60.0, -0.3, 0.0, 2.0, 400.0], dtype=torch.float64)
+    prior = IsingPrior()
+    hessian = torch.func.vmap(torch.func.hessian(prior.log_partition))(field)
+    torch.testing.assert_close(hessian, prior.covariance(field))
+    assert prior.log_partition(field[:0]).shape == (0,)
