@@ -12,9 +12,9 @@ from ..solvers import Solution
 from ._blocks import block_diagonal
 from ._exact import factorise
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start
+from ._method import IteratedMethod, check_start, outside_inference_mode
 from ._prior import Prior
-from ._response import Response, total_derivative
+from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
 
 State = tuple[Tensor, Tensor]
@@ -41,6 +41,7 @@ class Closure(IteratedMethod):
         V = self.V(system, covariance)
         return None if V is None else system.prior.admissible(V)
 
+    @outside_inference_mode
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
@@ -61,7 +62,7 @@ class Closure(IteratedMethod):
         batch = fields.shape[: fields.dim() - len(event)]
         x = fields.reshape(-1, *event)
         solution = self._solve(system, x, None if start is None else start.reshape(x.shape))
-        report(solution, self.on_failure, type(self).__name__, self.options["tol"])
+        report(solution, self.on_failure, type(self).__name__, self.options["tol"], stacklevel=4)
         m, covariance = solution.value
         V = self.cavity(system, covariance)
         interaction = 0.5 * _sites(m * system.pull(m))
@@ -81,6 +82,7 @@ class Closure(IteratedMethod):
                 _report_unstable(chi.detach()[solution.converged], type(self).__name__)
             return chi.reshape(*batch, *event, *event)
 
+        inputs = system.couplings, x, *system.prior.parameters()
         return Response(
             magnetization=m.reshape(fields.shape),
             log_partition=log.reshape(batch),
@@ -88,8 +90,8 @@ class Closure(IteratedMethod):
             cavity_variance=None if V is None else V.reshape(*batch, *V.shape[1:]),
             solution=solution,
             method=type(self).__name__,
-            _covariance=linear_response,
-            _susceptibility=susceptibility,
+            _covariance=Later(linear_response, *inputs),
+            _susceptibility=Later(susceptibility, *inputs),
         )
 
     def linear_response(
@@ -142,7 +144,7 @@ def _report_unstable(chi: Tensor, method: str) -> None:
             f"{eigenvalues[unstable, 0].min().item():.3g}. There is another solution: give a "
             "start nearer to it, or weaker couplings.",
             ConvergenceWarning,
-            stacklevel=5,  # past `Response.covariance`, a cached property
+            stacklevel=5,  # past `Response.covariance`, which is computed later
         )
 
 

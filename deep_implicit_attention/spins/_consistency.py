@@ -18,8 +18,8 @@ from ._blocks import diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start
-from ._response import Response, total_derivative
+from ._method import IteratedMethod, check_start, outside_inference_mode
+from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
 
 
@@ -32,6 +32,7 @@ class ConsistentMethod(IteratedMethod):
         """The solution for fields `x` in the frame, `value` = (m, V), and the `objective`."""
         raise NotImplementedError
 
+    @outside_inference_mode
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
@@ -60,6 +61,9 @@ class ConsistentMethod(IteratedMethod):
         def respond(flat: Tensor) -> Tensor:
             return self.solve(frame, flat.view_as(x), m.detach())[0].value[0].flatten(1)
 
+        def susceptibility() -> Tensor:
+            return frame.pairs(total_derivative(respond, x.flatten(1)), batch)
+
         return Response(
             magnetization=frame.magnetization(m, batch),
             log_partition=(log + constant).reshape(batch),
@@ -67,8 +71,8 @@ class ConsistentMethod(IteratedMethod):
             cavity_variance=frame.variance(V, batch),
             solution=solution,
             method=type(self).__name__,
-            _covariance=lambda: frame.pairs(chi, batch),
-            _susceptibility=lambda: frame.pairs(total_derivative(respond, x.flatten(1)), batch),
+            _covariance=Later(lambda: frame.pairs(chi, batch), chi),
+            _susceptibility=Later(susceptibility, frame.couplings, x),
             objective=objective,
         )
 
@@ -76,7 +80,7 @@ class ConsistentMethod(IteratedMethod):
         """A solution whose Λ − J is not positive definite has no distribution behind it."""
         broken = solution.converged & ~torch.isfinite(chi.detach()).flatten(1).all(dim=1)
         solution = solution.with_status(broken, Status.INDEFINITE)
-        report(solution, self.on_failure, type(self).__name__, self.options["tol"], stacklevel=4)
+        report(solution, self.on_failure, type(self).__name__, self.options["tol"], stacklevel=5)
         return solution
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from ._blocks import block_diagonal
 from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._potts import PottsPrior
-from ._response import Response
+from ._response import Later, Response
 from ._system import SpinSystem, check_system
 
 # Entries of the tables, of states and fields or states and pairs, that are worked on at a time.
@@ -65,7 +64,7 @@ class Exact:
             log, m, energy, make = self._enumerate(system, x)
         else:
             raise TypeError(f"Exact has no answer for {type(system.prior).__name__}")
-        covariance = functools.cache(lambda: make().reshape(*batch, *event, *event))
+        covariance = lambda: make().reshape(*batch, *event, *event)  # noqa: E731
         return Response(
             magnetization=m.reshape(fields.shape),
             log_partition=log.reshape(batch),
@@ -130,7 +129,8 @@ class Exact:
             second = over_all(pairs)[0]
             return second / total[:, None, None] - m.unsqueeze(2) * m.unsqueeze(1)
 
-        return log + total.log(), m, -own / total - (x * m).sum(dim=1), covariance
+        energy = -own / total - (x * m).sum(dim=1)
+        return log + total.log(), m, energy, Later(covariance, x, matrix)
 
 
 def _levels(system: SpinSystem, like: Tensor) -> Tensor:

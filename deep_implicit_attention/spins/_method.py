@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from ..deq._failure import OnFailure, check_on_failure
 from ..deq._fixed_point import solve_and_attach
 from ..solvers import Solution, picard
 from ..solvers._validate import check_count, check_number, check_options
+from ._response import Response
+from ._system import SpinSystem
 
 
 class IteratedMethod:
@@ -82,3 +85,27 @@ def check_start(start: Tensor | None, fields: Tensor) -> None:
         )
     if not bool(torch.isfinite(start).all()):
         raise ValueError("start must be finite")
+
+
+def outside_inference_mode(call: Callable[..., Response]) -> Callable[..., Response]:
+    """A method's `__call__` outside inference mode, with copies of tensors that were made in it.
+
+    The response is differentiated when its susceptibility is asked for, and such tensors cannot
+    stand in a graph.
+    """
+
+    @functools.wraps(call)
+    def ordinary(
+        method: Any, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
+    ) -> Response:
+        graph = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+            if isinstance(system, SpinSystem) and system.couplings.is_inference():
+                system = SpinSystem.unchecked(system.couplings.clone(), system.prior)
+            return call(method, system, _copied(fields), start=_copied(start))
+
+    return ordinary
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ class Response:
     """Magnetizations, free energy and response of a system, by one method.
 
     Everything is differentiable with respect to couplings, fields and prior parameters that carry
-    gradients; of a sampled response only `log_partition` is, once (`GibbsSampler`).
+    gradients; of a sampled response only `log_partition` is, once (`GibbsSampler`). What is
+    computed when asked for raises `RuntimeError` if they were changed in place after the call.
 
     Attributes:
         magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
@@ -42,12 +42,12 @@ class Response:
     objective: Tensor | None = None
     sampling: Sampling | None = None
 
-    @cached_property
+    @property
     def covariance(self) -> Tensor:
         """χ_ij, the method's own linear response, `(*batch, N, *event, N, *event)`."""
         return self._covariance()
 
-    @cached_property
+    @property
     def susceptibility(self) -> Tensor:
         """∂m_i/∂x_j, the total derivative, `(*batch, N, *event, N, *event)`.
 
@@ -67,14 +67,51 @@ class Response:
         return f"Response({self.method}: magnetization {shape}, mean log Z {log:.6g}{evidence})"
 
 
+class Later:
+    """What a response computes when it is asked for, and keeps.
+
+    With a graph if the `inputs`, the tensors that `compute` reads, carry gradients, gradients were
+    enabled when the response was made, and they are when it is asked: a look without them keeps
+    nothing that would stand for the value with its graph.
+
+    Raises `RuntimeError` if an input was changed in place in between, as autograd counts changes
+    (it misses those through `.data` or an array that shares the memory).
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], *inputs: Tensor) -> None:
+        self.compute = compute
+        self.graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        # Changes of inference tensors are not counted.
+        self.inputs = [(t, t._version) for t in inputs if not t.is_inference()]
+        self.kept: dict[bool, Tensor] = {}
+
+    def __call__(self) -> Tensor:
+        graph = self.graph and torch.is_grad_enabled()
+        if graph not in self.kept and True in self.kept:
+            return self.kept[True].detach()
+        if graph not in self.kept:
+            if any(t._version != version for t, version in self.inputs):
+                raise RuntimeError(
+                    "couplings, fields or parameters of the prior were changed in place after the "
+                    "response was computed, which reads them when covariance or susceptibility is "
+                    "asked for: ask before the change, change a clone, or call the method again"
+                )
+            # An ordinary tensor even in inference mode: a later call may need it in a graph.
+            with torch.inference_mode(False), torch.set_grad_enabled(graph):
+                value = self.compute()
+            self.kept[graph] = value if graph else value.detach()
+        return self.kept[graph]
+
+
 def total_derivative(respond: Callable[[Tensor], Tensor], fields: Tensor) -> Tensor:
     """∂m/∂x `(B, n, n)` of `respond`, fields `(B, n)` to magnetizations `(B, n)`."""
-    create_graph = torch.is_grad_enabled()
+    graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = fields.view_as(fields) if fields.requires_grad else fields.detach().requires_grad_()
+        attached = graph and fields.requires_grad
+        x = fields.view_as(fields) if attached else fields.detach().requires_grad_()
         m = respond(x)
         rows = [
-            torch.autograd.grad(m[:, i].sum(), x, retain_graph=True, create_graph=create_graph)[0]
+            torch.autograd.grad(m[:, i].sum(), x, retain_graph=True, create_graph=graph)[0]
             for i in range(m.shape[1])
         ]
     return torch.stack(rows, dim=1)

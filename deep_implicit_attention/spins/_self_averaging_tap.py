@@ -9,8 +9,8 @@ from ..deq._failure import report
 from ..solvers import Solution
 from ._frames import Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start
-from ._response import Response, total_derivative
+from ._method import IteratedMethod, check_start, outside_inference_mode
+from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
 
 State = tuple[Tensor, Tensor]
@@ -38,6 +38,7 @@ class SelfAveragingTAP(IteratedMethod):
     Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
     """
 
+    @outside_inference_mode
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
@@ -74,10 +75,17 @@ class SelfAveragingTAP(IteratedMethod):
 
         alone = local.mean(x, _everywhere(zero, x))
         solution = solve(x, alone if start is None else frame.coordinates(start.detach()))
-        report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"])
+        report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"], stacklevel=4)
         m, V = solution.value
         log, energy, mean_chi = _read(local, x, couplings, spectrum, m, V)
         constant = frame.constant(fields)
+
+        def covariance() -> Tensor:
+            return frame.pairs(_response(couplings, V, mean_chi, x), batch)
+
+        def susceptibility() -> Tensor:
+            return frame.pairs(total_derivative(respond, x.flatten(1)), batch)
+
         return Response(
             magnetization=frame.magnetization(m, batch),
             log_partition=(log + constant).reshape(batch),
@@ -85,8 +93,8 @@ class SelfAveragingTAP(IteratedMethod):
             cavity_variance=frame.variance(_everywhere(V, x), batch),
             solution=solution,
             method="SelfAveragingTAP",
-            _covariance=lambda: frame.pairs(_response(couplings, V, mean_chi, x), batch),
-            _susceptibility=lambda: frame.pairs(total_derivative(respond, x.flatten(1)), batch),
+            _covariance=Later(covariance, couplings, x),
+            _susceptibility=Later(susceptibility, couplings, x),
         )
 
 

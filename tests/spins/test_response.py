@@ -1,0 +1,126 @@
+"""What a response computes when it is asked for: when, with which graph, and from what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from deep_implicit_attention.spins import (
+    TAP,
+    AdaptiveTAP,
+    Exact,
+    ExpectationPropagation,
+    IsingPrior,
+    NaiveMeanField,
+    PottsPrior,
+    Response,
+    SelfAveragingTAP,
+    SpinSystem,
+    sherrington_kirkpatrick,
+)
+
+METHODS = [NaiveMeanField, TAP, AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation, Exact]
+NAMES = ["covariance", "susceptibility"]
+# Those that read couplings and fields when they are asked for.
+LAZY = [(kind, name) for kind in METHODS for name in NAMES]
+LAZY = [part for part in LAZY if part[1] == "susceptibility" or part[0] in (NaiveMeanField, TAP)]
+LAZY += [(SelfAveragingTAP, "covariance"), (Exact, "covariance")]
+
+each_method = pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+each_name = pytest.mark.parametrize("name", NAMES)
+
+
+def tensors() -> tuple[Tensor, Tensor]:
+    couplings = sherrington_kirkpatrick(4, 0.5)[0]
+    return couplings, torch.linspace(-0.5, 0.8, 4, dtype=torch.float64)
+
+
+def attached(kind) -> tuple[Response, Tensor, Tensor]:
+    couplings, x = (tensor.requires_grad_() for tensor in tensors())
+    return kind()(SpinSystem(couplings, IsingPrior()), x), couplings, x
+
+
+@each_name
+@each_method
+def test_a_look_without_gradients_leaves_gradients_as_they_are(kind, name):
+    response, couplings, x = attached(kind)
+    with torch.no_grad():
+        look = getattr(response, name)
+    assert not look.requires_grad
+    value = getattr(response, name)
+    torch.testing.assert_close(look, value)
+    looked_at = grad(response.log_partition + value[0, 1], (couplings, x))
+    response, couplings, x = attached(kind)
+    value = getattr(response, name)
+    untouched = grad(response.log_partition + value[0, 1], (couplings, x))
+    torch.testing.assert_close(looked_at, untouched)
+
+
+@each_name
+@each_method
+def test_what_is_computed_is_kept(kind, name):
+    response, _, _ = attached(kind)
+    value = getattr(response, name)
+    torch.testing.assert_close(getattr(response, name), value, rtol=0, atol=0)
+    with torch.no_grad():
+        assert not getattr(response, name).requires_grad
+    assert getattr(response, name).requires_grad
+
+
+@each_method
+def test_a_response_made_without_gradients_has_none(kind):
+    """m would have none either, so a part of them would be wrong."""
+    couplings, x = (tensor.requires_grad_() for tensor in tensors())
+    with torch.no_grad():
+        response = kind()(SpinSystem(couplings, IsingPrior()), x)
+    assert not any(getattr(response, name).requires_grad for name in NAMES)
+
+
+@each_method
+def test_no_graph_where_nothing_carries_gradients(kind):
+    couplings, x = tensors()
+    response = kind()(SpinSystem(couplings, IsingPrior()), x)
+    for name in NAMES:
+        getattr(response, name).numpy()
+
+
+@pytest.mark.parametrize(("kind", "name"), LAZY)
+@pytest.mark.parametrize("which", ["couplings", "fields"])
+def test_inputs_changed_in_place_are_refused(which, kind, name):
+    couplings, x = tensors()
+    response = kind()(SpinSystem(couplings, IsingPrior()), x)
+    (couplings if which == "couplings" else x).mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place after the response"):
+        getattr(response, name)
+
+
+@each_method
+def test_what_was_asked_before_the_change_stays(kind):
+    couplings, x = tensors()
+    response = kind()(SpinSystem(couplings, IsingPrior()), x)
+    before = [getattr(response, name).clone() for name in NAMES]
+    x.add_(1.0)
+    for name, value in zip(NAMES, before, strict=True):
+        torch.testing.assert_close(getattr(response, name), value, rtol=0, atol=0)
+
+
+@each_method
+@pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3)], ids=["ising", "potts"])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_all_of_it_works_in_inference_mode(made_inside, prior, kind):
+    def inputs() -> tuple[Tensor, Tensor]:
+        couplings, x = tensors()
+        return couplings, x if not prior.event_shape else x[:, None] * x[:3]
+
+    couplings, x = inputs()
+    expected = kind()(SpinSystem(couplings, prior), x)
+    with torch.inference_mode():
+        couplings, x = inputs() if made_inside else (couplings, x)
+        response = kind()(SpinSystem(couplings, prior), x)
+        for name in ("magnetization", "log_partition", *NAMES):
+            torch.testing.assert_close(getattr(response, name), getattr(expected, name))
+    for name in NAMES:  # after it, as constants in a graph
+        weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (weight * getattr(response, name)).sum().backward()
