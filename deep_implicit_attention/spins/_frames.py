@@ -50,8 +50,11 @@ class _Ising(Local):
 
 
 class _Sphere(Local):
+    prior: SphericalPrior
+
     def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
-        return self.prior.log_partition(field, V[..., 0, 0])
+        # V is isotropic as it is made, and numbers v of any shape are meant.
+        return self.prior.log_partition(field) + 0.5 * self.prior.radius**2 * V[..., 0, 0]
 
     def match(self, covariance: Tensor) -> Tensor:
         dim = covariance.shape[-1]

@@ -30,11 +30,11 @@ class IsingPrior(Prior):
         return value if V is None else value + V / 2
 
     def mean(self, field: Tensor, V: Tensor | None = None) -> Tensor:
-        return torch.tanh(field)
+        return torch.tanh(_broadcast(field, V))
 
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         # 1/cosh²: the difference 1 − tanh² loses all digits in strong fields.
-        decay = torch.exp(-2 * _size(field))
+        decay = torch.exp(-2 * _size(_broadcast(field, V)))
         return 4 * decay / (1 + decay).square()
 
     def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:
@@ -50,3 +50,10 @@ class IsingPrior(Prior):
 def _size(field: Tensor) -> Tensor:
     """|h|, with the derivative 1 at 0, so that even functions have their second derivative."""
     return torch.where(field < 0, -field, field)
+
+
+def _broadcast(field: Tensor, V: Tensor | None) -> Tensor:
+    """The field for every V, which the moments do not depend on."""
+    if V is None or V.shape == field.shape:
+        return field
+    return field.expand(torch.broadcast_shapes(field.shape, V.shape))

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from deep_implicit_attention.spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
+from deep_implicit_attention.spins import (
+    AdaptiveTAP,
+    ExpectationPropagation,
+    GaussianPrior,
+    IsingPrior,
+    PottsPrior,
+    SelfAveragingTAP,
+    SphericalPrior,
+    SpinSystem,
+    sherrington_kirkpatrick,
+)
 from deep_implicit_attention.spins._bessel import bessel
 
 
@@ -267,6 +277,52 @@ def test_gaussian_prior_in_bfloat16():
     torch.testing.assert_close(
         prior.mean(field).float(), torch.tensor([1.0, 4.0]).expand(3, 2), rtol=1e-2, atol=0
     )
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (3, 3), (4, 5), (2, 3, 3)])
+def test_one_v_for_all_fields_on_the_sphere(batch):
+    """SᵀVS/2 = vR²/2, whatever the fields, also where a matrix looks like numbers for them."""
+    torch.manual_seed(0)
+    prior, field = SphericalPrior(3, 2.0), torch.randn(*batch, 3, dtype=torch.float64)
+    matrix = 0.7 * torch.eye(3, dtype=torch.float64)
+    for V in (matrix, matrix.expand(*batch, 3, 3), torch.tensor(0.7, dtype=torch.float64)):
+        added = prior.log_partition(field, V) - prior.log_partition(field)
+        torch.testing.assert_close(added, torch.full(batch, 1.4, dtype=torch.float64))
+
+
+def test_as_many_spherical_spins_and_samples_as_components():
+    """Then numbers v, one a spin and sample, have the shape of a matrix."""
+    couplings = sherrington_kirkpatrick(3, 0.6)[0]
+    system = SpinSystem(couplings, SphericalPrior(3, 1.5))
+    torch.manual_seed(0)
+    fields = torch.randn(3, 3, 3, dtype=torch.float64)
+    for method in (AdaptiveTAP(), SelfAveragingTAP(), ExpectationPropagation()):
+        together = method(system, fields).log_partition
+        alone = torch.stack([method(system, x).log_partition for x in fields])
+        torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_isotropic_v_is_one_on_every_scale(dtype, scale):
+    prior, field = SphericalPrior(3, 1.0), torch.ones(3, dtype=dtype)
+    prior.log_partition(field, scale * torch.eye(3, dtype=dtype))
+    with pytest.raises(ValueError, match="isotropic"):
+        prior.log_partition(field, scale * torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=dtype)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_broadcast_over_fields_and_v(name):
+    prior, shape, make_v = CASES[name]
+    torch.manual_seed(2)
+    field, V = torch.randn(shape, dtype=torch.float64), make_v()
+    one, many = field[0], torch.stack([V, V])
+    expected = field.shape[:1]
+    for answer in (prior.log_partition, prior.mean, prior.covariance):
+        whole = answer(one.expand(2, *shape), many)
+        torch.testing.assert_close(answer(one, many), whole)
+        torch.testing.assert_close(answer(one.expand(shape), many), whole)
+        assert whole.shape[:2] == (2, *expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
