@@ -11,6 +11,9 @@ from torch import Tensor
 from ._data import Data
 from ._warnings import FitWarning, warn
 
+# Spins up to which a pseudocount stands for a row of every state.
+_ALL_STATES = 10
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -78,16 +81,23 @@ class Moments:
 
 
 def pseudo_rows(n: int, pseudocount: float) -> Data:
-    """Rows of total weight `pseudocount` whose means vanish and whose covariance is 1.
+    """Rows of total weight `pseudocount` whose means vanish and whose covariance is 1, for methods
+    that learn from rows.
 
-    Columns of a Hadamard matrix (Sylvester's), all but its first: they have the moments of all 2^N
-    states with as few rows as possible, for methods that learn from rows.
+    All 2^N states up to 10 spins. Beyond, columns of a Hadamard matrix (Sylvester's), all but its
+    first: they have the same first and second moments with as few rows as possible, but not the
+    higher ones, which permutations and reversals of spins change.
     """
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) <= n:
-        hadamard = torch.cat([hadamard.repeat(1, 2), torch.cat([hadamard, -hadamard], 1)])
-    weights = torch.full((len(hadamard),), pseudocount / len(hadamard), dtype=torch.float64)
-    return Data(hadamard[:, 1 : n + 1].contiguous(), None, weights)
+    if n <= _ALL_STATES:
+        bits = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
+        rows = (1 - 2 * bits).double()
+    else:
+        hadamard = torch.ones(1, 1, dtype=torch.float64)
+        while len(hadamard) <= n:
+            hadamard = torch.cat([hadamard.repeat(1, 2), torch.cat([hadamard, -hadamard], 1)])
+        rows = hadamard[:, 1 : n + 1].contiguous()
+    weights = torch.full((len(rows),), pseudocount / len(rows), dtype=torch.float64)
+    return Data(rows, None, weights)
 
 
 def join(data: Data, more: Data) -> Data:

@@ -145,3 +145,9 @@ def test_rows_with_gaps_do_not_judge(X: np.ndarray) -> None:
     weights = np.concatenate([np.ones(100), np.zeros(16)])
     same = BoltzmannMachine("tap", **options).fit(whole, sample_weight=weights)
     assert same.couplings_ == pytest.approx(none.couplings_)
+
+
+def test_from_uniform_data_a_pseudocount_learns_the_uniform_distribution() -> None:
+    X = states(4)
+    machine = BoltzmannMachine("exact", num_hidden=2, num_updates=500, pseudocount=100.0).fit(X)
+    assert np.exp(machine.score_samples(X)) == pytest.approx(1 / 16, rel=0.02)
