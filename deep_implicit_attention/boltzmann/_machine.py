@@ -82,7 +82,10 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             penalise V as well (`inverse_covariance`), pseudolikelihood counts it twice, as it does
             a coupling.
         pseudocount: weight of further rows in which all states are equally frequent, in units of
-            `sample_weight`.
+            `sample_weight`. For pseudolikelihood and hidden units, which see more of the rows than
+            means and covariances, beyond 10 columns only those are the ones of all states: the rows
+            are a few with higher correlations of their own, so that what is learned depends,
+            somewhat, on the order of the columns and on which state is called up.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
             has an inverse and what Schäfer and Strimmer (2005) estimate where it has not, or where
             entries are missing and pairs of spins are observed fewer than 2N times.
@@ -113,7 +116,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     coding_: Coding | None
     _sums: Sums | None
     _base: Tensor
-    _log_partition: LogPartition | None
+    _log_partition: tuple[Tensor, LogPartition] | None  # with the parameters it belongs to
     _fitted_method: Method
 
     def __init__(
@@ -222,22 +225,24 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         """log Z with its standard error and the method it comes from.
 
         Enumeration up to 24 spins; beyond, annealed importance sampling from the model of
-        independent spins with `particles` (500) and `steps` (1000). Without either it is the
-        estimate that `score_samples` uses, made once after a fit; with, one that scores do not know
-        of unless `keep` puts it in that one's place.
+        independent spins with `particles` (500, at least 2) and `steps` (1000). Without either it
+        is the estimate that `score_samples` uses, made once for its parameters; with, one that
+        scores do not know of unless `keep` puts it in that one's place.
         """
         check_is_fitted(self)
         asked = {"particles": particles, "steps": steps}
         asked = {name: value for name, value in asked.items() if value is not None}
         for name, value in asked.items():
-            check_count(name, value)
-        kept = self._log_partition
-        if kept is not None and (kept.exact or not asked):
-            return kept
+            # One particle has no standard error.
+            check_count(name, value, minimum=2 if name == "particles" else 1)
+        theta, kept = self._theta(), self._log_partition
+        # Parameters may have been set by hand since.
+        if kept is not None and torch.equal(kept[0], theta) and (kept[1].exact or not asked):
+            return kept[1]
         options = {"particles": 500, "steps": 1000} | asked
-        found = log_partition(self._theta(), self._base, seed=self._seed(), **options)
+        found = log_partition(theta, self._base, seed=self._seed(), **options)
         if keep or not asked or found.exact:
-            self._log_partition = found
+            self._log_partition = theta, found
         return found
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 
@@ -112,6 +113,21 @@ def test_an_estimate_of_log_z_has_the_numbers_it_was_asked_for() -> None:
     assert machine.log_partition(particles=500, steps=1000) == plain
     with pytest.raises(ValueError, match="steps must be at least 1"):
         machine.log_partition(steps=0)
+    with pytest.raises(ValueError, match="particles must be at least 2, got 1"):
+        machine.log_partition(particles=1)
+
+
+def test_scores_are_those_of_parameters_set_by_hand(X: np.ndarray) -> None:
+    """Probabilities of all states sum to one."""
+    everything = np.array(list(itertools.product((-1.0, 1.0), repeat=6)))
+    machine = BoltzmannMachine("naive").fit(X)
+    fitted = machine.score_samples(everything)
+    machine.couplings_ *= 0.5
+    machine.fields_ = machine.fields_ + 0.3
+    assert np.exp(machine.score_samples(everything)).sum() == pytest.approx(1)
+    machine.fields_ = machine.fields_ - 0.3
+    machine.couplings_ *= 2
+    assert machine.score_samples(everything) == pytest.approx(fitted)
 
 
 def test_a_row_that_cannot_be_scored_costs_no_estimate() -> None:
