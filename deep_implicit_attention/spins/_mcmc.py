@@ -108,15 +108,18 @@ def split_r_hat(draws: Tensor) -> Tensor:
     of chains cut in halves, so that drift shows too, and of ranks transformed to normal scores, so
     that tails of any weight do; the larger of that for the draws and that for their distance from
     the median, which shows chains that agree in place and not in width (Vehtari, Gelman, Simpson,
-    Carpenter, Bürkner 2021, Bayesian Anal. 16, 667). 1 where no draw differs from another. Cost:
-    O(draws log draws).
+    Carpenter, Bürkner 2021, Bayesian Anal. 16, 667). 1 where no draw differs from another, NaN
+    where one is not finite. Cost: O(draws log draws).
 
     Raises:
         ValueError: for fewer than 4 samples.
+        TypeError: for draws that are no tensor.
     """
     halves = _halves(draws)
     folded = (halves - halves.flatten(0, 1).median(dim=0).values).abs()
-    return torch.maximum(_r_hat(_scores(halves)), _r_hat(_scores(folded)))
+    value = torch.maximum(_r_hat(_scores(halves)), _r_hat(_scores(folded)))
+    finite = torch.isfinite(draws).flatten(0, 1).all(dim=0)
+    return torch.where(finite, value, torch.nan)  # ranks are finite whatever the draws
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
@@ -128,13 +131,15 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     mean autocovariance and var⁺ the numerator of R̂² (`split_r_hat`): chains that disagree count
     little. The sum ends before the first pair that is not positive, and pairs may not rise (Geyer
     1992, Stat. Sci. 7, 473, the initial monotone sequence; Vehtari et al. 2021). At most
-    samples · chains · log10 of that. All draws where none differs from another. Cost:
-    O(draws log draws).
+    samples · chains · log10 of that. All draws where none differs from another, NaN where one is
+    not finite. Cost: O(draws log draws).
 
     Raises:
         ValueError: for fewer than 4 samples.
+        TypeError: for draws that are no tensor.
     """
-    halves = _halves(draws).double()
+    given = _halves(draws)
+    halves = given.double()
     n, total = len(halves), halves.shape[0] * halves.shape[1]
     means = halves.mean(dim=0)
     # Circular correlations by the fast Fourier transform, padded so that the ends do not meet.
@@ -149,15 +154,22 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     alive = (pairs > 0).cumprod(dim=0)
     time = 2 * (pairs.cummin(dim=0).values * alive).sum(dim=0) - 1
     size = total / time.clamp(min=1 / math.log10(total))
-    return torch.where(_constant(halves), total, size).to(draws.dtype)
+    return torch.where(_constant(halves), total, size).to(given.dtype)
 
 
 def _halves(draws: Tensor) -> Tensor:
-    """Chains cut in halves, `(samples // 2, 2 chains, ...)`; an odd number loses its middle."""
+    """Chains cut in halves, `(samples // 2, 2 chains, ...)`; an odd number loses its middle.
+
+    Draws that are integers become float64.
+    """
+    if not isinstance(draws, Tensor):
+        raise TypeError(f"draws must be a tensor, got {type(draws).__name__}")
     if draws.dim() < 2 or len(draws) < 4:
         raise ValueError(
             f"draws must be (samples, chains, ...), at least 4 samples, got {tuple(draws.shape)}"
         )
+    if not draws.is_floating_point():
+        draws = draws.double()
     half = len(draws) // 2
     return torch.cat([draws[:half], draws[-half:]], dim=1)
 

@@ -162,7 +162,24 @@ class TestDiagnostics:
         assert (split_r_hat(stuck) > 1e3).all()
         assert (effective_sample_size(stuck) < 20).all()
 
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_draws_that_are_not_finite_are_no_agreement(self, bad):
+        draws = randn(100, 4, 3)
+        draws[:, 2, 0], draws[7, 1, 1] = bad, bad
+        for diagnostic in (split_r_hat, effective_sample_size):
+            assert torch.isnan(diagnostic(draws)).tolist() == [True, True, False]
+        draws[:] = bad
+        assert torch.isnan(split_r_hat(draws)).all()
+
+    def test_draws_that_are_integers(self):
+        spins = torch.where(randn(100, 4, 3) > 0, 1, -1)
+        for diagnostic in (split_r_hat, effective_sample_size):
+            torch.testing.assert_close(diagnostic(spins), diagnostic(spins.double()))
+
     def test_refusals(self):
+        for diagnostic in (split_r_hat, effective_sample_size):
+            with pytest.raises(TypeError, match="draws must be a tensor, got list"):
+                diagnostic([[1.0]])
         for bad in (torch.zeros(3, 4), torch.zeros(10)):
             for diagnostic in (split_r_hat, effective_sample_size):
                 with pytest.raises(ValueError, match="at least 4 samples"):
