@@ -116,9 +116,13 @@ class Exact:
             return ((p @ both).unflatten(1, matrix.shape),)
 
         def over_all(part: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+            graph = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
             out: list[Tensor] = []
             for first in range(0, count, chunk):
-                more = checkpoint(part, first, x, matrix, use_reentrant=False)
+                if graph:
+                    more = checkpoint(part, first, x, matrix, use_reentrant=False)
+                else:  # the first checkpoint of a process takes seconds of imports
+                    more = part(first, x, matrix)
                 out = [a + b for a, b in zip(out, more, strict=True)] if out else list(more)
             return out
 

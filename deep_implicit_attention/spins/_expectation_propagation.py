@@ -52,7 +52,9 @@ class ExpectationPropagation(ConsistentMethod):
             ``"auto"``: at most 300 parallel updates, then the double loop for the samples on which
             they failed.
         damping: part of the old terms kept in parallel and sequential updates.
-        tol: relative residual of the equations of `AdaptiveTAP` at which a sample is solved.
+        tol: relative residual of the equations of `AdaptiveTAP` at which a sample is solved. The
+            default is for float64; in float32 residuals stop falling at 1e-7 or above: pass about
+            1e-5.
         max_iter: updates of all terms at most, of each schedule.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
 

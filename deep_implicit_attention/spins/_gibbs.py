@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +90,10 @@ class GibbsSampler:
         check_count("thin", thin)
         check_number("max_r_hat", max_r_hat, minimum=1.0)
         check_on_failure(on_failure)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+        try:
+            self.seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed must be an integer, got {type(seed).__name__}") from None
         if num_samples < 4 or num_chains < 2:
             raise ValueError(
                 "num_samples must be at least 4 and num_chains at least 2, so that chains can be "
@@ -98,7 +101,7 @@ class GibbsSampler:
             )
         self.num_samples, self.burn_in, self.thin = num_samples, burn_in, thin
         self.num_chains, self.num_temperatures = num_chains, num_temperatures
-        self.seed, self.max_r_hat = seed, max_r_hat
+        self.max_r_hat = max_r_hat
         self.on_failure: OnFailure = on_failure
 
     def sample(self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None) -> Tensor:
@@ -168,6 +171,8 @@ class GibbsSampler:
         if start is None:
             spins = system.prior.sample(x.new_zeros(shape), generator)
         else:
+            if not isinstance(start, Tensor):
+                raise TypeError(f"start must be a tensor, got {type(start).__name__}")
             expected = (self.num_chains, *fields.shape)
             if start.shape != expected:
                 raise ValueError(f"start must have shape {expected}, got {tuple(start.shape)}")

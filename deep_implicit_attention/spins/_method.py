@@ -22,7 +22,8 @@ class IteratedMethod:
     """An inference method that solves a fixed point.
 
     Args:
-        tol: relative residual at which a sample is solved.
+        tol: relative residual at which a sample is solved. The default is for float64; in float32
+            residuals stop falling at 1e-7 or above: pass about 1e-5.
         max_iter: solver steps at most.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.

@@ -285,6 +285,9 @@ class TestUse:
         assert evidence.worst_r_hat[2] == 9
         GibbsSampler(**options, max_r_hat=1e300, on_failure="raise")(system, x[2])
 
+    def test_a_seed_may_be_any_integer(self):
+        assert GibbsSampler(seed=np.int64(3)).seed == 3
+
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
@@ -311,6 +314,8 @@ class TestUse:
             sampler(system, x[:, :3])
         with pytest.raises(ValueError, match=r"start must have shape \(3, 2, 4\), got \(2, 4\)"):
             sampler.sample(system, x, start=x)
+        with pytest.raises(TypeError, match="start must be a tensor, got list"):
+            sampler.sample(system, x, start=[1, 2])
         with pytest.raises(ValueError, match="spins must be values of IsingPrior"):
             sampler.sample(system, x, start=torch.zeros(3, 2, 4, dtype=torch.float64))
         prior = GaussianPrior(torch.zeros(2), torch.eye(2))

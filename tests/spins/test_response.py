@@ -18,6 +18,7 @@ from deep_implicit_attention.spins import (
     Response,
     SelfAveragingTAP,
     SpinSystem,
+    _exact,
     sherrington_kirkpatrick,
 )
 
@@ -124,3 +125,14 @@ def test_all_of_it_works_in_inference_mode(made_inside, prior, kind):
     for name in NAMES:  # after it, as constants in a graph
         weight = torch.ones((), dtype=torch.float64, requires_grad=True)
         (weight * getattr(response, name)).sum().backward()
+
+
+def test_nothing_is_checkpointed_without_gradients(monkeypatch):
+    """The first checkpoint of a process takes seconds of imports."""
+    monkeypatch.setattr(_exact, "checkpoint", None)
+    couplings, x = tensors()
+    system = SpinSystem(couplings, IsingPrior())
+    response = Exact()(system, x)
+    torch.testing.assert_close(response.covariance.diagonal(), 1 - response.magnetization.square())
+    with torch.no_grad():
+        Exact()(system, x.requires_grad_()).covariance.numpy()
