@@ -24,9 +24,9 @@ class Closure(IteratedMethod):
     """A closure of the mean-field equations: `method(system, fields) -> Response`.
 
     The equations are solved for the state (m, C) of magnetizations and single-spin covariances,
-    with implicit gradients. A subclass supplies `V`. `covariance` of a solution that is not stable,
-    so that χ has a negative eigenvalue, comes with a `ConvergenceWarning` unless `on_failure` is
-    "ignore".
+    with implicit gradients. A subclass supplies `V`, or solves for m alone. `covariance` of a
+    solution that is not stable, so that χ has a negative eigenvalue, comes with a
+    `ConvergenceWarning` unless `on_failure` is "ignore".
     """
 
     def check(self, prior: Prior) -> None:
@@ -107,6 +107,7 @@ class Closure(IteratedMethod):
         )
 
     def _solve(self, system: SpinSystem, x: Tensor, start: Tensor | None) -> Solution:
+        """The solution for fields `x` `(B, N, *event)`, `value` = (m, C)."""
         m = system.prior.mean(x) if start is None else start.detach()
         field = x if start is None else x + system.pull(m)
         state = m, system.prior.covariance(field)

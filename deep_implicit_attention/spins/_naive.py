@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..solvers import Solution
 from ._closure import Closure, naive_response
+from ._prior import Prior
 from ._system import SpinSystem
+
+State = tuple[Tensor, Tensor]
 
 
 class NaiveMeanField(Closure):
@@ -15,8 +20,9 @@ class NaiveMeanField(Closure):
         log Z ≥ Σ_i log Z0(h_i) − ½ Σ_ij m_iᵀ J_ij m_j,   χ = (blockdiag C_i⁻¹ − J)⁻¹
 
     `log_partition` is a lower bound of the exact one (Gibbs–Bogoliubov). Derivatives of it are the
-    magnetization (fields) and m_i m_jᵀ (couplings). Cost: O(B N² d²) a step; `covariance`
-    O(B N³ d³).
+    magnetization (fields) and m_i m_jᵀ (couplings). Residuals are relative to m, however small;
+    without fields, where m = 0 is a solution, to spins of order one. Cost: O(B N² d²) a step;
+    `covariance` O(B N³ d³).
 
     With strong couplings there are several solutions. Damped Picard iteration, the default, settles
     in stable ones, which are maxima of the bound; accelerated solvers may find saddles.
@@ -29,3 +35,27 @@ class NaiveMeanField(Closure):
         self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
     ) -> Tensor:
         return naive_response(system, covariance)
+
+    def _solve(self, system: SpinSystem, x: Tensor, start: Tensor | None) -> Solution:
+        # The covariances follow from m. As a part of the state they would swamp a small one.
+        prior = system.prior
+        with torch.no_grad():
+            alone = prior.mean(x)
+            fieldless = (alone == 0).flatten(1).all(dim=1)
+            unit = fieldless.to(x.dtype).view(-1, *[1] * (x.dim() - 1)).expand_as(x)
+        begin = alone if start is None else start.detach()
+        solution = self.fixed_point(_Step(prior), (begin, unit), x, system.couplings, unit)
+        m = solution.value[0]
+        return solution.with_value((m, prior.covariance(x + system.pull(m))))
+
+
+class _Step(nn.Module):
+    """One step of the equations beside `unit`, which never moves: 1 where m may vanish, else 0."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, state: State, x: Tensor, couplings: Tensor, unit: Tensor) -> State:
+        system = SpinSystem.unchecked(couplings, self.prior)
+        return self.prior.mean(x + system.pull(state[0])), unit

@@ -112,3 +112,30 @@ def test_singular_covariance_is_stable(kind):
         system = SpinSystem(sherrington_kirkpatrick(6, 0.5)[0].to(dtype), PottsPrior(4))
         fields = torch.linspace(-1, 1, 24, dtype=dtype).reshape(6, 4)
         assert kind(tol=1e-6)(system, fields).covariance.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-12, 1e-30])
+def test_small_magnetizations_solve_the_naive_equations(scale):
+    """Linear in small fields: m = (1 − J)⁻¹ x."""
+    couplings = torch.tensor([[0.0, 0.4], [0.4, 0.0]], dtype=torch.float64)
+    x = scale * torch.tensor([1.0, 0.0], dtype=torch.float64)
+    response = NaiveMeanField(tol=1e-5)(SpinSystem(couplings, IsingPrior()), x)
+    assert response.solution is not None
+    assert bool(response.solution.converged)
+    expected = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - couplings, x)
+    rtol = 1e-4 + scale**2
+    torch.testing.assert_close(response.magnetization, expected, rtol=rtol, atol=0)
+
+
+def test_without_fields_magnetizations_decay_to_zero_or_stay(kind):
+    """Above and below the critical temperature, from a start that is magnetized, beside a sample
+    in a field."""
+    n = 20
+    x = torch.zeros(2, n, dtype=torch.float64)
+    x[1] = 0.1
+    for beta, least in ((0.7, 0.0), (2.0, 0.9)):
+        system = SpinSystem(ferromagnet(n, beta), IsingPrior())
+        response = kind()(system, x, start=torch.full_like(x, 0.5))
+        assert bool(response.solution.converged.all())
+        assert response.magnetization[0].min() >= least - 1e-8
+        assert response.magnetization[0].max() < (1e-8 if least == 0 else 1)
