@@ -31,8 +31,8 @@ class AdaptiveTAP(ConsistentMethod):
 
     Damped Picard iteration, the default, converges for weak and moderate couplings (all of the SK
     systems with N = 12 up to β = 1 in the tests); where it does not, that is reported, and
-    `ExpectationPropagation` has a way to the same equations that always converges. Cost: O(B N³ d³)
-    a step, one Cholesky factorisation and its inverse.
+    `ExpectationPropagation` has a descent to the same equations, for systems without spins that are
+    all but fixed. Cost: O(B N³ d³) a step, one Cholesky factorisation and its inverse.
     """
 
     def solve(
