@@ -72,7 +72,7 @@ class ConsistentMethod(IteratedMethod):
             solution=solution,
             method=type(self).__name__,
             _covariance=Later(lambda: frame.pairs(chi, batch), chi),
-            _susceptibility=Later(susceptibility, frame.couplings, x),
+            _susceptibility=Later(susceptibility, frame.couplings, x, *system.prior.parameters()),
             objective=objective,
         )
 

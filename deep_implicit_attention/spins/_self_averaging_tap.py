@@ -94,7 +94,7 @@ class SelfAveragingTAP(IteratedMethod):
             solution=solution,
             method="SelfAveragingTAP",
             _covariance=Later(covariance, couplings, x),
-            _susceptibility=Later(susceptibility, couplings, x),
+            _susceptibility=Later(susceptibility, couplings, x, *system.prior.parameters()),
         )
 
 
