@@ -56,6 +56,12 @@ class _Sphere(Local):
         # V is isotropic as it is made, and numbers v of any shape are meant.
         return self.prior.log_partition(field) + 0.5 * self.prior.radius**2 * V[..., 0, 0]
 
+    def mean(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.prior.mean(field)
+
+    def covariance(self, field: Tensor, V: Tensor) -> Tensor:
+        return self.match(self.prior.covariance(field))
+
     def match(self, covariance: Tensor) -> Tensor:
         dim = covariance.shape[-1]
         trace = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
