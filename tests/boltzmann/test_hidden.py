@@ -86,6 +86,7 @@ def noisy_parity(rows: int = 1000) -> np.ndarray:
     return np.c_[first, first.prod(axis=1) * np.where(rng.random(rows) < 0.1, -1, 1)]
 
 
+@pytest.mark.slow
 def test_an_ascent_returns_the_likeliest_of_its_parameters() -> None:
     X = noisy_parity()
     alone = BoltzmannMachine("independent").fit(X).score(X)
@@ -103,7 +104,7 @@ def test_an_ascent_returns_the_likeliest_of_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap"])
-@pytest.mark.parametrize("l2", [0.0, 0.05])
+@pytest.mark.parametrize("l2", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_an_ascent_is_no_worse_than_independent_spins(
     method: str, l2: float, X: np.ndarray
 ) -> None:
@@ -125,6 +126,7 @@ def test_an_ascent_gone_astray_says_so_and_goes_back_to_the_start() -> None:
     assert machine.score(X) == pytest.approx(alone, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::deep_implicit_attention.boltzmann.EstimateWarning")
 def test_beyond_enumeration_an_estimate_judges() -> None:
     X = np.where(np.random.default_rng(0).normal(size=(300, 26)) > 0, 1.0, -1.0)

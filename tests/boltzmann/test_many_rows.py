@@ -41,6 +41,7 @@ print(completed.X.shape, np.isfinite(scores).all())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+@pytest.mark.slow
 def test_many_rows_fit_into_a_gigabyte() -> None:
     """2,000 rows with 14 spins missing: their states and pairs would take nearly four."""
     done = subprocess.run(
@@ -82,7 +83,9 @@ def test_enumeration_of_many_fields_is_a_plain_sum(
     assert torch.allclose(response.entropy, -(p * (p * 32).log()).sum(dim=1))
 
 
-@pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3)])
+@pytest.mark.parametrize(
+    "prior", [IsingPrior(), pytest.param(PottsPrior(3), marks=pytest.mark.slow)]
+)
 def test_enumeration_in_chunks_is_differentiable_twice(
     prior: IsingPrior | PottsPrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -372,6 +372,7 @@ def fastest(run: Callable[[], object], times: int) -> float:
     return min(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coding", ["spins", "binary"])
 def test_a_fit_takes_little_more_than_its_linear_algebra(coding: str) -> None:
     """N = 100, 10,000 rows: at most five times one covariance matrix and one inverse."""

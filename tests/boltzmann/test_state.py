@@ -94,6 +94,7 @@ def test_answers_are_those_of_the_fit(change: dict[str, object], X: np.ndarray) 
 # --- log Z --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::deep_implicit_attention.boltzmann.EstimateWarning")
 def test_an_estimate_of_log_z_has_the_numbers_it_was_asked_for() -> None:
     X = many(26) * np.where(np.random.default_rng(1).random((300, 1)) < 0.5, 1, -1)
