@@ -83,7 +83,9 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
     assert samples_differ == (name != "gaussian")
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize(
+    "name", ["gaussian", "ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)]
+)
 def test_explicit_steps_are_exported_and_mapped_over_samples(name, fields):
     layer = DEQFixedPoint(make(name, 0.4), steps=3)
     expected = layer(fields)
