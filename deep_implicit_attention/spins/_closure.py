@@ -12,7 +12,7 @@ from ..solvers import Solution
 from ._blocks import block_diagonal
 from ._exact import factorise
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start, outside_inference_mode
+from ._method import IteratedMethod, check_start, on_ordinary_tensors
 from ._prior import Prior
 from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
@@ -41,7 +41,7 @@ class Closure(IteratedMethod):
         V = self.V(system, covariance)
         return None if V is None else system.prior.admissible(V)
 
-    @outside_inference_mode
+    @on_ordinary_tensors
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:

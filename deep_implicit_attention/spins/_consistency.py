@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..deq._failure import report
-from ..deq._watched import transformed
+from ..deq._watched import watched
 from ..solvers import Solution, Status
 from ._blocks import diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start, outside_inference_mode
+from ._method import IteratedMethod, check_start, on_ordinary_tensors
 from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
 
@@ -32,7 +32,7 @@ class ConsistentMethod(IteratedMethod):
         """The solution for fields `x` in the frame, `value` = (m, V), and the `objective`."""
         raise NotImplementedError
 
-    @outside_inference_mode
+    @on_ordinary_tensors
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:
@@ -122,8 +122,7 @@ def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
     operator.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(operator)
     sound = failed == 0
-    unseen = torch.compiler.is_compiling() or transformed(sound)
-    if unseen or not bool(sound.all()):
+    if watched(sound) or not bool(sound.all()):
         identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
         factor = torch.where(sound[:, None, None], factor, identity)
     return Whitened(factor, sound, root, pulled)

@@ -88,7 +88,7 @@ def check_start(start: Tensor | None, fields: Tensor) -> None:
         raise ValueError("start must be finite")
 
 
-def outside_inference_mode(call: Callable[..., Response]) -> Callable[..., Response]:
+def on_ordinary_tensors(call: Callable[..., Response]) -> Callable[..., Response]:
     """A method's `__call__` outside inference mode, with copies of tensors that were made in it.
 
     The response is differentiated when its susceptibility is asked for, and such tensors cannot

@@ -9,7 +9,7 @@ from ..deq._failure import report
 from ..solvers import Solution
 from ._frames import Local, frame_of
 from ._gaussian import GaussianPrior
-from ._method import IteratedMethod, check_start, outside_inference_mode
+from ._method import IteratedMethod, check_start, on_ordinary_tensors
 from ._response import Later, Response, total_derivative
 from ._system import SpinSystem, check_system
 
@@ -38,7 +38,7 @@ class SelfAveragingTAP(IteratedMethod):
     Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
     """
 
-    @outside_inference_mode
+    @on_ordinary_tensors
     def __call__(
         self, system: SpinSystem, fields: Tensor, *, start: Tensor | None = None
     ) -> Response:

@@ -101,21 +101,16 @@ def windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return inputs.view(count, length), targets.view(count, length)
 
 
-def _check_length(ids: Tensor, length: int) -> None:
+def _check_length(ids: Tensor, length: int, what: str = "a text") -> None:
     check_count("length", length)
     if len(ids) <= length:
-        raise ValueError(f"a text of {len(ids)} characters is too short for length {length}")
+        raise ValueError(f"{what} of {len(ids)} characters is too short for length {length}")
 
 
 def check_parts(data: TextData, length: int) -> None:
     """Raise `ValueError` unless both parts of a text are longer than `length`."""
-    check_count("length", length)
-    for part, ids in (("training", data.train), ("validation", data.validation)):
-        if len(ids) <= length:
-            raise ValueError(
-                f"the {part} part of the text, {len(ids)} characters, is too short for length "
-                f"{length}"
-            )
+    _check_length(data.train, length, "a training part")
+    _check_length(data.validation, length, "a validation part")
 
 
 def shakespeare(data_dir: Path | None = None, *, download: bool = True) -> TextData:

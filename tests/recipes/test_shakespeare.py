@@ -322,11 +322,11 @@ def test_generate_refuses(flags: list[str], part: str, trained: Outcome) -> None
         ("--length 0", "dia: length must be at least 1, got 0"),
         (
             "--length 700",
-            "bottles.txt: the training part of the text, 562 characters, is too short",
+            "bottles.txt: a training part of 562 characters is too short",
         ),
         (
             "--length 70",
-            "bottles.txt: the validation part of the text, 63 characters, is too short",
+            "bottles.txt: a validation part of 63 characters is too short",
         ),
         ("--batch-size 0", "batch_size"),
         ("--accumulate 3", "4 rows cannot be cut"),

@@ -100,7 +100,7 @@ def test_the_part_of_a_text_that_is_too_short_is_named() -> None:
     data = text_data(TEXT * 3)
     for length, part in ((len(data.validation), "validation"), (len(data.train), "training")):
         ids = getattr(data, part.removesuffix("ing"))
-        with pytest.raises(ValueError, match=f"the {part} part of the text, {len(ids)} characters"):
+        with pytest.raises(ValueError, match=f"a {part} part of {len(ids)} characters"):
             Language(data, length, 2)
 
 
