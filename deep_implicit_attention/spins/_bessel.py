@@ -86,9 +86,13 @@ def _uniform(x: Tensor, n: float) -> Bessel:
     return Bessel(ratio, slope, fall, log)
 
 
-@torch.compiler.assume_constant_result  # a compiler would trace what the cache is there to spare
 def _coefficients(n: float) -> list[tuple[float, float, float]]:
     return _kept_coefficients(n)
+
+
+# A compiler would trace what the cache is there to spare. `torch.compiler.assume_constant_result`
+# sets just this, but imports the compiler, which takes as long as torch.
+_coefficients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)

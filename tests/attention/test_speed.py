@@ -113,6 +113,7 @@ def test_importing_brings_nothing_heavy():
         "scipy",
         "pandas",
         "torchvision",
+        "torch._dynamo",
     )
     program = (
         "import sys, deep_implicit_attention.models, deep_implicit_attention.spins\n"
