@@ -11,11 +11,14 @@ demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; report in runs
 	$(BIN)/dia train digits --keep-checkpoints 40
 	$(BIN)/dia report runs/digits
 
+# What takes long to set up, tests of one `xdist_group` share.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup -q
+
 test: $(DEV)  ## every test but the slow ones
-	$(BIN)/python -m pytest -n auto -q
+	$(PYTEST)
 
 slow: $(DEV)  ## the tests that take minutes
-	$(BIN)/python -m pytest -n auto -q -m slow
+	$(PYTEST) -m slow
 
 lint: $(DEV)  ## formatting, style, types, floors
 	$(BIN)/ruff check .

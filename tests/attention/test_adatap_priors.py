@@ -95,6 +95,7 @@ def test_explicit_steps_are_exported_and_mapped_over_samples(name, fields):
     torch.testing.assert_close(one_by_one, expected)
 
 
+@pytest.mark.quick("ising")
 @pytest.mark.parametrize(
     "name", ["gaussian", "ising", *(pytest.param(n, marks=pytest.mark.slow) for n in ITERATED[1:])]
 )
@@ -170,6 +171,7 @@ def test_gradients_of_every_order(name, fields):
     assert gradgradcheck(loss, ends)
 
 
+@pytest.mark.quick("gaussian", "ising", "potts")
 @pytest.mark.parametrize("name", PRIORS)
 def test_free_energy_and_its_derivatives(name, fields):
     module = make(name, 0.3)
@@ -214,6 +216,7 @@ def test_another_method_may_give_the_free_energy(fields):
 
 
 class TestFrozen:
+    @pytest.mark.quick("gaussian", "ising", "potts", "None")
     @pytest.mark.parametrize("name", [*PRIORS, None])
     def test_the_answers_are_the_same(self, name, fields):
         module = make(name, 0.3) if name else DEQAdaTAPMeanFieldAttention(SITES, DIM).double()

@@ -57,6 +57,7 @@ def test_gaps_are_filled_to_the_maximum_of_the_likelihood_of_what_is_seen(X: np.
         assert likelihood(machine.couplings_, h) < best
 
 
+@pytest.mark.quick("naive", "tap", "adaptive_tap", "pseudolikelihood")
 @pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap", "pseudolikelihood", "pcd"])
 def test_gaps_bias_little(method: str, X: np.ndarray) -> None:
     """A fifth of the entries missing at random: nearer to the fit of all than ones in the gaps."""
@@ -94,6 +95,7 @@ def by_regression(X: np.ndarray, weights: np.ndarray, rounds: int, rho: float, p
     return m, (1 - rho) * C + rho * np.diag(C.diagonal())
 
 
+@pytest.mark.quick("options0-40", "options1-4194304", "options2-4194304")
 @pytest.mark.parametrize("numbers", [2**22, 40])
 @pytest.mark.parametrize("options", [{}, {"shrinkage": 0.2}, {"pseudocount": 3.0}])
 def test_gaps_are_filled_by_regression(

@@ -27,6 +27,7 @@ def means(machine: BoltzmannMachine, n: int) -> np.ndarray:
 # --- batches ------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("1-exact", "20-pcd")
 @pytest.mark.parametrize("method", ["exact", "pcd"])
 @pytest.mark.parametrize("size", [1, 20])
 def test_batches_see_rows_as_often_as_their_weights_say(
@@ -42,6 +43,7 @@ def test_batches_see_rows_as_often_as_their_weights_say(
     assert means(machine, 4) == pytest.approx(expected, abs=0.12 if size == 1 else 0.06)
 
 
+@pytest.mark.quick("False-exact", "True-pcd")
 @pytest.mark.parametrize("method", ["exact", "pcd"])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_batches_leave_out_rows_without_weight(method: str, gaps: bool, X: np.ndarray) -> None:
@@ -103,6 +105,7 @@ def test_an_ascent_returns_the_likeliest_of_its_parameters() -> None:
     assert alone == pytest.approx(float(found[3]), abs=1e-3)
 
 
+@pytest.mark.quick("0.0-tap")
 @pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap"])
 @pytest.mark.parametrize("l2", [0.0, pytest.param(0.05, marks=pytest.mark.slow)])
 def test_an_ascent_is_no_worse_than_independent_spins(

@@ -145,18 +145,16 @@ def test_a_row_that_cannot_be_scored_costs_no_estimate() -> None:
 
 
 @pytest.mark.parametrize("coding", ["spins", "binary", "boolean"])
-@pytest.mark.parametrize("filler", [0, 7, -1, np.inf, np.nan])
-def test_anything_may_stand_where_nothing_is_observed(
-    coding: str, filler: float, X: np.ndarray
-) -> None:
+def test_anything_may_stand_where_nothing_is_observed(coding: str, X: np.ndarray) -> None:
     data = {"spins": X, "binary": (X + 1) / 2, "boolean": X > 0}[coding]
     machine = BoltzmannMachine().fit(data)
     observed = np.random.default_rng(0).random(X.shape) < 0.5
     expected = machine.complete(data, observed)
-    found = machine.complete(np.where(observed, data, filler), observed)
-    assert (found.probability == expected.probability).all()
-    assert (found.X == expected.X).all()
-    assert found.X.dtype == expected.X.dtype
+    for filler in (0, 7, -1, np.inf, np.nan):
+        found = machine.complete(np.where(observed, data, filler), observed)
+        assert (found.probability == expected.probability).all()
+        assert (found.X == expected.X).all()
+        assert found.X.dtype == expected.X.dtype
     wrong = np.where(observed, data, 1.0)
     wrong[tuple(np.argwhere(observed)[0])] = np.inf
     with pytest.raises(ValueError, match="is inf"):

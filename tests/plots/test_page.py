@@ -57,6 +57,7 @@ def contrasts(figure: Figure, least: str, dark: bool, ground: str | None = None)
     return found
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_weakest_lines_are_seen_in_both_schemes(dark: bool) -> None:
     random = np.random.default_rng(0)

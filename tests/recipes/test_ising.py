@@ -140,6 +140,7 @@ def test_the_table_of_the_theory_page(tmp_path: Path) -> None:
     assert log[[0, 2]] == pytest.approx([4.9e-1, 1.3e-2], rel=0.03)
 
 
+@pytest.mark.quick("int8", "uint16")
 @pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.float32, ">f8"])
 def test_a_system_from_files(dtype: Any, ising: Command, saved: Callable) -> None:

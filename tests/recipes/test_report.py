@@ -22,6 +22,8 @@ from deep_implicit_attention.training import Run, text_data, windows
 from .conftest import PHRASE, Outcome, invoke
 from .reports import Page, records, reported, unpacked
 
+pytestmark = pytest.mark.xdist_group("reports")
+
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> Page:

@@ -13,6 +13,8 @@ import pytest
 from .chromium import Browser, chromium, found
 from .reports import Page, configure, reported, rescale, unpacked
 
+pytestmark = pytest.mark.xdist_group("reports")
+
 needs_browser = pytest.mark.skipif(
     found() is None,
     reason="NOT TESTED: the report in a browser; there is no Chromium on the path, and none is "

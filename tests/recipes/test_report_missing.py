@@ -21,6 +21,8 @@ from deep_implicit_attention.training import Run
 from .conftest import invoke
 from .reports import configure, records, reported, rescale, unpacked
 
+pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.xdist_group("reports")]
+
 # --- what is missing is named, and the rest is shown ------------------------------------------
 
 
@@ -34,7 +36,6 @@ def test_a_run_without_weights(copy: Path) -> None:
     assert page.data is None
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_being_written(copy: Path) -> None:
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(lines[:2]) + '\n{"epoch": 3, "tra')
@@ -50,7 +51,6 @@ def test_a_run_that_is_being_written(copy: Path) -> None:
     assert page.titles == ["Configuration", "How this was made"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_another_version(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     del config["zoom"]
@@ -70,7 +70,6 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     """Names that are not there, and values of another kind."""
     lines = [{**record, "train_loss": "low"} for record in records(copy)]
@@ -88,7 +87,6 @@ def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     assert set(page.figures) == set(reported(run).figures) - lost
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None:
     lines = [json.dumps({**record, "interrupted": True}) if "ending" in record else
              json.dumps(record) for record in records(copy)]  # fmt: skip
@@ -141,6 +139,7 @@ def test_settings_that_are_damaged(content: str, copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
+@pytest.mark.quick("None", "of tomorrow")
 @pytest.mark.parametrize("recipe", [..., None, ["digits"], "of tomorrow"])
 def test_a_recipe_that_is_not_known_has_curves(recipe: object, copy: Path) -> None:
     configure(copy, recipe=recipe)
@@ -150,7 +149,7 @@ def test_a_recipe_that_is_not_known_has_curves(recipe: object, copy: Path) -> No
     assert page.titles[:2] == ["Results", "Training"]
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.quick("settings0-*")
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -173,6 +172,7 @@ def test_settings_that_cannot_be_used(
     assert {"Watch it settle", "Convergence", "Couplings", "Errors"} <= set(page.titles)
 
 
+@pytest.mark.quick("10000.0")
 @pytest.mark.parametrize("factor", [20.0, 1e4])
 def test_couplings_that_make_plain_steps_run_away(factor: float, copy: Path) -> None:
     """What is finite is shown, on a scale on which the first step and the answer are seen; what is
@@ -195,6 +195,7 @@ def test_couplings_that_make_plain_steps_run_away(factor: float, copy: Path) -> 
     assert np.isfinite(distances[solved][finite[solved]]).all()
 
 
+@pytest.mark.quick("_weight")
 @pytest.mark.parametrize("part", ["", "head", "_weight"])
 def test_weights_that_are_not_finite(part: str, copy: Path) -> None:
     rescale(copy / "model.safetensors", part, math.nan)
@@ -216,7 +217,6 @@ def test_a_checkpoint_that_is_not_finite(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_files_that_are_folders(copy: Path) -> None:
     (copy / "couplings.gif").unlink()
     (copy / "couplings.gif").mkdir()
@@ -229,7 +229,7 @@ def test_files_that_are_folders(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.quick("confusion_matrix*", "coupling_graph*")
 @pytest.mark.parametrize(
     ("name", "lost"),
     [
@@ -265,7 +265,6 @@ def test_one_part_that_fails_costs_no_other(
     assert page.values["metric"] == records(copy)[-1]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_metrics_without_evaluations(copy: Path) -> None:
     (copy / "metrics.jsonl").write_text(json.dumps(records(copy)[-1]) + "\n")
     page = reported(copy)

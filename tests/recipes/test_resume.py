@@ -121,6 +121,7 @@ def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -
     assert run.status == 0
 
 
+@pytest.mark.quick("0-{*", "2-7")
 @pytest.mark.parametrize("torn", ['{"epoch": 3, "st', '{"epoch": 3, "step": 9}\n[1', "\0" * 9, "7"])
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_last_line_of_metrics_that_is_torn(

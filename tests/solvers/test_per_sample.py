@@ -44,6 +44,7 @@ def assert_same_one_by_one(together, alone, close):
         assert abs(int(one.steps) - int(together.steps[i])) <= 1  # a residual just at tol
 
 
+@pytest.mark.quick("picard-*", "anderson-*", "broyden-*", "newton_krylov-float64-1e-4")
 @pytest.mark.parametrize(("dtype", "tol", "close"), PRECISIONS)
 def test_batch_gives_the_answers_of_one_by_one(solver, dtype, tol, close, make_mixed):
     mixed = make_mixed(dtype)
@@ -57,6 +58,7 @@ def test_batch_gives_the_answers_of_one_by_one(solver, dtype, tol, close, make_m
     assert (error <= 1.1 * tol / (1 - torch.linspace(0.02, 0.95, BATCH))).all()
 
 
+@pytest.mark.quick("float64-1e-10-None", "float32-1e-4-4")
 @pytest.mark.parametrize("restart", [None, 4])
 @pytest.mark.parametrize(("dtype", "tol", "close"), PRECISIONS)
 def test_gmres_batch_gives_the_answers_of_one_by_one(restart, dtype, tol, close, make_mixed):

@@ -103,6 +103,7 @@ def test_derivatives_by_couplings_are_second_moments(system, fields):
     torch.testing.assert_close(both[off], expected[off], rtol=0, atol=1e-8)
 
 
+@pytest.mark.quick("ising", "potts*", "gaussian")
 def test_energy_is_the_derivative_by_temperature(system, fields):
     h = 1e-5
     ends = [

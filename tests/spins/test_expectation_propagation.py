@@ -57,6 +57,7 @@ def spin_glass(seed: int, beta: float = 1.5, field: float = 0.1, num_spins: int 
     return SpinSystem(couplings, IsingPrior()), x
 
 
+@pytest.mark.quick("ising-*", "potts-*", "sphere-parallel")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_reaches_the_fixed_point_of_adaptive_tap(system, fields, schedule):
     mine = ExpectationPropagation(schedule=schedule, tol=1e-12)(system, fields)
@@ -65,6 +66,7 @@ def test_every_schedule_reaches_the_fixed_point_of_adaptive_tap(system, fields, 
         torch.testing.assert_close(getattr(mine, name), getattr(other, name), rtol=0, atol=1e-9)
 
 
+@pytest.mark.quick("0-0.75")
 @pytest.mark.parametrize("beta", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]

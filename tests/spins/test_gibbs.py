@@ -43,6 +43,7 @@ def rms(z: Tensor) -> float:
 ENUMERATED = ["ising", "ising-lattice", "potts", "potts-scalar", "gaussian", "gaussian-scalar"]
 
 
+@pytest.mark.quick("ising", "potts", "gaussian-scalar")
 @pytest.mark.parametrize("system", ENUMERATED, indirect=True)
 def test_against_exact_answers(system):
     batch = 24
@@ -165,6 +166,7 @@ class TestTempering:
 
 
 class TestDerivatives:
+    @pytest.mark.quick("ising-lattice", "potts")
     @pytest.mark.parametrize("system", ENUMERATED[1:5], indirect=True)
     def test_first_derivatives_are_the_sampled_moments(self, system):
         x = 0.5 * randn(system.num_spins, *system.event_shape)
@@ -207,6 +209,7 @@ class TestDerivatives:
 class TestUse:
     SMALL: ClassVar = {"num_samples": 20, "burn_in": 8, "num_chains": 3, "num_temperatures": 3}
 
+    @pytest.mark.quick("ising", "potts", "gaussian", "circle")
     def test_equal_seeds_give_equal_numbers(self, system):
         x = randn(2, system.num_spins, *system.event_shape)
         first, again, other = (
@@ -222,6 +225,7 @@ class TestUse:
         GibbsSampler(**self.SMALL, on_failure="ignore")(system, x)
         assert torch.equal(before, torch.random.get_rng_state())
 
+    @pytest.mark.quick("*-dtype1-batch2", "*-dtype0-batch3")
     @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_shapes(self, system, batch, dtype):

@@ -43,6 +43,7 @@ def attached(kind) -> tuple[Response, Tensor, Tensor]:
     return kind()(SpinSystem(couplings, IsingPrior()), x), couplings, x
 
 
+@pytest.mark.quick("*-covariance", "NaiveMeanField-*", "TAP-*", "AdaptiveTAP-*")
 @each_name
 @each_method
 def test_a_look_without_gradients_leaves_gradients_as_they_are(kind, name):
@@ -107,6 +108,7 @@ def test_what_was_asked_before_the_change_stays(kind):
         torch.testing.assert_close(getattr(response, name), value, rtol=0, atol=0)
 
 
+@pytest.mark.quick("*-ising-*", "True-potts-NaiveMeanField", "True-potts-TAP")
 @each_method
 @pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3)], ids=["ising", "potts"])
 @pytest.mark.parametrize("made_inside", [False, True])

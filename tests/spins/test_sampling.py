@@ -113,6 +113,7 @@ def autoregressive(phi: float, samples: int, chains: int, width: int) -> Tensor:
 
 
 class TestDiagnostics:
+    @pytest.mark.quick("0.9", "-0.4")
     @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9, -0.4])
     def test_effective_size_of_autoregressive_chains(self, phi):
         draws = autoregressive(phi, 2000, 6, 40)

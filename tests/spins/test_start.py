@@ -53,6 +53,7 @@ def test_it_settles_in_the_root_of_one_spin():
         torch.testing.assert_close(m, torch.full_like(m, root))
 
 
+@pytest.mark.quick("NaiveMeanField", "TAP")
 def test_the_response_is_that_of_the_solution_found(kind):
     system = SpinSystem(ferromagnet(6, 2.5), IsingPrior())
     none = torch.zeros(6, dtype=torch.float64)

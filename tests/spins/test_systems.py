@@ -231,6 +231,7 @@ REFERENCE = {  # medians over seeds 0 to 7, N = 12: error of m, of C, of log Z w
 }
 
 
+@pytest.mark.quick("1.0")
 @pytest.mark.parametrize(
     "beta", [0.5, 1.0, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.25, 0.75))]
 )
@@ -284,6 +285,7 @@ class TestTruths:
             root = math.tanh(beta * (n - 1) / n * root + x)
         torch.testing.assert_close(m, torch.full_like(m, root))
 
+    @pytest.mark.quick("ising", "potts*")
     def test_batches_are_their_samples(self, system, fields):
         for method in METHODS:
             together = method(system, fields.reshape(1, 2, *fields.shape[1:]))

@@ -98,6 +98,7 @@ def test_killed_in_a_step(
 WRITES = [(Run, "log"), (Checkpoints, "write"), (Run, "save_weights"), (Checkpoints, "prune")]
 
 
+@pytest.mark.quick("1-True-*", "3-False-*")
 @pytest.mark.parametrize(("owner", "name"), WRITES)
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
