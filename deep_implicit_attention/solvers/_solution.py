@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -113,6 +113,38 @@ class Solution:
         """The same evidence for `value`, another arrangement of the same numbers."""
         return replace(self, value=value)
 
+    def rows(self, rows: Tensor) -> Solution:
+        """The evidence for the samples in the boolean `rows` `(B,)`."""
+        return replace(
+            self,
+            value=_each(lambda part: part[rows], self.value),
+            residual=self.residual[rows],
+            steps=self.steps[rows],
+            converged=self.converged[rows],
+            codes=self.codes[rows],
+            trace=self.trace[:, rows],
+            residual_norm=self.residual_norm[rows],
+        )
+
+    def followed_by(self, second: Solution, rows: Tensor) -> Solution:
+        """The evidence of a solve whose samples `rows` were given to a `second` one."""
+
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_put((rows,), new)
+
+        rest = self.trace[-1].expand(len(second.trace), -1).clone()
+        rest[:, rows] = second.trace
+        return replace(
+            self,
+            value=_each(put, self.value, second.value),
+            residual=put(self.residual, second.residual),
+            steps=put(self.steps, self.steps[rows] + second.steps),
+            converged=put(self.converged, second.converged),
+            codes=put(self.codes, second.codes),
+            trace=torch.cat([self.trace, rest]),
+            residual_norm=put(self.residual_norm, second.residual_norm),
+        )
+
     def accepting(self, where: Tensor) -> Solution:
         """The samples in the boolean `where` `(B,)` counted as converged."""
         return replace(
@@ -132,3 +164,10 @@ class Solution:
             converged=self.converged & ~where,
             codes=self.codes.masked_fill(where, status.code),
         )
+
+
+def _each(call: Callable[..., Tensor], *values: Any) -> Any:
+    """`call` for tensors, or for each part of states."""
+    if isinstance(values[0], Tensor):
+        return call(*values)
+    return tuple(map(call, *values))

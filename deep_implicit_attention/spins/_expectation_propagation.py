@@ -128,7 +128,7 @@ class _Schedule:
         failed = ~first.converged
         if schedule == "parallel" or not bool(failed.any()):
             return first
-        return _followed(first, self._descend(f, z0, failed, tol, max_iter), failed)
+        return first.followed_by(self._descend(f, z0, failed, tol, max_iter), failed)
 
     def _in_parallel(self, f: Map, z0: Tensor, tol: float, max_iter: int) -> Solution:
         h, V = self.cavities
@@ -182,40 +182,8 @@ class _Schedule:
                 break
             going = ~solution.converged
             further = part(solution.value, min(left, _PART))
-            solution = _followed(solution, _rows(further, going), going)
+            solution = solution.followed_by(further.rows(going), going)
             left -= _PART
         if isinstance(update, DoubleLoop):
             update.conclude(*terms)
         return solution
-
-
-def _followed(first: Solution, second: Solution, rows: Tensor) -> Solution:
-    """The evidence of a solve whose samples `rows` were given to a second one."""
-
-    def put(old: Tensor, new: Tensor) -> Tensor:
-        return old.index_put((rows,), new)
-
-    rest = first.trace[-1].expand(len(second.trace), -1).clone()
-    rest[:, rows] = second.trace
-    return Solution(
-        value=put(first.value, second.value),
-        residual=put(first.residual, second.residual),
-        steps=put(first.steps, first.steps[rows] + second.steps),
-        converged=put(first.converged, second.converged),
-        codes=put(first.codes, second.codes),
-        trace=torch.cat([first.trace, rest]),
-        residual_norm=put(first.residual_norm, second.residual_norm),
-    )
-
-
-def _rows(solution: Solution, rows: Tensor) -> Solution:
-    """The evidence for the samples `rows`."""
-    return Solution(
-        value=solution.value[rows],
-        residual=solution.residual[rows],
-        steps=solution.steps[rows],
-        converged=solution.converged[rows],
-        codes=solution.codes[rows],
-        trace=solution.trace[:, rows],
-        residual_norm=solution.residual_norm[rows],
-    )

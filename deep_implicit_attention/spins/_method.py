@@ -7,15 +7,18 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..deq import Implicit
 from ..deq._failure import OnFailure, check_on_failure
 from ..deq._fixed_point import solve_and_attach
-from ..solvers import Solution, picard
+from ..solvers import Solution, newton_krylov, picard
 from ..solvers._validate import check_count, check_number, check_options
 from ._response import Response
 from ._system import SpinSystem
+
+# Magnetizations of less than this part of the variances beside them are solved for once more.
+_SMALL = 0.01
 
 
 class IteratedMethod:
@@ -23,7 +26,8 @@ class IteratedMethod:
 
     Args:
         tol: relative residual at which a sample is solved. The default is for float64; in float32
-            residuals stop falling at 1e-7 or above: pass about 1e-5.
+            residuals stop falling at 1e-7 or above: pass about 1e-5. Variances do not hide small
+            magnetizations: where fields are weak these count in units of their own size.
         max_iter: solver steps at most.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.
@@ -60,16 +64,63 @@ class IteratedMethod:
         *args: Any,
         solver: Callable[..., Solution] | None = None,
     ) -> Solution:
-        """Solve `step`, leaving the report on the forward solve to the method.
+        """Solve `step` for magnetizations, or they and variances, given fields and other `args`.
 
-        A `solver` given here stands for the method's own and all of its options.
+        The report on the forward solve is left to the method. A `solver` given here stands for the
+        method's own and all of its options.
         """
-        options = self.options
-        if solver is not None:
-            options = {"solver": solver, "tol": options["tol"], "max_iter": options["max_iter"]}
-        return solve_and_attach(
-            step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **options
-        )
+
+        def solve(step: Callable, start: tuple[Tensor, ...], options: dict[str, Any]) -> Solution:
+            return solve_and_attach(
+                step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **options
+            )
+
+        general = {"tol": self.options["tol"], "max_iter": self.options["max_iter"]}
+        first = solve(step, start, self.options if solver is None else general | {"solver": solver})
+        relative = self.options.get("stop_mode", "rel") == "rel"
+        unit = _unit_of_small(first, args[0]) if relative else None
+        if unit is None:
+            return first
+        # So weak, they are a linear response to the fields: Newton's method has a step to go.
+        measured = _InUnits(step, unit)
+        second = solve(measured, measured.scaled(first.value), general | {"solver": newton_krylov})
+        second = second.with_value(measured.natural(second.value))
+        small = unit.flatten(1)[:, 0] != 1
+        return first.followed_by(second.rows(small), small)
+
+
+def _unit_of_small(solution: Solution, fields: Tensor) -> Tensor | None:
+    """The size of magnetizations that variances hide, a power of two, `(B, 1, …)`; 1 elsewhere.
+
+    None where there are none. Without fields m = 0 is a solution, beside which nothing is small.
+    """
+    m, V = (part.detach().flatten(1) for part in solution.value)
+    if not m.numel():
+        return None
+    size, beside = m.abs().amax(dim=1), V.abs().amax(dim=1)
+    small = solution.converged & (fields.detach() != 0).flatten(1).any(dim=1)
+    small &= (size > torch.finfo(m.dtype).tiny) & (size < _SMALL * beside)
+    if not bool(small.any()):
+        return None
+    unit = torch.where(small, torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent), 1.0)
+    return unit.view(-1, *[1] * (solution.value[0].dim() - 1))
+
+
+class _InUnits(nn.Module):
+    """A step for the state (m / unit, V)."""
+
+    def __init__(self, step: Callable, unit: Tensor) -> None:
+        super().__init__()
+        self.step, self.unit = step, unit
+
+    def forward(self, state: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+        return self.scaled(self.step(self.natural(state), *args))
+
+    def scaled(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return state[0] / self.unit, state[1]
+
+    def natural(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return state[0] * self.unit, state[1]
 
 
 def check_start(start: Tensor | None, fields: Tensor) -> None:

@@ -1,0 +1,99 @@
+"""Magnetizations in weak fields: a linear response, to the tolerance relative to their own size."""
+
+import pytest
+import torch
+
+from deep_implicit_attention.spins import (
+    TAP,
+    AdaptiveTAP,
+    ExpectationPropagation,
+    IsingPrior,
+    NaiveMeanField,
+    SelfAveragingTAP,
+    SphericalPrior,
+    SpinSystem,
+    ferromagnet,
+    sherrington_kirkpatrick,
+)
+
+METHODS = [NaiveMeanField, TAP, AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation]
+PRIORS = {"ising": IsingPrior(), "sphere": SphericalPrior(3, 1.0)}
+CASES = [(kind, name) for name in PRIORS for kind in METHODS if (kind, name) != (TAP, "sphere")]
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def system(name: str) -> SpinSystem:
+    couplings, _ = sherrington_kirkpatrick(8, 0.5, 0.3, 0)
+    return SpinSystem(couplings, PRIORS[name])
+
+
+@pytest.mark.quick("1e-09-*-ising", "1e-30-AdaptiveTAP-sphere")
+@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize("size", [1e-5, 1e-9, 1e-30])
+def test_the_response_is_linear(kind, name, size):
+    spins = system(name)
+    event = spins.num_spins, *spins.event_shape
+    x = randn(2, *event)
+    x[0] *= size
+    n = x[0].numel()
+    response = kind()(spins, x)
+    alone = kind()(spins, 0 * x[0]).susceptibility.view(n, n)
+    expected = alone @ (x[0] / size).flatten()
+    found = (response.magnetization[0] / size).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(response.susceptibility[0].view(n, n), alone, rtol=1e-7, atol=1e-8)
+    # Another sample of the batch has what it has alone.
+    other = kind()(spins, x[1])
+    torch.testing.assert_close(response.magnetization[1], other.magnetization, rtol=1e-12, atol=0)
+    assert bool((response.solution.residual <= 1e-10).all())
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_derivatives(kind):
+    couplings, x = sherrington_kirkpatrick(5, 0.5, 1e-4, 0)
+    couplings.requires_grad_()
+    x.requires_grad_()
+    response = kind(tol=1e-12)(SpinSystem(couplings, IsingPrior()), x)
+    by_field = torch.autograd.grad(response.log_partition, x, create_graph=True)[0]
+    torch.testing.assert_close(by_field, response.magnetization, rtol=1e-8, atol=1e-15)
+    row = torch.autograd.grad(by_field[2], (x, couplings))
+    torch.testing.assert_close(row[0], response.susceptibility[2], rtol=1e-7, atol=1e-9)
+    step = randn(5, 5) * (1 - torch.eye(5))
+    step = 1e-5 * (step + step.T)
+    ends = [
+        kind(tol=1e-12)(SpinSystem(couplings.detach() + s * step, IsingPrior()), x.detach())
+        for s in (1, -1)
+    ]
+    change = (ends[0].magnetization[2] - ends[1].magnetization[2]) / 2
+    torch.testing.assert_close((row[1] * step).sum(), change, rtol=1e-5, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_single_precision(kind):
+    spins = system("ising")
+    x = randn(8)
+    exact = kind()(spins, 1e-6 * x).magnetization
+    single = SpinSystem(spins.couplings.float(), spins.prior)
+    found = kind(tol=1e-5)(single, (1e-6 * x).float()).magnetization
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_nothing_is_small_without_fields(kind):
+    """From a start, m → 0 is reached when it is small beside spins of order one."""
+    spins = system("ising")
+    response = kind()(spins, torch.zeros(8).double(), start=torch.full((8,), 0.5).double())
+    assert bool(response.solution.converged)
+    assert response.magnetization.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("kind", [TAP, AdaptiveTAP, ExpectationPropagation])
+def test_a_magnet_in_a_weak_field_is_magnetized(kind):
+    spins = SpinSystem(ferromagnet(20, 1.5), IsingPrior())
+    x = torch.full((20,), 1e-9).double()
+    start = torch.full((20,), 0.8).double()
+    response = kind(on_failure="raise")(spins, x, start=start)
+    assert response.magnetization.min() > 0.5
