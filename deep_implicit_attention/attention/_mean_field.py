@@ -21,7 +21,7 @@ from ._parts import (
     inverse_or_identity,
     on_sites,
 )
-from ._products import linear
+from ._products import linear, plus
 from ._site_couplings import SiteCouplings
 
 # Up to this N·d the couplings are inverted, in less time than the updates take that it spares. (The
@@ -86,12 +86,13 @@ class DEQMeanFieldAttention(SiteCouplings):
         return _Context(x, self.coupling_blocks(), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
-        plain = not torch.is_grad_enabled() or transformed(z, context.couplings)
-        product = _product if plain else _Field.apply
-        field = context.x + product(z, context.couplings)
+        couplings = context.couplings
+        graph = torch.is_grad_enabled() and (z.requires_grad or couplings.requires_grad)
+        product = _Field.apply if graph and not transformed(z, couplings) else _product
+        field = plus(product(z, couplings), context.x)
         if context.correction is None:
             return field
-        return field - feed_forward(z, context.correction)
+        return plus(field, feed_forward(z, context.correction), alpha=-1)
 
     def first_step(self, context: _Context) -> Tensor:
         """x − f(0), the update from z = 0, which needs no couplings."""
@@ -107,7 +108,7 @@ class DEQMeanFieldAttention(SiteCouplings):
 
         def by_state(v: Tensor) -> Tensor:
             pulled = linear(v.flatten(1), transposed).view_as(v)
-            return pulled if corrected is None else pulled - corrected(v)
+            return pulled if corrected is None else plus(pulled, corrected(v), alpha=-1)
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
             return _Context(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from ..deq._linear_map import LinearMap, Pullback
 from ..deq._state import full_precision
+from ..deq._watched import watched
+from ..solvers._scale import is_host
 from ..solvers._validate import check_count
 from ._products import (
     gelu_linear,
@@ -48,15 +51,13 @@ class FeedForward(nn.Module):
         return feed_forward(x, self.weights()).contiguous()
 
 
-_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")
-
-
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer that acts on the state, for the context.
 
     During a solve the layer is not called, so hooks on it would silently do nothing.
     """
-    if any(getattr(layer, f"_{kind}_hooks") for kind in _HOOKS):
+    hooked = layer._forward_pre_hooks or layer._forward_hooks
+    if hooked or layer._backward_pre_hooks or layer._backward_hooks:
         raise RuntimeError(
             f"{layer} acts inside a solve, where its hooks are not called: use "
             "torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
@@ -120,6 +121,10 @@ def _gelu_slope(h: Tensor) -> Tensor:
 def inverse_or_identity(matrix: Tensor) -> Tensor:
     """The inverses of `(..., d, d)`; the identity where there is none to be had."""
     inverse, failed = torch.linalg.inv_ex(matrix)
+    # Of few numbers that is told at a glance: what is not finite adds up to what is not.
+    asked = is_host(matrix) and not watched(matrix)
+    if asked and not int(failed.sum()) and math.isfinite(float(inverse.sum())):
+        return inverse
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     sound = (failed == 0) & torch.isfinite(inverse).flatten(-2).all(dim=-1)
     return torch.where(sound[..., None, None], inverse, identity)

@@ -65,6 +65,8 @@ class Couplings(NamedTuple):
         self, z: Tensor, needed: Couplings
     ) -> tuple[Tensor, Callable[[Tensor], Couplings]]:
         """`act(z)`, and what takes ∂L/∂ of it to the derivatives by what is `needed` of these."""
+        if self.matrix is not None and not self.fused and not needed.matrix and self._by_hand(z):
+            return self._pulled_back(z, needed)
         leaves = {
             name: getattr(self, name).detach().requires_grad_()
             for name in ("matrix", "queries", "keys")
@@ -80,6 +82,29 @@ class Couplings(NamedTuple):
             return needed._replace(**dict(zip(leaves, found, strict=True)))
 
         return pooled.detach(), by_couplings
+
+    def _by_hand(self, z: Tensor) -> bool:
+        """Whether the derivatives are those that are written below, without a graph."""
+        return self.queries is not None and not (torch.is_grad_enabled() or watched(z))
+
+    def _pulled_back(
+        self, z: Tensor, needed: Couplings
+    ) -> tuple[Tensor, Callable[[Tensor], Couplings]]:
+        """`pullback` with the matrix at hand and no graph around it."""
+        q, k, matrix = self.queries, self.keys, self.matrix
+        assert q is not None
+        assert k is not None
+        assert matrix is not None
+
+        def by_couplings(g: Tensor) -> Couplings:
+            if not (needed.queries or needed.keys):
+                return needed
+            by_q, by_k = _by_queries_and_keys(q, k, z, matrix, self.scale, g)
+            return needed._replace(
+                queries=by_q if needed.queries else None, keys=by_k if needed.keys else None
+            )
+
+        return _times(matrix.mT, z), by_couplings
 
     def transposed(self) -> Callable[[Tensor], Tensor]:
         """v ↦ Σ_i J_ij v_i."""
@@ -184,9 +209,15 @@ class _Pooled(torch.autograd.Function):
             if needed[2]:
                 by_z = _times(matrix, g)
             if needed[0] or needed[1]:
-                logits = _by_logits(ctx.scale * g, z, matrix)
-                by_q, by_k = _times(logits.mT, k), _times(logits, q)
+                by_q, by_k = _by_queries_and_keys(q, k, z, matrix, ctx.scale, g)
         return by_q, by_k, by_z, None, None
+
+
+def _by_queries_and_keys(
+    q: Tensor, k: Tensor, z: Tensor, matrix: Tensor, scale: float, g: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits = _by_logits(scale * g, z, matrix)
+    return _times(logits.mT, k), _times(logits, q)
 
 
 def _by_logits(g: Tensor, z: Tensor, matrix: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..deq._watched import watched
 _SMALL = 1 << 17
 # Without AVX-512, below this many weights.
 _CACHED = 1 << 22
+_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # In place a function of fewer numbers than these is no faster.
 _CACHED_STATES = 1 << 18
 # With fewer results a row than these and at least so many rows, the transposed product takes 0.4 to
@@ -95,9 +96,23 @@ def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
         x = x.to(weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
     product = F.linear(x, weight)
-    if torch.is_grad_enabled() or watched(product):
-        return product * factor
-    return product.mul_(factor)
+    return product.mul_(factor) if _spare() else product * factor
+
+
+def plus(fresh: Tensor, other: Tensor, alpha: int = 1) -> Tensor:
+    """`fresh` + alpha · `other`, over `fresh`, which nobody else holds, where that may be."""
+    if _spare() and fresh.shape == other.shape and fresh.dtype == other.dtype:
+        return fresh.add_(other, alpha=alpha)
+    return torch.add(fresh, other, alpha=alpha)
+
+
+def _spare() -> bool:
+    """Whether fresh results may be written over: there is no graph, and nothing is transformed."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def narrowed(context: Any) -> Any:
@@ -115,11 +130,6 @@ def narrow_pays(x: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and _has_bfloat16()
     )
-
-
-@functools.cache
-def _wide() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.cache
@@ -144,9 +154,11 @@ def _product(
 def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN is there for this product and worth the way."""
     # In this order: most products of small states are small.
+    if not _WIDE and weight.numel() < _CACHED:
+        return False
     return (
         not torch.compiler.is_compiling()
-        and (x.numel() * len(weight) >= _SMALL if _wide() else weight.numel() >= _CACHED)
+        and (not _WIDE or x.numel() * len(weight) >= _SMALL)
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and not (watched(x, weight) if bias is None else watched(x, weight, bias))
@@ -160,8 +172,8 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 def _slim(x: Tensor, weight: Tensor) -> bool:
     """Whether there are few results a row, and rows that are worth a detour."""
     return (
-        not torch.compiler.is_compiling()
-        and len(weight) < _SLIM
+        weight.shape[0] < _SLIM
+        and not torch.compiler.is_compiling()
         and weight.dtype != torch.bfloat16
         and x.is_cpu
         and x.numel() >= _MANY * x.shape[-1]

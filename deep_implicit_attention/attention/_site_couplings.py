@@ -85,6 +85,8 @@ class SiteCouplings(DEQModule):
         weight = full_precision(self._weight)
         if watched(weight) or self._overrides("weight"):
             return self.weight().transpose(1, 2).contiguous()
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return _ordered(weight, self._symmetries, 1.0)
         return _Matrix.apply(weight, self._symmetries, 1.0)
 
     def coupling_operator(self, precision: Tensor, room: Tensor | None = None) -> Tensor:
@@ -100,10 +102,11 @@ class SiteCouplings(DEQModule):
 
     def _overrides(self, *names: str) -> bool:
         """Whether a subclass or the instance has one of these methods of its own."""
-        return any(
-            name in vars(self) or getattr(type(self), name) is not getattr(SiteCouplings, name)
-            for name in names
-        )
+        kind, own = type(self), vars(self)
+        for name in names:  # not `any`: a generator takes as long as what it does
+            if name in own or getattr(kind, name) is not getattr(SiteCouplings, name):
+                return True
+        return False
 
     def couplings(self, x: Tensor) -> Tensor:
         """‖J_ij‖_F, `(B, 1, N, N)`, the same for every sample of `x`."""
@@ -127,12 +130,12 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        count, _, dim, _ = weight.shape
-        return _order(weight, *ctx.how, empty(count, dim, count, dim, like=weight))
+        return _ordered(weight, *ctx.how)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        return _Raw.apply(g, *ctx.how), None, None
+        raw = _Raw.apply if torch.is_grad_enabled() else _raw
+        return raw(g, *ctx.how), None, None
 
 
 class _Raw(torch.autograd.Function):
@@ -141,20 +144,25 @@ class _Raw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
         ctx.how = symmetries, sign
-        if watched(g):
-            raw = _symmetrised(g.transpose(1, 2), *symmetries)
-            return raw * (sign * _apart(raw))
-        internal, sites = symmetries
-        count, dim, _, _ = g.shape
-        raw = empty(count, count, dim, dim, like=g)
-        _write(g.transpose(1, 2), internal, raw)
-        if sites:
-            raw = raw + raw.transpose(0, 1)
-        return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
+        return _raw(g, symmetries, sign)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
         return _Matrix.apply(h, *ctx.how), None, None
+
+
+def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    """What takes a derivative by ±J to that by the raw couplings."""
+    if watched(g):
+        raw = _symmetrised(g.transpose(1, 2), *symmetries)
+        return raw * (sign * _apart(raw))
+    internal, sites = symmetries
+    count, dim, _, _ = g.shape
+    raw = empty(count, count, dim, dim, like=g)
+    _write(g.transpose(1, 2), internal, raw)
+    if sites:
+        raw = raw + raw.transpose(0, 1)
+    return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
 
 
 class _Operator(torch.autograd.Function):
@@ -177,10 +185,17 @@ class _Operator(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         by_weight = by_precision = None
         if ctx.needs_input_grad[0]:
-            by_weight = _Raw.apply(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
+            raw = _Raw.apply if torch.is_grad_enabled() else _raw
+            by_weight = raw(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
         if ctx.needs_input_grad[1]:
             by_precision = diagonal_blocks(g, ctx.blocks[0])
         return by_weight, by_precision, None, None
+
+
+def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    """±J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
+    count, _, dim, _ = weight.shape
+    return _order(weight, symmetries, sign, empty(count, dim, count, dim, like=weight))
 
 
 def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: Tensor) -> Tensor:

@@ -12,18 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
-from ..solvers._scale import power_of_two
+from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
 from ._linear_map import Pullback, transpose
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
+
+# Norms of gradients from here to the inverse of it are of order one.
+_SMALL = 1e-4
 
 FlatMap = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -72,7 +76,7 @@ class Implicit(Adjoint):
         tol: tolerance of the backward solve; by default that of the forward solve.
         max_iter: its step limit; by default that of the forward solve.
         observe: called with the `Solution` of each backward solve, of the gradient scaled to
-            order one by a power of two for each sample.
+            order one by a power of two for each sample where that is needed.
         **options: further options of `solver`.
 
     A backward solve that fails warns or raises as the forward solve's `on_failure` says.
@@ -215,8 +219,8 @@ class _Equation:
         if self.preconditioner is not None:
             settings["preconditioner"] = transpose(self.preconditioner, g)
         # The equation is linear: at order one, small gradients do not underflow in the solver.
-        unit = power_of_two(g)
-        g = g / unit
+        unit = None if "stop_mode" not in settings and _moderate(g) else power_of_two(g)
+        g = g if unit is None else g / unit
         if solver is gmres:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
@@ -226,11 +230,19 @@ class _Equation:
             solution = solver(lambda u: product(u) + g, start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
-        if not bool(solution.converged.all()):
+        if not solution.all_converged():
             # A gradient that was not finite when it came is not the solve's failure.
             judged = solution.accepting(~torch.isfinite(g).all(dim=1))
             report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
-        return solution.value * unit
+        return solution.value if unit is None else solution.value * unit
+
+
+def _moderate(g: Tensor) -> bool:
+    """Whether it is known that no gradient is far from order one."""
+    if not is_host(g):
+        return False
+    (norm,) = norms(g)
+    return bool(np.count_nonzero((norm > _SMALL) & (norm < 1 / _SMALL)) == len(norm))
 
 
 def _attach(
@@ -301,12 +313,11 @@ def _solve_adjoint(
 ) -> _Adjoined:
     """Solve u = (∂f/∂z)ᵀ u + g with at most one evaluation of f and no graph of the solve."""
     by_hand = rough = None
-    if isinstance(f, TracedMap):
-        with torch.no_grad(), without_autocast(z):
+    with torch.no_grad(), without_autocast(z):
+        if isinstance(f, TracedMap):
             by_hand = f.vjp(z.detach(), tensors)
             if by_hand is not None and equation.rough:
                 rough = f.vjp(z.detach(), tensors, rough=True)
-    with torch.no_grad(), without_autocast(z):
         if isinstance(by_hand, Pullback):
             by_context = by_hand.by_context
             u = equation.solve(by_hand, g.detach(), rough)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from ..solvers import Solution, Status
 
 OnFailure = Literal["ignore", "warn", "raise"]
+_POLICIES = get_args(OnFailure)
 
 
 class ConvergenceWarning(UserWarning):
@@ -30,8 +31,8 @@ class ConvergenceError(RuntimeError):
 
 def check_on_failure(value: str) -> None:
     """Raise `ValueError` unless `value` names a policy."""
-    if value not in get_args(OnFailure):
-        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {value!r}")
+    if value not in _POLICIES:
+        raise ValueError(f"on_failure must be one of {_POLICIES}, got {value!r}")
 
 
 def report(
@@ -43,7 +44,7 @@ def report(
     stacklevel: int = 3,
 ) -> None:
     """Warn or raise, as `on_failure` says, if any sample of `solution` failed."""
-    if on_failure == "ignore" or bool(solution.converged.all()):
+    if on_failure == "ignore" or solution.all_converged():
         return
     solution = solution.accepting(solution.codes == Status.FIXED_STEPS.code)
     if bool(solution.converged.all()):

@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import unpack_dual
 
 from ..solvers import Solution, anderson, gmres
 from ..solvers._validate import check_options, takes
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
-from ._map import TracedMap, outside_inference_mode, plain_arguments, untraced, without_autocast
-from ._state import Layout, State, full_precision, widen
+from ._map import (
+    TracedMap,
+    dual,
+    outside_inference_mode,
+    plain_arguments,
+    untraced,
+    without_autocast,
+)
+from ._state import Layout, State, widen
 
 
 @outside_inference_mode
@@ -154,12 +160,12 @@ def solve_and_attach(
             solution = solve(untraced(f, layout, plain), flat)
         return solution.with_value(layout.unpack(solution.value))
     traced = TracedMap(f, layout, args)
-    if any(unpack_dual(tensor).tangent is not None for tensor in traced.tensors):
+    if dual(traced.tensors):
         raise RuntimeError(_FORWARD_MODE)
     differentiable = torch.is_grad_enabled()
 
     with torch.no_grad(), without_autocast(flat):
-        constants = [full_precision(t.detach()) for t in traced.tensors]
+        constants = [t.detach() for t in traced.tensors]
         with traced.bound(constants) as bound:
             first = differentiable
 

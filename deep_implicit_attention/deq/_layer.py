@@ -179,7 +179,8 @@ class DEQFixedPoint(nn.Module):
             solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
             poisoned = False
             # A bounded response to what is not finite may be finite. The sum is a first look.
-            sound = bool(solution.converged.all()) and math.isfinite(float(fields.detach().sum()))
+            converged = solution.all_converged()
+            sound = converged and math.isfinite(float(fields.detach().sum()))
             if not sound:
                 broken = (solution.codes == Status.NONFINITE.code) | ~_finite(fields)
                 poisoned = bool(broken.any())
@@ -194,7 +195,7 @@ class DEQFixedPoint(nn.Module):
                 solution = solution.with_value(
                     [_Poison.apply(part, _like(broken, part)) for part in solution.value]
                 )
-        if settings.steps is None or poisoned:
+        if (settings.steps is None and not converged) or poisoned:
             report(
                 solution,
                 settings.on_failure,
@@ -226,7 +227,6 @@ class DEQFixedPoint(nn.Module):
     def _prepare(self, fields: Tensor, inputs: tuple) -> Any:
         return self.fun.prepare(fields, *inputs) if hasattr(self.fun, "prepare") else fields
 
-    @torch.no_grad()
     def _preconditioner(self, context: Any, settings: Settings) -> Any:
         """That of the mechanism, unless the caller has given one to the solver, or None."""
         preconditioner = of_its_update(self.fun, "preconditioner")
@@ -234,7 +234,6 @@ class DEQFixedPoint(nn.Module):
             return None
         return preconditioner(context)
 
-    @torch.no_grad()
     def _rough(self, context: Any, settings: Settings) -> Any:
         """The context of the mechanism's approximate update, or None."""
         rough = of_its_update(self.fun, "rough")
@@ -259,8 +258,7 @@ class DEQFixedPoint(nn.Module):
     ) -> Solution:
         """The solution for the sources `fields`; `value` is the list of output elements."""
         fun = self.fun
-        start = self._start(fields, state, settings)
-        layout = Layout.of(start)
+        start, layout = self._start(fields, state, settings)
         if self.output_elements[-1] >= len(layout.shapes):
             raise ValueError(
                 f"output_elements must be below {len(layout.shapes)}, the number of elements of "
@@ -269,13 +267,13 @@ class DEQFixedPoint(nn.Module):
         if settings.steps is None and of_its_update(fun, "solve") is not None:
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         if settings.steps is None:
-            preconditioner = self._preconditioner(context, settings)
             first_step = of_its_update(fun, "first_step", "initial_state")
-            if settings.initial_state == "zeros" and state is None and first_step is not None:
-                with torch.no_grad():
+            with torch.no_grad():
+                preconditioner = self._preconditioner(context, settings)
+                if settings.initial_state == "zeros" and state is None and first_step is not None:
                     start = first_step(context)
                     start = start if preconditioner is None else preconditioner(start)
-            rough = self._rough(context, settings) if state is None else None
+                rough = self._rough(context, settings) if state is None else None
             solution = solve_and_attach(
                 _Update(fun),
                 start,
@@ -304,11 +302,13 @@ class DEQFixedPoint(nn.Module):
         parts = (value,) if isinstance(value, Tensor) else value
         return solution.with_value([parts[i] for i in self.output_elements])
 
-    def _start(self, x: Tensor, state: State | None, settings: Settings) -> State:
+    def _start(self, x: Tensor, state: State | None, settings: Settings) -> tuple[State, Layout]:
         """The initial state: the module's, with what the caller gave put in its place."""
         own = widen(self.fun.initial_state(x))
         layout = Layout.of(own)
         initial = settings.initial_state
+        if initial == "zeros" and state is None:
+            return own, layout
         if callable(initial):
             own = widen(initial(x))
             layout.check_image(own)
@@ -331,7 +331,8 @@ class DEQFixedPoint(nn.Module):
                     )
                 part = part.detach().to(parts[place])
                 parts[place] = torch.where(_like(_finite(part), part), part, parts[place])
-        return parts[0] if layout.bare else tuple(parts)
+        start = parts[0] if layout.bare else tuple(parts)
+        return start, Layout.of(start)
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -349,10 +350,13 @@ class _Update(nn.Module):
 
     def __init__(self, fun: nn.Module) -> None:
         super().__init__()
-        self.fun = fun
+        self._modules["fun"] = fun
 
     def forward(self, z: State, context: Any) -> State:
-        return self.fun.update(z, context)  # type: ignore[operator]
+        return self._modules["fun"].update(z, context)  # type: ignore[operator,union-attr]
+
+    # It has no hooks that `nn.Module` would have to look for.
+    __call__ = forward
 
     @property
     def vjp(self) -> Any:

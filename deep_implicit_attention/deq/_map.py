@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree  # the public module comes with torch 2.14
 
 from ._linear_map import Pullback
 from ._module import of_its_update
 from ._state import Layout, full_precision
+from ._tree import flatten, unflatten
 
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
 Place = tuple[dict[str, Any], str]
@@ -68,11 +68,13 @@ class TracedMap:
 
     def __init__(self, f: Callable, layout: Layout, args: Sequence[Any]) -> None:
         self.layout = layout
-        leaves, self._tree = pytree.tree_flatten(tuple(args))
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves, self._tree = flatten(tuple(args))
+        self._leaves = leaves
         self._slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._places: list[list[Place]] = []
         self.tensors: list[Tensor] = [leaves[i] for i in self._slots]
+        for i in self._slots:
+            leaves[i] = None
         if isinstance(f, nn.Module):
             f, owned = _replica(f)
             for tensor, places in owned:
@@ -111,12 +113,13 @@ class TracedMap:
         """`args` made of `tensors`; inside, the parameters and buffers of f are theirs, too."""
         leaves = list(self._leaves)
         given = len(self._slots)
+        tensors = [full_precision(tensor) for tensor in tensors]
         for slot, tensor in zip(self._slots, tensors[:given], strict=True):
-            leaves[slot] = full_precision(tensor)
-        self._fill(map(full_precision, tensors[given:]))
+            leaves[slot] = tensor
+        self._fill(tensors[given:])
         try:
             with _uncached():
-                yield pytree.tree_unflatten(leaves, self._tree)
+                yield unflatten(leaves, self._tree)
         finally:
             # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
@@ -157,9 +160,9 @@ class TracedMap:
         given = len(self._slots)
         for slot, need in zip(self._slots, needed[:given], strict=True):
             leaves[slot] = need
-        asked = pytree.tree_unflatten(leaves, self._tree)
+        asked = unflatten(leaves, self._tree)
         found = by_context(self.layout.unpack(v), *asked)
-        grads, tree = pytree.tree_flatten((found,) if len(asked) == 1 else found)
+        grads, tree = flatten((found,) if len(asked) == 1 else tuple(found))
         if tree != self._tree:
             raise TypeError(
                 "by_context must return a context with derivatives in place of its tensors"
@@ -193,17 +196,18 @@ def plain_arguments(f: Callable, args: Sequence[Any]) -> Sequence[Any] | None:
     """
     if not isinstance(f, nn.Module):
         return None
-    leaves, tree = pytree.tree_flatten(tuple(args))
+    leaves, tree = flatten(tuple(args))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if dual(tensors):
         return None
-    owned = [tensor for tensor in _owned(f) if tensor is not None]
-    if not all(tensor is full_precision(tensor) for tensor in (*tensors, *owned)):
-        return None
+    owned = _owned(f, [])
+    for tensor in (*tensors, *owned):
+        if tensor is not full_precision(tensor):
+            return None
     if of_its_update(f, "vjp", "forward") is None and any(t.requires_grad for t in owned):
         return None
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(detached, tree)
+    return unflatten(detached, tree)
 
 
 def _is_small_buffer(tensor: Tensor) -> bool:
@@ -211,13 +215,26 @@ def _is_small_buffer(tensor: Tensor) -> bool:
     return own and tensor.numel() <= _SMALL
 
 
-def _owned(module: nn.Module) -> Iterator[Tensor | None]:
-    """Parameters and buffers, shared ones as often as they occur: `nn.Module` is slower to tell."""
-    yield from module._parameters.values()
-    yield from module._buffers.values()
+def _owned(module: nn.Module, found: list[Tensor]) -> list[Tensor]:
+    """`found` with parameters and buffers, shared ones as often as they occur.
+
+    `nn.Module` is slower to tell.
+    """
+    for table in (module._parameters, module._buffers):
+        if table:
+            found.extend(tensor for tensor in table.values() if tensor is not None)
     for child in module._modules.values():
         if child is not None:
-            yield from _owned(child)
+            _owned(child, found)
+    return found
+
+
+def dual(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them has a tangent, for a forward-mode derivative."""
+    # Outside of `dual_level` none has.
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:

@@ -87,20 +87,30 @@ def of_its_update(fun: Any, name: str, *others: str) -> Any:
     defined, which then speaks of another update. A class that left `update` open, like a template
     or a mixin, speaks of any.
     """
-    method, kinds = getattr(fun, name, None), type(fun).__mro__
-    definer = next((i for i, kind in enumerate(kinds) if name in vars(kind)), None)
-    if method is None or definer is None or name in vars(fun):
+    method = getattr(fun, name, None)
+    if method is None or name in vars(fun):
         return method
+    kinds = type(fun).__mro__
+    definer = 0
+    while name not in vars(kinds[definer]):
+        definer += 1
+        if definer == len(kinds):
+            return method
     for other in ("update", *others):
         spoken_of = _defined(other, kinds[definer:])
-        actual = vars(fun).get(other, _defined(other, kinds))
+        actual = vars(fun).get(other)
+        if actual is None:
+            actual = spoken_of if definer == 0 else _defined(other, kinds)
         if spoken_of is not actual and spoken_of not in (None, *_OPEN):
             return None
     return method
 
 
 def _defined(name: str, kinds: tuple[type, ...]) -> Any:
-    return next((vars(kind)[name] for kind in kinds if name in vars(kind)), None)
+    for kind in kinds:
+        if name in vars(kind):
+            return vars(kind)[name]
+    return None
 
 
 # What stands for an update, or a map, that is yet to be written.

@@ -91,13 +91,18 @@ def _solution(
     """Of what is known of each sample `(B,)`, as tensors or as numpy's arrays."""
     xp: Any = torch if isinstance(finite, Tensor) else np
     converged = finite & (residual <= tol)
-    codes = xp.where(converged, Status.CONVERGED.code, otherwise.code)
-    codes = xp.where(finite, codes, Status.NONFINITE.code)
-    residual = _tensor(xp.where(finite, residual, xp.inf))
+    taken = xp.zeros_like(converged, dtype=xp.int64) + steps
+    if xp is np and np.count_nonzero(converged) == len(converged):
+        codes = taken * 0 + Status.CONVERGED.code
+    else:
+        codes = xp.where(converged, Status.CONVERGED.code, otherwise.code)
+        codes = xp.where(finite, codes, Status.NONFINITE.code)
+        residual = xp.where(finite, residual, xp.inf)
+    residual = _tensor(residual)
     return Solution(
         value=value,
         residual=residual,
-        steps=torch.full_like(residual, steps, dtype=torch.long),
+        steps=_tensor(taken),
         converged=_tensor(converged),
         codes=_tensor(codes),
         trace=residual[None],

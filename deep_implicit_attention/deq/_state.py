@@ -10,12 +10,14 @@ from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
 
+_FULL = (torch.float32, torch.float64)
+
 
 def full_precision(x: Any) -> Any:
     """`x` in float32 if it is a tensor of a narrower floating type; a solve needs the digits."""
-    if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() < 4:
-        return x.float()
-    return x
+    if not isinstance(x, Tensor) or x.dtype in _FULL:
+        return x
+    return x.float() if x.is_floating_point() and x.element_size() < 4 else x
 
 
 def widen(state: Any) -> Any:
@@ -57,9 +59,11 @@ class Layout:
 
     def pack(self, state: Any) -> Tensor:
         """`(B, n)`; a view where the state is one tensor."""
-        parts = (state,) if isinstance(state, Tensor) else state
-        if len(parts) == 1:
-            return parts[0].reshape(parts[0].shape[0], self.shapes[0][1:].numel())
+        if len(self.shapes) == 1:
+            part = state if self.bare else state[0]
+            # `flatten` is the quicker, but a number a sample has nothing to flatten.
+            return part.flatten(1) if len(self.shapes[0]) > 1 else part[:, None]
+        parts = state
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def unpack(self, flat: Tensor) -> State:
@@ -76,6 +80,9 @@ class Layout:
 
     def check_image(self, state: Any) -> None:
         """Raise unless a map returned a state of this layout."""
+        simple = self.bare and isinstance(state, Tensor)
+        if simple and state.shape == self.shapes[0] and state.dtype in _FULL:
+            return
         parts = (state,) if isinstance(state, Tensor) else state
         if isinstance(state, Tensor) != self.bare or not isinstance(parts, tuple | list):
             raise TypeError(

@@ -19,11 +19,9 @@ def watched(*tensors: Tensor) -> bool:
 
     Operations are intercepted by modes of `torch.utils._python_dispatch`: counters, recorders.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or transformed(*tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return _transformed(tensors)
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -33,9 +31,18 @@ def transformed(*tensors: Tensor) -> bool:
     (`is_grads_batched`), by forward-mode derivatives, and by tensors of other classes. Not by a
     compiler, to which all this is unknown.
     """
-    return not torch.compiler.is_compiling() and (
+    return not torch.compiler.is_compiling() and _transformed(tensors)
+
+
+def _transformed(tensors: tuple[Tensor, ...]) -> bool:
+    if (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or any(type(t) not in _ORDINARY or is_legacy_batchedtensor(t) for t in tensors)
-    )
+    ):
+        return True
+    # Not `any`: a generator costs as much as all the rest.
+    for t in tensors:  # noqa: SIM110
+        if type(t) not in _ORDINARY or is_legacy_batchedtensor(t):
+            return True
+    return False

@@ -38,6 +38,8 @@ _FALLS = 0.95
 # On an accelerator asking "is everybody done?" stalls the queue, so ask only now and then.
 _STEPS_BETWEEN_SYNCS = 4
 
+_CONVERGED = Status.CONVERGED.code
+
 
 @torch.no_grad()
 def iterate(
@@ -72,13 +74,15 @@ def iterate(
     # than torch, and which case holds may be asked; elsewhere they stay on the device.
     xp: Any = np if on_host else torch
     select = _select_on_host if on_host else _select
+    some: Any = np.count_nonzero if on_host else torch.any
     sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
     tiny = torch.finfo(z0.dtype).tiny
 
     z = z0.detach().clone()
     best = z
-    active: Any = np.ones(len(z), dtype=bool) if on_host else z.new_ones(len(z), dtype=torch.bool)
-    converged = broken = ~active
+    broken: Any = np.zeros(len(z), bool) if on_host else z.new_zeros(len(z), dtype=torch.bool)
+    converged = broken
+    active = ~broken
     steps = active * 0
     residual: Any = None  # that of `best`
     residual_norm = first_norm = last_norm = residual
@@ -87,32 +91,33 @@ def iterate(
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
-    together = on_host  # whether all samples have gone on and improved at every step so far
+    # Whether all samples have gone on and improved at every step so far.
+    together = on_host and len(z) > 0
 
     for k in range(max_iter):
-        if first is not None and k + 1 < max_iter and _some(first.serves):
+        if first is not None and k + 1 < max_iter and some(first.serves):
             fz, exact = first(z), ~first.serves
             together = False
         else:
             fz, exact, first = f(z), True, None
             check_same_shape(fz, z, "the map")
         g = fz - z
-        g_norm, f_norm = norms(g), norms(fz)
+        g_norm, f_norm = norms(g, fz)
         with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart
             now = g_norm / (f_norm + tiny) if stop_mode == "rel" else 1.0 * g_norm
         if k == 0:
             first_norm = last_norm = g_norm
-            residual = residual_norm = xp.full_like(g_norm, torch.inf)
+            residual = residual_norm = _unknown(g_norm)
 
         # Comparisons are false of NaN.
-        together = together and not _some(~((now < residual) & (f_norm < np.inf)))
+        together = together and not some(~((now < residual) & (f_norm < np.inf)))
         if together:
             best, residual, residual_norm, last_norm = z, now, g_norm, g_norm
             trace.append(now)
-            steps = steps + 1
             converged = now <= tol
             active = ~converged
-            together = not _some(converged)
+            together = not some(converged)
+            steps = steps + 1
         else:
             finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
             usable = active & finite
@@ -130,7 +135,7 @@ def iterate(
             active = usable & ~converged
 
         last = k + 1 == max_iter
-        if last or ((k + 1) % sync_every == 0 and not _some(active)):
+        if last or not (together or (k + 1) % sync_every or some(active)):
             break
         if guard is not None:
             z, g, g_norm = guard(k, z, g, g_norm, propose)
@@ -141,24 +146,40 @@ def iterate(
 
     # A map that was never finite has no best iterate; the start would look like an answer.
     lost = xp.isinf(residual_norm)
-    if not on_host or _some(lost):
+    if not on_host or some(lost):
         best = select(lost, torch.full_like(best, torch.nan), best)
-    codes = xp.full_like(steps, Status.CONVERGED.code)
-    if not on_host or _some(~converged):
+    codes = steps * 0 + _CONVERGED
+    if not on_host or some(~converged):
         grown = last_norm > _GROWTH * first_norm
         failed = xp.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
         failed = xp.where(broken & ~grown, Status.NONFINITE.code, failed)
         codes = xp.where(converged, codes, failed)
-    rows = int(steps.max()) if len(steps) else 0
+    rows = len(trace) if on_host else int(steps.max())
+    rows = rows if len(steps) else 0
+    tensor: Any = torch.from_numpy if on_host else _itself
+    rows_of_all = np.array(trace) if on_host else torch.stack(trace)
     return Solution(
         value=best,
-        residual=torch.as_tensor(residual),
-        steps=torch.as_tensor(steps),
-        converged=torch.as_tensor(converged),
-        codes=torch.as_tensor(codes),
-        trace=torch.as_tensor(xp.stack(trace)[:rows]),
-        residual_norm=torch.as_tensor(residual_norm),
+        residual=tensor(residual),
+        steps=tensor(steps),
+        converged=tensor(converged),
+        codes=tensor(codes),
+        trace=tensor(rows_of_all[:rows]),
+        residual_norm=tensor(residual_norm),
     )
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _unknown(norm: Any) -> Any:
+    """Infinity for every sample."""
+    if isinstance(norm, Tensor):
+        return torch.full_like(norm, torch.inf)
+    unknown = np.empty(norm.shape, norm.dtype)
+    unknown.fill(np.inf)
+    return unknown
 
 
 class _Rough:
@@ -178,7 +199,7 @@ class _Rough:
         image = self.rough(z)
         check_same_shape(image, z, "the rough map")
         # Narrow numbers may not reach as far as those of f.
-        self.serves = self.serves & np.isfinite(norms(image))
+        self.serves = self.serves & np.isfinite(norms(image)[0])
         if np.count_nonzero(self.serves) == len(z):
             return image
         exact = self.f(z)
@@ -202,6 +223,7 @@ class _Guard:
         self.start: tuple[Tensor, Tensor, Tensor] | None = None
         self.first_norm: Any = None
         self.helps: Any = None
+        self.everywhere = self.nowhere = False
 
     def __call__(
         self, k: int, z: Tensor, g: Tensor, g_norm: Any, propose: Propose
@@ -215,27 +237,19 @@ class _Guard:
             before, plain, changed = self.start
             self.start = None
             self.helps = g_norm <= _HELPS * self.first_norm
-            if not self._everywhere():
+            if isinstance(self.helps, np.ndarray):
+                # Asked of numpy only: on an accelerator the answer would stall the queue.
+                count = np.count_nonzero(self.helps)
+                self.everywhere, self.nowhere = count == len(self.helps), count == 0
+            if not self.everywhere:
                 z, g = self.select(self.helps, z, before), self.select(self.helps, g, plain)
                 g_norm = self.xp.where(self.helps, g_norm, self.first_norm)
                 first = self.select(self.helps, changed, plain)
                 propose(0, before, before + first, first, self.first_norm)
-        if self._nowhere():
+        if self.nowhere:
             return z, g, g_norm
-        return z, self.select(self.helps, self.preconditioner(g), g), g_norm
-
-    # Asked of numpy only: on an accelerator the answer would stall the queue.
-
-    def _everywhere(self) -> bool:
-        return isinstance(self.helps, np.ndarray) and not _some(~self.helps)
-
-    def _nowhere(self) -> bool:
-        return isinstance(self.helps, np.ndarray) and not _some(self.helps)
-
-
-def _some(mask: Any) -> bool:
-    """`mask.any()`, of numpy in a third of the time."""
-    return bool(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.any())
+        changed = self.preconditioner(g)
+        return z, changed if self.everywhere else self.select(self.helps, changed, g), g_norm
 
 
 def _select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -15,18 +15,26 @@ def is_host(z: Tensor) -> bool:
     return z.device.type == "cpu"
 
 
-def norms(v: Tensor) -> Any:
-    """‖v‖ `(B,)`; on the host as numpy's array, and also where squares are too small for the type.
+def norms(*vectors: Tensor) -> list[Any]:
+    """‖v‖ `(B,)` of each; on the host as numpy's arrays, and also where squares are too small for
+    their type.
 
     On an accelerator it would take a look, or twice the time, to find out.
     """
-    norm: Any = torch.linalg.vector_norm(v, dim=1)
-    if not is_host(v):
-        return norm
-    norm = norm.numpy()
-    small = norm < _least(v.dtype)
-    if not np.count_nonzero(small):
-        return norm
+    found: list[Any] = [torch.linalg.vector_norm(v, dim=1) for v in vectors]
+    if not is_host(vectors[0]):
+        return found
+    found = [norm.numpy() for norm in found]
+    least = _least(vectors[0].dtype)
+    for i, v in enumerate(vectors):
+        small = found[i] < least
+        if np.count_nonzero(small):
+            found[i] = _of_small(v, found[i], small)
+    return found
+
+
+def _of_small(v: Tensor, norm: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """`norm` of `v` with that of the rows that are `small` made anew."""
     unit = power_of_two(v)
     scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
     return np.where(small, scaled.numpy(), norm)

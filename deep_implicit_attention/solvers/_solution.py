@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +93,13 @@ class Solution:
     def status(self) -> tuple[Status, ...]:
         """One `Status` per sample."""
         return tuple(_MEMBERS[code] for code in self.codes.tolist())
+
+    def all_converged(self) -> bool:
+        """Whether every sample has; of few numbers on the host numpy is the quicker to tell."""
+        converged = self.converged
+        if converged.is_cpu and not torch._C._are_functorch_transforms_active():
+            return np.count_nonzero(converged.numpy()) == converged.numel()
+        return bool(converged.all())
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value

@@ -44,7 +44,9 @@ def check_number(
     name: str, value: float, minimum: float = -math.inf, below: float = math.inf
 ) -> None:
     """Raise unless `value` is finite and `minimum <= value < below`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # Of plain numbers that is known; asking the abstract class takes long.
+    plain = type(value) is float or type(value) is int
+    if not plain and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

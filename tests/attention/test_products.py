@@ -21,7 +21,7 @@ fast = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Products go to oneDNN on any processor."""
-    monkeypatch.setattr(_products, "_wide", lambda: True)
+    monkeypatch.setattr(_products, "_WIDE", True)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_products_and_their_gradients_are_those_of_torch(name, biased):
 @pytest.mark.parametrize("wide", [True, False])
 def test_many_hidden_units_without_a_gradient(wide, monkeypatch):
     """In place of their inputs, or in one pass; with a gradient neither."""
-    monkeypatch.setattr(_products, "_wide", lambda: wide)
+    monkeypatch.setattr(_products, "_WIDE", wide)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2000, 64), torch.randn(256, 64), torch.randn(256)
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
@@ -111,7 +111,7 @@ SLIM = {
 @pytest.mark.parametrize("biased", [True, False])
 def test_few_numbers_a_row(name, width, biased, monkeypatch):
     """Their product lies transposed in memory; numbers and gradients are those of torch."""
-    monkeypatch.setattr(_products, "_wide", lambda: False)
+    monkeypatch.setattr(_products, "_WIDE", False)
     torch.manual_seed(0)
     inputs = [SLIM[name](), torch.randn(width, 40), *([torch.randn(width)] if biased else [])]
     inputs = [t.double().requires_grad_() for t in inputs]
@@ -261,3 +261,19 @@ class TestRough:
             z = layer(x, solver_fwd_rough=None)
             layer(x, state=z)
         assert not any(args[1].dtype == torch.bfloat16 for args in calls)
+
+
+def test_sums_over_fresh_results():
+    """In place only where the result would be the same, and no graph needs the summand."""
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    with torch.no_grad():
+        fresh = a.clone()
+        found = _products.plus(fresh, b, alpha=-1)
+        assert found is fresh
+        assert torch.equal(found, a - b)
+        for one, other in ((a[:1], b), (a, b[:, :1]), (a.bfloat16(), b)):
+            kept = one.clone()
+            assert torch.equal(_products.plus(one, other), one + other)
+            assert torch.equal(one, kept)
+    a.requires_grad_()
+    assert _products.plus(a * 1, b).grad_fn is not None
