@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..deq._linear_map import LinearMap, Pullback
 from ..deq._state import full_precision
-from ..deq._watched import watched
+from ..deq._watched import transformed, watched
 from ..solvers._scale import is_host
 from ..solvers._validate import check_count
 from ._products import (
@@ -135,26 +135,55 @@ def on_sites(matrix: Tensor) -> LinearMap:
     return LinearMap(lambda r: linear(r, matrix), lambda r: linear(r, matrix.mT))
 
 
+_EPS = 1e-5
+
+
 def normalized(x: Tensor) -> Tensor:
     """`x` with mean 0 and variance 1 over its last axis; zero stays zero.
 
     Gains and offsets of a LayerNorm would be absorbed by the linear layers that follow.
     """
-    return F.layer_norm(x, x.shape[-1:])
+    if transformed(x):
+        return _written_out(x)
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _Normalized.apply(x)
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+def _written_out(x: Tensor) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred * (centred.square().mean(dim=-1, keepdim=True) + _EPS).rsqrt()
+
+
+class _Normalized(torch.autograd.Function):
+    """`normalized` with a graph: third derivatives of torch's own are wrong (as of 2.14)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        value, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
+        ctx.save_for_backward(x, mean, rstd)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean, rstd = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _normalized_backward(g, x, mean, rstd)
+        value = _written_out(x)
+        return torch.autograd.grad(value, x, g, create_graph=True)[0]
+
+
+def _normalized_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    mask = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(
+        g.contiguous(), x, x.shape[-1:], mean, rstd, None, None, mask
+    )[0]
 
 
 def normalized_vjp(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`normalized(x)`, and v ↦ its transposed Jacobian at `x` times v."""
-    shape = x.shape[-1:]
-    value, mean, rstd = torch.native_layer_norm(x, shape, None, None, 1e-5)
-
-    def product(v: Tensor) -> Tensor:
-        mask = [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(
-            v.contiguous(), x, shape, mean, rstd, None, None, mask
-        )[0]
-
-    return value, product
+    """`normalized(x)`, and v ↦ its transposed Jacobian at `x` times v; without a graph."""
+    value, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
+    return value, lambda v: _normalized_backward(v, x, mean, rstd)
 
 
 def check_positive(**sizes: int) -> None:

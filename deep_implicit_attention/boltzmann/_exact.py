@@ -24,7 +24,7 @@ def exact(moments: Moments, l2: float, start: Tensor, *, tol: float, max_iter: i
 
     def evaluate(theta: Tensor) -> Point:
         log, p = states.distribution(theta)
-        model = states.second_moments(p)
+        model = _symmetric(states.second_moments(p))
         value = log - 0.5 * (data * theta).sum() + 0.25 * (penalty * theta * theta).sum()
 
         def product(direction: Tensor) -> Tensor:
@@ -46,6 +46,6 @@ def _symmetric(matrix: Tensor) -> Tensor:
     """Without the antisymmetric rounding of matrix products.
 
     The Hessian maps that part to zero, so near the minimum, where it is as large as the gradient,
-    conjugate gradients would diverge.
+    conjugate gradients would diverge; and couplings would not be symmetric.
     """
     return 0.5 * (matrix + matrix.mT)

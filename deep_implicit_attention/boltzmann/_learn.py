@@ -213,11 +213,17 @@ def _check_size(n: int) -> None:
 def _report(settings: Settings, learned: Learned) -> None:
     if learned.converged:
         return
+    why = (
+        "where some combination of spins never occurs there is no finite maximum: set l2 or "
+        "pseudocount"
+    )
+    if learned.residual <= settings.tol:
+        why = f"within the tolerance, but its steps do not get shorter: {why}"
+    else:
+        why = f"tolerance {settings.tol:g}: {why}, otherwise raise max_iter or tol"
     warn(
         f"method={settings.method!r}: Newton's method ended after {learned.steps} steps with a "
-        f"largest gradient of {learned.residual:.2e}, tolerance {settings.tol:g}. Where some "
-        "combination of spins never occurs there is no finite maximum: set l2 or pseudocount. "
-        "Otherwise raise max_iter or tol.",
+        f"largest gradient of {learned.residual:.2e}, {why}",
         ConvergenceWarning,
     )
 

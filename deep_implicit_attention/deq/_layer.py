@@ -78,6 +78,8 @@ class DEQFixedPoint(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if isinstance(fun, type):
+            raise TypeError(f"fun must be a mechanism, got the class {fun.__name__}")
         for method in ("initial_state", "update"):
             if not callable(getattr(fun, method, None)):
                 raise TypeError(f"fun must have a method {method!r}; {type(fun).__name__} has none")
@@ -350,10 +352,11 @@ class _Update(nn.Module):
 
     def __init__(self, fun: nn.Module) -> None:
         super().__init__()
-        self._modules["fun"] = fun
+        self.fun = fun
 
     def forward(self, z: State, context: Any) -> State:
-        return self._modules["fun"].update(z, context)  # type: ignore[operator,union-attr]
+        fun: Any = self._modules.get("fun")  # `nn.Module` looks in three tables before it
+        return (self.fun if fun is None else fun).update(z, context)  # type: ignore[operator]
 
     # It has no hooks that `nn.Module` would have to look for.
     __call__ = forward

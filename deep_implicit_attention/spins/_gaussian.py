@@ -48,17 +48,9 @@ class GaussianPrior(Prior):
             )
         if not len(mean):
             raise ValueError("mean must have at least one component, got shape (0,)")
-        for name, value in (("mean", mean), ("covariance", covariance)):
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} must be finite")
-        if not torch.allclose(covariance, covariance.mT):
-            raise ValueError("covariance must be symmetric")
-        factor, failed = torch.linalg.cholesky_ex(covariance.detach())
-        if int(failed):
-            smallest = torch.linalg.eigvalsh(covariance.detach())[0].item()
-            raise ValueError(
-                f"covariance must be positive definite, its smallest eigenvalue is {smallest:.4g}"
-            )
+        if not mean.is_meta:  # whose numbers are given later
+            _check_moments(mean.detach(), covariance.detach())
+        factor = torch.linalg.cholesky_ex(covariance.detach()).L
         self.event_shape = Size(mean.shape)
         self.location = nn.Parameter(mean.detach().clone())
         self.log_diagonal = nn.Parameter(factor.diagonal().log())
@@ -133,3 +125,16 @@ class GaussianPrior(Prior):
         shape = torch.broadcast_shapes(factor.shape[:-1], field.shape)
         b = wide + precision @ self.location.to(wide)
         return factor.expand(*shape, shape[-1]), b.expand(shape)
+
+
+def _check_moments(mean: Tensor, covariance: Tensor) -> None:
+    for name, value in (("mean", mean), ("covariance", covariance)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} must be finite")
+    if not torch.allclose(covariance, covariance.mT):
+        raise ValueError("covariance must be symmetric")
+    if int(torch.linalg.cholesky_ex(covariance).info):
+        smallest = torch.linalg.eigvalsh(covariance)[0].item()
+        raise ValueError(
+            f"covariance must be positive definite, its smallest eigenvalue is {smallest:.4g}"
+        )

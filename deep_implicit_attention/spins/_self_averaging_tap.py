@@ -149,7 +149,9 @@ def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
         return V - excess * mean / square
 
     with torch.no_grad():
-        V = spectrum[-1] - (1 - 1 / len(spectrum)) / mean_chi
+        # (One spin has no others, however small χ̄ is.)
+        others = len(spectrum) - 1
+        V = spectrum[-1] - (others / len(spectrum) / mean_chi if others else 0 * mean_chi)
         V = torch.maximum(V, spectrum.mean())
         for _ in range(_NEWTON_STEPS):
             before = V

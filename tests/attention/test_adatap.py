@@ -197,6 +197,17 @@ class TestClosedFormAsUsersMeetIt:
             found = layer(x)
         torch.testing.assert_close(found, layer(x))
 
+    def test_made_on_the_meta_device_and_filled_later(self):
+        def make():
+            prior = GaussianPrior(torch.zeros(3), 2 * torch.eye(3))
+            return DEQAdaTAPMeanFieldAttention(4, 3, prior=prior)
+
+        filled, x = make(), torch.randn(2, 4, 3)
+        with torch.device("meta"):
+            empty = make()
+        empty.to_empty(device="cpu").load_state_dict(filled.state_dict())
+        torch.testing.assert_close(DEQFixedPoint(empty)(x), DEQFixedPoint(filled)(x))
+
     def test_the_residual_is_that_of_an_update(self):
         """With an accelerator's way to it as well, where P stays out of the product."""
         torch.manual_seed(0)

@@ -163,6 +163,34 @@ class TestEquations:
             assert step.norm() > 0.1  # the couplings act
 
 
+def assert_third_order(layer, x, inputs=(), **options):
+    x = x.requires_grad_()
+    direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+
+    def second(t):
+        """∂²/∂t² of a loss along `direction`, with its graph."""
+        loss = layer(x.detach() + t * direction, *inputs, **options).pow(4).sum()
+        (first,) = grad(loss, t, create_graph=True)
+        return grad(first, t, create_graph=True)[0]
+
+    t = torch.zeros((), dtype=x.dtype, requires_grad=True)
+    (third,) = grad(second(t), t)
+    h = 1e-4
+    ends = [second(torch.tensor(s, dtype=x.dtype, requires_grad=True)) for s in (h, -h)]
+    difference = (ends[0] - ends[1]) / (2 * h)
+    torch.testing.assert_close(third, difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [DEQVanillaSoftmaxAttention, DEQVectorSpinAttention])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_third_order_of_normalised_layers(kind, steps, x):
+    """Where torch's own layer norm would be wrong."""
+    torch.manual_seed(0)
+    sites = (4,) if kind is DEQVanillaSoftmaxAttention else ()
+    layer = DEQFixedPoint(kind(*sites, 6, 2, normalize=True).double(), anderson, **TIGHT)
+    assert_third_order(layer, x, steps=steps)
+
+
 class TestGradients:
     def run(self, case, x, *parameters):
         layer = DEQFixedPoint(case.module, anderson, **TIGHT)
@@ -215,22 +243,7 @@ class TestGradients:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
     def test_third_order(self, case, x):
-        layer = DEQFixedPoint(case.module, anderson, **TIGHT)
-        x = x.requires_grad_()
-        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
-
-        def second(t):
-            """∂²/∂t² of a loss along `direction`, with its graph."""
-            loss = layer(x.detach() + t * direction, *case.inputs).pow(4).sum()
-            (first,) = grad(loss, t, create_graph=True)
-            return grad(first, t, create_graph=True)[0]
-
-        t = torch.zeros((), dtype=x.dtype, requires_grad=True)
-        (third,) = grad(second(t), t)
-        h = 1e-4
-        ends = [second(torch.tensor(s, dtype=x.dtype, requires_grad=True)) for s in (h, -h)]
-        difference = (ends[0] - ends[1]) / (2 * h)
-        torch.testing.assert_close(third, difference, rtol=1e-5, atol=1e-6)
+        assert_third_order(DEQFixedPoint(case.module, anderson, **TIGHT), x, case.inputs)
 
     def test_every_parameter_learns(self, case, x):
         layer = DEQFixedPoint(case.module)

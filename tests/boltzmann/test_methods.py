@@ -136,6 +136,16 @@ def test_exact_forgives_moments_that_are_symmetric_up_to_rounding() -> None:
     assert np.abs(learned.theta[1:, 1:].numpy() - J).max() < 1e-8
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_exact_couplings_are_symmetric_where_the_likelihood_is_flat(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    X = np.where(rng.normal(size=(400, 1)) + rng.normal(size=(400, 7)) > 0, 1, -1)[:3]
+    with pytest.warns(ConvergenceWarning, match="within the tolerance, but .* no finite maximum"):
+        machine = BoltzmannMachine("exact").fit(X)
+    assert (machine.couplings_ == machine.couplings_.T).all()
+    SpinSystem(torch.from_numpy(machine.couplings_), IsingPrior())
+
+
 def test_exact_twenty_spins() -> None:
     rng = np.random.default_rng(0)
     X = np.where(rng.normal(size=(4000, 20)) + rng.normal(size=(4000, 1)) > 0.2, 1, -1)

@@ -206,6 +206,35 @@ def test_an_update_that_is_overridden_is_the_one_that_counts(kind, options):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
+def test_a_mechanism_need_not_be_a_module():
+    """It has no parameters, then; what it closes over has first derivatives."""
+
+    class Plain:
+        weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+
+        def initial_state(self, x):
+            return torch.zeros_like(x)
+
+        def update(self, z, context):
+            return torch.tanh(context + 0.2 * z @ self.weight)
+
+    plain, x = Plain(), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    layer = DEQFixedPoint(plain, **TIGHT)
+    z = x
+    for _ in range(100):
+        z = plain.update(z, x)
+    inputs = x, plain.weight
+    for mine, theirs in zip(grad(layer(x).sum(), inputs), grad(z.sum(), inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), z.detach())
+
+
+def test_a_class_is_no_mechanism():
+    with pytest.raises(TypeError, match="got the class DEQMeanFieldAttention"):
+        DEQFixedPoint(DEQMeanFieldAttention)
+
+
 def test_an_update_set_on_the_instance_counts_as_well(monkeypatch):
     torch.manual_seed(0)
     module = DEQMeanFieldAttention(4, 3).double()

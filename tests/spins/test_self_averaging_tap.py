@@ -206,6 +206,17 @@ def test_strong_fields():
     torch.testing.assert_close(grad(response.log_partition, x)[0], torch.ones_like(x))
 
 
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_one_spin_in_a_field_that_fixes_it(dtype, tol):
+    x = torch.tensor([0.3, 400.0], dtype=dtype)[:, None]
+    response = SelfAveragingTAP(tol=tol)(
+        SpinSystem(torch.zeros(1, 1, dtype=dtype), IsingPrior()), x
+    )
+    torch.testing.assert_close(response.magnetization, x.tanh())
+    expected = torch.logaddexp(x, -x)[:, 0] - math.log(2)
+    torch.testing.assert_close(response.log_partition, expected)
+
+
 @pytest.mark.parametrize("prior", [PottsPrior(3), SphericalPrior(3)])
 def test_the_couplings_of_all_components_are_never_built(prior, monkeypatch):
     monkeypatch.setattr(SpinSystem, "matrix", None)
