@@ -11,8 +11,8 @@ demo: $(TRAIN)  ## train on the digits bundled with scikit-learn; report in runs
 	$(BIN)/dia train digits --keep-checkpoints 40
 	$(BIN)/dia report runs/digits
 
-# What takes long to set up, tests of one `xdist_group` share.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup -q
+# What takes long to set up, the tests of a file share.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 test: $(DEV)  ## every test but the slow ones
 	$(PYTEST)

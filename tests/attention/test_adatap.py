@@ -199,7 +199,7 @@ class TestClosedFormAsUsersMeetIt:
 
     def test_made_on_the_meta_device_and_filled_later(self):
         def make():
-            prior = GaussianPrior(torch.zeros(3), 2 * torch.eye(3))
+            prior = GaussianPrior(torch.zeros(3), torch.eye(3) / 2)
             return DEQAdaTAPMeanFieldAttention(4, 3, prior=prior)
 
         filled, x = make(), torch.randn(2, 4, 3)

@@ -83,6 +83,7 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
     assert samples_differ == (name != "gaussian")
 
 
+@pytest.mark.quick("potts")
 @pytest.mark.parametrize(
     "name", ["gaussian", "ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)]
 )
@@ -95,7 +96,7 @@ def test_explicit_steps_are_exported_and_mapped_over_samples(name, fields):
     torch.testing.assert_close(one_by_one, expected)
 
 
-@pytest.mark.quick("ising")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gaussian", "ising", *(pytest.param(n, marks=pytest.mark.slow) for n in ITERATED[1:])]
 )
@@ -142,6 +143,7 @@ def test_saturated_spins_have_no_derivative_and_spoil_none(name, size, steps, fi
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.quick("gaussian", "potts")
 @pytest.mark.parametrize(
     "name", ["gaussian", "ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)]
 )

@@ -146,6 +146,7 @@ def test_exact_couplings_are_symmetric_where_the_likelihood_is_flat(seed: int) -
     SpinSystem(torch.from_numpy(machine.couplings_), IsingPrior())
 
 
+@pytest.mark.slow
 def test_exact_twenty_spins() -> None:
     rng = np.random.default_rng(0)
     X = np.where(rng.normal(size=(4000, 20)) + rng.normal(size=(4000, 1)) > 0.2, 1, -1)

@@ -144,6 +144,7 @@ def test_a_row_that_cannot_be_scored_costs_no_estimate() -> None:
 # --- what is not observed -------------------------------------------------------------------------
 
 
+@pytest.mark.quick("binary")
 @pytest.mark.parametrize("coding", ["spins", "binary", "boolean"])
 def test_anything_may_stand_where_nothing_is_observed(coding: str, X: np.ndarray) -> None:
     data = {"spins": X, "binary": (X + 1) / 2, "boolean": X > 0}[coding]

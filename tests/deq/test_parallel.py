@@ -53,6 +53,7 @@ def _worker(rank: int, port: int, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,8 +15,6 @@ import pytest
 import deep_implicit_attention
 from tests.recipes.chromium import Browser, chromium, found
 
-pytestmark = pytest.mark.xdist_group("site")
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(deep_implicit_attention.__file__).parent
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))

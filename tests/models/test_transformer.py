@@ -308,6 +308,7 @@ def test_embedding_is_tied_and_parameters_count_once() -> None:
     assert moved[..., 10].abs().min() > 0
 
 
+@pytest.mark.quick("dtype0-*")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(

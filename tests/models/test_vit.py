@@ -230,6 +230,7 @@ def test_images_of_a_batch_do_not_touch(attention: str, stem: str) -> None:
     assert bool(others[1].isnan().all())
 
 
+@pytest.mark.quick("dtype0-*")
 @pytest.mark.parametrize(
     ("attention", "weight_norm"),
     [(name, False) for name in ATTENTION]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
@@ -167,14 +168,24 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made, but their SVG is empty: drawing is most of the time that a page takes."""
+# --- pictures ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but what is saved is a blank: drawing is most of the time of a short run.
+
+    Frames of films are drawn, and everything in tests with the marker `drawn`.
+    """
+    if request.node.get_closest_marker("drawn"):
+        return
     savefig = Figure.savefig
 
-    def save(self: Figure, file: Any, *, format: str, **options: Any) -> None:
+    def save(self: Figure, file: Any, *, format: str | None = None, **options: Any) -> None:
         if format == "svg":
             file.write('<svg viewBox="0 0 1 1"></svg>')
+        elif isinstance(file, Path) and file.suffix == ".png":
+            Image.new("RGB", (1, 1)).save(file)
         else:
             savefig(self, file, format=format, **options)
 

@@ -143,7 +143,7 @@ def test_as_it_stands_it_is_the_model_of_the_example() -> None:
     assert schedule.epochs == 20
 
 
-@pytest.mark.quick("--dropout*")
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--dropout 0.2 --attention softmax --dim 8", "--ema 0.8"])
 def test_interrupted_and_resumed(
     flags: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +223,7 @@ def test_another_model_is_not_resumed(train: Train, monkeypatch: pytest.MonkeyPa
     assert (config["recipe"], config["attention"]) == ("mnist-vit", "mean-field")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", variants("mean-field"))
 def test_the_report_shows_every_mechanism(
     attention: str, train: Train, data: ImageData, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ from deep_implicit_attention.training import Run, text_data, windows
 from .conftest import PHRASE, Outcome, invoke
 from .reports import Page, records, reported, unpacked
 
-pytestmark = pytest.mark.xdist_group("reports")
+pytestmark = pytest.mark.drawn
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from .chromium import Browser, chromium, found
 from .reports import Page, configure, reported, rescale, unpacked
 
-pytestmark = pytest.mark.xdist_group("reports")
+pytestmark = pytest.mark.drawn
 
 needs_browser = pytest.mark.skipif(
     found() is None,

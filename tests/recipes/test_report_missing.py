@@ -21,8 +21,6 @@ from deep_implicit_attention.training import Run
 from .conftest import invoke
 from .reports import configure, records, reported, rescale, unpacked
 
-pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.xdist_group("reports")]
-
 # --- what is missing is named, and the rest is shown ------------------------------------------
 
 

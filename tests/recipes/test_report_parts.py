@@ -19,8 +19,6 @@ from deep_implicit_attention.training import Run
 from .conftest import Outcome
 from .reports import configure, reported, rescale
 
-pytestmark = pytest.mark.xdist_group("reports")
-
 
 def test_text_of_strangers_is_not_markup(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())

@@ -13,6 +13,7 @@ from deep_implicit_attention.training import Run
 from .conftest import Outcome, invoke
 
 
+@pytest.mark.quick("run", "ising")
 @pytest.mark.parametrize("kind", ["run", "said", "machines", "ising"])
 def test_no_picture_of_an_earlier_run_stays(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest

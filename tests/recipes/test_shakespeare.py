@@ -76,6 +76,7 @@ def ids(text: str) -> torch.Tensor:
 # --- training -------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("3-2")
 @pytest.mark.parametrize(("relax", "learn"), [(3, 2), (0, 0), (2, 0)])
 def test_the_same_batches_and_gradients_as_the_example(
     relax: int, learn: int, train: Dia, text: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,7 @@ METHODS = [
     SelfAveragingTAP(),
     ExpectationPropagation(),
     Exact(),
-    GibbsSampler(),
+    GibbsSampler(num_samples=20, burn_in=8, on_failure="ignore"),
 ]
 
 

@@ -148,6 +148,7 @@ def test_zero_fields_and_empty_batches_have_an_objective_too():
     assert method(system, torch.zeros(0, 16, dtype=torch.float64)).objective.shape[1:] == (0,)
 
 
+@pytest.mark.slow
 def test_potts_and_spherical_glasses_on_which_single_loops_fail():
     for system in (
         SpinSystem(symmetric(6, 3, 1.0, 1), SphericalPrior(3, 1.0)),

@@ -135,6 +135,7 @@ class TestTempering:
         own = 0.5 * spins * system.pull(spins) + x * spins
         torch.testing.assert_close(replicas.log_weight[-1], own.flatten(2).sum(dim=2))
 
+    @pytest.mark.slow
     def test_ladder_is_spaced_by_rejections(self):
         system = SpinSystem(ferromagnet(30, 4.0), IsingPrior())
         x = torch.full((2, 30), 0.1, dtype=torch.float64)

@@ -54,6 +54,9 @@ def prior_case(request):
     return prior, field, make_v()
 
 
+@pytest.mark.quick(
+    "ising-*", "gaussian-*", "potts-*", "sphere-2-*", "sphere-3-*", "sphere-60-True-1.0"
+)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0, 10.0])
 @pytest.mark.parametrize("with_v", [True, False])
 def test_moments_are_the_derivatives_of_log_partition(prior_case, scale, with_v):
@@ -290,6 +293,7 @@ def test_one_v_for_all_fields_on_the_sphere(batch):
         torch.testing.assert_close(added, torch.full(batch, 1.4, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_as_many_spherical_spins_and_samples_as_components():
     """Then numbers v, one a spin and sample, have the shape of a matrix."""
     couplings = sherrington_kirkpatrick(3, 0.6)[0]

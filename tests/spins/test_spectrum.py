@@ -121,6 +121,7 @@ print((after - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB")
 @pytest.mark.parametrize("n", [1500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_memory_is_two_arrays_beside_the_couplings(n):

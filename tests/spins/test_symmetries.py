@@ -99,6 +99,19 @@ def priors(kind: str, random: Random) -> tuple[Prior, Prior, Tensor]:
     return prior, prior, turns[:1].expand(SITES, -1, -1) if one else turns
 
 
+@pytest.mark.quick(
+    "ising-*",
+    "potts-naive",
+    "potts-tap",
+    "potts-adaptive",
+    "potts-ep",
+    "potts-exact",
+    "gaussian-*",
+    "sphere-naive",
+    "sphere-adaptive",
+    "sphere-ep",
+    "*-self-averaging",
+)
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**16), order=st.permutations(range(SITES)))

@@ -10,8 +10,6 @@ import torch
 
 from deep_implicit_attention.training import ImageData, mnist
 
-pytestmark = pytest.mark.xdist_group("mnist")
-
 TRAIN_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 MEAN, DEVIATION = 0.1307, 0.3081  # of the training images, between 0 and 1

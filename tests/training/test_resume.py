@@ -64,6 +64,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.quick("*-options2", "4-2-*")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("kill", "every"), [(1, None), (4, 2), (7, None), (11, 2)])
 def test_killed_in_a_step(
