@@ -65,7 +65,7 @@ class Couplings(NamedTuple):
         self, z: Tensor, needed: Couplings
     ) -> tuple[Tensor, Callable[[Tensor], Couplings]]:
         """`act(z)`, and what takes ∂L/∂ of it to the derivatives by what is `needed` of these."""
-        if self.matrix is not None and not self.fused and not needed.matrix and self._by_hand(z):
+        if self._by_hand(z, needed):
             return self._pulled_back(z, needed)
         leaves = {
             name: getattr(self, name).detach().requires_grad_()
@@ -83,9 +83,11 @@ class Couplings(NamedTuple):
 
         return pooled.detach(), by_couplings
 
-    def _by_hand(self, z: Tensor) -> bool:
-        """Whether the derivatives are those that are written below, without a graph."""
-        return self.queries is not None and not (torch.is_grad_enabled() or watched(z))
+    def _by_hand(self, z: Tensor, needed: Couplings) -> bool:
+        """Whether it is about a matrix made of queries and keys, and without a graph."""
+        made = self.matrix is not None and self.queries is not None
+        given = self.fused or needed.matrix
+        return made and not (given or torch.is_grad_enabled() or watched(z))
 
     def _pulled_back(
         self, z: Tensor, needed: Couplings

@@ -107,7 +107,10 @@ def plus(fresh: Tensor, other: Tensor, alpha: int = 1) -> Tensor:
 
 
 def _spare() -> bool:
-    """Whether fresh results may be written over: there is no graph, and nothing is transformed."""
+    """Whether fresh results may be written over: there is no graph, and nothing is transformed.
+
+    Less is asked than by `watched`, since an operation in place may be intercepted as well.
+    """
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

@@ -63,8 +63,7 @@ class Layout:
             part = state if self.bare else state[0]
             # `flatten` is the quicker, but a number a sample has nothing to flatten.
             return part.flatten(1) if len(self.shapes[0]) > 1 else part[:, None]
-        parts = state
-        return torch.cat([part.flatten(1) for part in parts], dim=1)
+        return torch.cat([part.flatten(1) for part in state], dim=1)
 
     def unpack(self, flat: Tensor) -> State:
         """The inverse of `pack`."""

@@ -107,7 +107,7 @@ def iterate(
             now = g_norm / (f_norm + tiny) if stop_mode == "rel" else 1.0 * g_norm
         if k == 0:
             first_norm = last_norm = g_norm
-            residual = residual_norm = _unknown(g_norm)
+            residual = residual_norm = xp.full_like(g_norm, torch.inf)
 
         # Comparisons are false of NaN.
         together = together and not some(~((now < residual) & (f_norm < np.inf)))
@@ -154,8 +154,8 @@ def iterate(
         failed = xp.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
         failed = xp.where(broken & ~grown, Status.NONFINITE.code, failed)
         codes = xp.where(converged, codes, failed)
-    rows = len(trace) if on_host else int(steps.max())
-    rows = rows if len(steps) else 0
+    # On an accelerator some steps more than were needed may have been taken before it was asked.
+    rows = int(steps.max()) if len(steps) else 0
     tensor: Any = torch.from_numpy if on_host else _itself
     rows_of_all = np.array(trace) if on_host else torch.stack(trace)
     return Solution(
@@ -171,15 +171,6 @@ def iterate(
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _unknown(norm: Any) -> Any:
-    """Infinity for every sample."""
-    if isinstance(norm, Tensor):
-        return torch.full_like(norm, torch.inf)
-    unknown = np.empty(norm.shape, norm.dtype)
-    unknown.fill(np.inf)
-    return unknown
 
 
 class _Rough:

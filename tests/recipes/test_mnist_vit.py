@@ -37,12 +37,6 @@ VARIANTS = {
 Train = Callable[..., Outcome]
 
 
-def variants(*quick: str) -> list[Any]:
-    """All of them, those that are not `quick` among the slow tests."""
-    slow = pytest.mark.slow
-    return [name if name in quick else pytest.param(name, marks=slow) for name in VARIANTS]
-
-
 @pytest.fixture(scope="module")
 def data() -> ImageData:
     """Images of 8 × 8 pixels with a bright quarter, which is the label."""
@@ -79,7 +73,8 @@ def scores(folder: Path, images: Tensor, data: ImageData) -> Tensor:
         return model(images)
 
 
-@pytest.mark.parametrize("attention", variants("mean-field"))
+@pytest.mark.quick("mean-field")
+@pytest.mark.parametrize("attention", VARIANTS)
 def test_learns_what_can_be_learned(attention: str, train: Train, data: ImageData) -> None:
     run = train("--attention", attention, "--epochs", "8", *VARIANTS[attention].split())
     assert run.status == 0, run.err
@@ -224,7 +219,7 @@ def test_another_model_is_not_resumed(train: Train, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", variants("mean-field"))
+@pytest.mark.parametrize("attention", VARIANTS)
 def test_the_report_shows_every_mechanism(
     attention: str, train: Train, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

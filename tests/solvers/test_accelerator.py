@@ -56,3 +56,11 @@ def test_the_host_asks_every_fourth_step_at_most(solver, preconditioner, make_pr
     assert steps > 8
     # One for each fourth step, and one for the length of the trace.
     assert questions.count <= steps // 4 + 2
+
+
+@pytest.mark.parametrize("solver", [picard, anderson, broyden])
+def test_an_empty_batch(solver, monkeypatch):
+    leave_the_host(monkeypatch)
+    found = solver(lambda z: 0.5 * z, torch.zeros(0, 4), **SOLVE)
+    assert found.value.shape == (0, 4)
+    assert found.steps.shape == found.residual.shape == (0,)
