@@ -192,14 +192,14 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             operator = operator - block_diagonal(precision)
         # The fast product is that with the matrix as it lies in memory.
         acting = operator if self.symmetric else operator.mT
-        field = torch.addmm(x.flatten(1), z.flatten(1), acting, alpha=-1).view_as(z)
-        if on_host and _is_one(precision):
-            change = field
-        else:
-            change = torch.linalg.solve_ex(precision, field.permute(1, 2, 0)).result
-            change = change.permute(2, 0, 1) if on_host else change.permute(2, 0, 1) - z
-        norm = torch.linalg.vector_norm(change.flatten(1), dim=1)
-        size = torch.linalg.vector_norm((z + change).flatten(1), dim=1)
+        flat = z.flatten(1)
+        change = torch.addmm(x.flatten(1), flat, acting, alpha=-1)
+        if not on_host or not _is_one(precision):
+            change = torch.linalg.solve_ex(precision, change.view_as(z).permute(1, 2, 0)).result
+            change = change.permute(2, 0, 1).flatten(1)
+            change = change if on_host else change - flat
+        norm = torch.linalg.vector_norm(change, dim=1)
+        size = torch.linalg.vector_norm(flat + change, dim=1)
         return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
 
     def judge(self, context: _Gaussian) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +68,13 @@ def room_for(size: int, like: Tensor) -> Tensor | None:
     if size % 128 or watched(like):
         return None
     room = empty(size + 8, size + 8, like=like)
-    room[size:].zero_()
-    room.diagonal()[size:].fill_(1.0)
+    room[size:].copy_(_last_rows(size, like.dtype, like.device))
     return room
+
+
+@functools.lru_cache(maxsize=8)
+def _last_rows(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size + 8, dtype=dtype, device=device)[size:].clone()
 
 
 def log_determinant(operator: Tensor, factor: Factor) -> Tensor:
@@ -84,6 +89,8 @@ def solve(operator: Tensor, b: Tensor, factor: Factor, transposed: bool = False)
 
     Cost: O(n² r) forward and backward; the factorisation is never differentiated.
     """
+    if not (torch.is_grad_enabled() and (operator.requires_grad or b.requires_grad)):
+        return factor.solve(b, transposed)
     return _Solve.apply(operator, b, *factor, transposed)
 
 

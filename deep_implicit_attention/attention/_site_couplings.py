@@ -98,6 +98,8 @@ class SiteCouplings(DEQModule):
         own = self._overrides("weight", "coupling_matrix", "coupling_blocks")
         if own or watched(weight, precision):
             return block_diagonal(precision) - self.coupling_matrix()
+        if not (torch.is_grad_enabled() and (weight.requires_grad or precision.requires_grad)):
+            return _operator(weight, precision, self._symmetries, room)
         return _Operator.apply(weight, precision, self._symmetries, room)
 
     def _overrides(self, *names: str) -> bool:
@@ -162,7 +164,11 @@ def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     _write(g.transpose(1, 2), internal, raw)
     if sites:
         raw = raw + raw.transpose(0, 1)
-    return _freed(raw, (0, 1), sign * 0.5 ** (internal + sites))
+    factor = sign * 0.5 ** (internal + sites)
+    if factor != 1:
+        raw.mul_(factor)
+    raw.diagonal(dim1=0, dim2=1).zero_()
+    return raw
 
 
 class _Operator(torch.autograd.Function):
@@ -173,13 +179,8 @@ class _Operator(torch.autograd.Function):
         ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple, room: Tensor | None
     ) -> Tensor:
         count, _, dim, _ = weight.shape
-        size = count * dim
-        operator = empty(size, size, like=weight) if room is None else room[:size, :size]
-        blocks = operator.unflatten(1, (count, dim)).unflatten(0, (count, dim))
-        ctx.blocks, ctx.symmetries = blocks.shape, symmetries
-        _order(weight, symmetries, -1.0, blocks)
-        blocks.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
-        return operator
+        ctx.blocks, ctx.symmetries = (count, dim, count, dim), symmetries
+        return _operator(weight, precision, symmetries, room)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -192,21 +193,37 @@ class _Operator(torch.autograd.Function):
         return by_weight, by_precision, None, None
 
 
+def _operator(
+    weight: Tensor, precision: Tensor, symmetries: tuple[bool, bool], room: Tensor | None
+) -> Tensor:
+    """The value of `_Operator`."""
+    count, _, dim, _ = weight.shape
+    size = count * dim
+    operator = empty(size, size, like=weight) if room is None else room[:size, :size]
+    blocks = operator.view(count, dim, count, dim)
+    _order(weight, symmetries, -1.0, blocks)
+    blocks.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))
+    return operator
+
+
 def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     """±J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
     count, _, dim, _ = weight.shape
-    return _order(weight, symmetries, sign, empty(count, dim, count, dim, like=weight))
+    matrix = empty(count, dim, count, dim, like=weight)
+    _order(weight, symmetries, sign, matrix)
+    matrix.diagonal(dim1=0, dim2=2).zero_()
+    return matrix
 
 
-def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: Tensor) -> Tensor:
-    """`matrix` `(N, d, N, d)`, filled with ±J of the raw couplings `(N, N, d, d)`."""
+def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: Tensor) -> None:
+    """Fill `matrix` `(N, d, N, d)` with ±J of the raw `(N, N, d, d)`, but for the J_ii."""
     internal, sites = symmetries
     factor = sign * 0.5 ** (internal + sites)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
         weight = (weight + weight.transpose(0, 1)).mul_(factor)
-        factor = 1.0
     _write(weight, internal, matrix.transpose(1, 2))
-    return _freed(matrix, (0, 2), factor)
+    if not sites and factor != 1:
+        matrix.mul_(factor)
 
 
 def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
@@ -229,11 +246,3 @@ def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
         torch.add(blocks, blocks.mT, out=out)
     else:
         out.copy_(blocks)
-
-
-def _freed(matrix: Tensor, sites: tuple[int, int], factor: float) -> Tensor:
-    """`matrix` times `factor`, and without self-couplings; i, j are axes `sites`."""
-    if factor != 1:
-        matrix.mul_(factor)
-    matrix.diagonal(dim1=sites[0], dim2=sites[1]).zero_()
-    return matrix

@@ -16,7 +16,7 @@ from ._fixed_point import check_fixed_point_solver, solve_and_attach
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
 from ._relax import closed_form, relax
-from ._settings import Settings, check_elements, override, parse
+from ._settings import Settings, check_elements, check_reach, override, parse
 from ._state import Layout, State, full_precision, widen
 
 _LEFT_OUT = (
@@ -260,19 +260,20 @@ class DEQFixedPoint(nn.Module):
     ) -> Solution:
         """The solution for the sources `fields`; `value` is the list of output elements."""
         fun = self.fun
+        from_zeros = settings.initial_state == "zeros" and state is None
+        closed = settings.steps is None and of_its_update(fun, "solve") is not None
+        if closed and from_zeros and of_its_update(fun, "residual") is not None:
+            # Of the state that nothing starts from not even the layout is needed.
+            return closed_form(fun, context, None, self.output_elements, settings.tol)
         start, layout = self._start(fields, state, settings)
-        if self.output_elements[-1] >= len(layout.shapes):
-            raise ValueError(
-                f"output_elements must be below {len(layout.shapes)}, the number of elements of "
-                f"{type(fun).__name__}'s state, got {self.output_elements}"
-            )
-        if settings.steps is None and of_its_update(fun, "solve") is not None:
+        check_reach(fun, self.output_elements, len(layout.shapes))
+        if closed:
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         if settings.steps is None:
             first_step = of_its_update(fun, "first_step", "initial_state")
             with torch.no_grad():
                 preconditioner = self._preconditioner(context, settings)
-                if settings.initial_state == "zeros" and state is None and first_step is not None:
+                if from_zeros and first_step is not None:
                     start = first_step(context)
                     start = start if preconditioner is None else preconditioner(start)
                 rough = self._rough(context, settings) if state is None else None

@@ -42,7 +42,8 @@ def in_autocast(like: Tensor) -> bool:
     device = like.device.type
     # The compiler of torch 2.11 breaks the graph at the first question; what it compiles for has
     # autocast.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    known = device == "cpu" or torch.compiler.is_compiling()
+    known = known or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..solvers import Solution, Status
 from ..solvers._scale import is_host
 from ._module import of_its_update
+from ._settings import check_reach
 from ._state import Layout
 from ._watched import transformed
-
-_NUMPYS = (torch.float32, torch.float64)
 
 
 def relax(
@@ -39,37 +38,67 @@ def relax(
 
 
 def closed_form(
-    fun: Any, context: Any, layout: Layout, wanted: Sequence[int], tol: float
+    fun: Any, context: Any, layout: Layout | None, wanted: Sequence[int], tol: float
 ) -> Solution:
     """`fun.solve`, with the residual of what it returned and the verdict of `fun` on the system.
 
-    A module with a `residual` is asked for it and computes only what is wanted; of others every
-    element is computed, and the residual is that of an update.
+    A module with a `residual` is asked for it and computes only what is wanted; of others, of which
+    `layout` has to be known, every element is computed, and the residual is that of an update.
     """
     residual_of = of_its_update(fun, "residual")
-    measured = residual_of is not None
-    state = fun.solve(context, tuple(wanted) if measured else tuple(range(len(layout.shapes))))
-    parts = [state] if isinstance(state, Tensor) else state
-    chosen = [parts[i] for i in wanted]
-    with torch.no_grad():
-        if measured:
-            residual, norm = residual_of(context, state)
-        else:
+    if residual_of is None:
+        assert layout is not None
+        state = fun.solve(context, tuple(range(len(layout.shapes))))
+        with torch.no_grad():
             residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
-        largest = norm
-        for part in chosen:
-            size = torch.linalg.vector_norm(part.flatten(1), ord=torch.inf, dim=1)
-            largest = torch.maximum(largest, size)
-        if norm.dtype in _NUMPYS and is_host(norm) and not transformed(norm, residual, largest):
-            # It is quicker with a few numbers.
-            residual, norm, largest = residual.numpy(), norm.numpy(), largest.numpy()
-        finite = largest < torch.inf  # which NaN is not
+    else:
+        state = fun.solve(context, tuple(wanted))
+        with torch.no_grad():
+            residual, norm = residual_of(context, state)
+    parts = [state] if isinstance(state, Tensor) else state
+    check_reach(fun, wanted, len(parts))
+    chosen = [parts[i] for i in wanted]
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
+    if not objection and _fine(residual, tol, chosen):
+        return _sound(chosen, residual, norm)
+    finite = norm < torch.inf
+    for part in chosen:
+        finite = finite & torch.isfinite(part).flatten(1).all(dim=1)
     solution = _solution(chosen, finite, residual, norm, 1, tol, Status.MAX_ITER)
     if objection:
-        solution = replace(solution.with_status(_tensor(finite), Status.INDEFINITE), note=objection)
+        solution = replace(solution.with_status(finite, Status.INDEFINITE), note=objection)
     return solution
+
+
+@torch.no_grad()
+def _fine(residual: Tensor, tol: float, parts: Sequence[Tensor]) -> bool:
+    """Whether it is known that every sample converged to what is finite.
+
+    It is asked with few operations, of tensors on the host; sums may be infinite of finite numbers.
+    """
+    if not is_host(residual) or transformed(residual, *parts):
+        return False
+    if residual.numel() and not float(residual.max()) <= tol:  # as NaN is not
+        return False
+    for part in parts:  # noqa: SIM110
+        if not math.isfinite(float(part.sum())):
+            return False
+    return True
+
+
+def _sound(value: Any, residual: Tensor, norm: Tensor) -> Solution:
+    """Of samples that all converged, in one step."""
+    one = torch.ones_like(residual, dtype=torch.int64)
+    return Solution(
+        value=value,
+        residual=residual,
+        steps=one,
+        converged=one.bool(),
+        codes=torch.full_like(one, Status.CONVERGED.code),
+        trace=residual[None],
+        residual_norm=norm,
+    )
 
 
 def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,35 +110,24 @@ def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solution(
     value: Any,
-    finite: Any,
-    residual: Any,
-    norm: Any,
+    finite: Tensor,
+    residual: Tensor,
+    norm: Tensor,
     steps: int,
     tol: float,
     otherwise: Status,
 ) -> Solution:
-    """Of what is known of each sample `(B,)`, as tensors or as numpy's arrays."""
-    xp: Any = torch if isinstance(finite, Tensor) else np
+    """Of what is known of each sample `(B,)`."""
     converged = finite & (residual <= tol)
-    taken = xp.zeros_like(converged, dtype=xp.int64) + steps
-    if xp is np and np.count_nonzero(converged) == len(converged):
-        codes = taken * 0 + Status.CONVERGED.code
-    else:
-        codes = xp.where(converged, Status.CONVERGED.code, otherwise.code)
-        codes = xp.where(finite, codes, Status.NONFINITE.code)
-        residual = xp.where(finite, residual, xp.inf)
-    residual = _tensor(residual)
+    codes = torch.where(converged, Status.CONVERGED.code, otherwise.code)
+    codes = torch.where(finite, codes, Status.NONFINITE.code)
+    residual = torch.where(finite, residual, torch.inf)
     return Solution(
         value=value,
         residual=residual,
-        steps=_tensor(taken),
-        converged=_tensor(converged),
-        codes=_tensor(codes),
+        steps=torch.full_like(codes, steps),
+        converged=converged,
+        codes=codes,
         trace=residual[None],
-        residual_norm=_tensor(norm),
+        residual_norm=norm,
     )
-
-
-def _tensor(numbers: Any) -> Tensor:
-    """Numbers of `_solution` as a tensor, whatever the default device."""
-    return numbers if isinstance(numbers, Tensor) else torch.from_numpy(numbers)

@@ -93,3 +93,12 @@ def check_elements(elements: Sequence[int]) -> tuple[int, ...]:
             )
         previous = element
     return tuple(elements)
+
+
+def check_reach(fun: Any, elements: Sequence[int], count: int) -> None:
+    """Raise if `output_elements` asks for more than the `count` elements of the state of `fun`."""
+    if elements[-1] >= count:
+        raise ValueError(
+            f"output_elements must be below {count}, the number of elements of "
+            f"{type(fun).__name__}'s state, got {elements}"
+        )

@@ -55,6 +55,26 @@ class TestAdaTAP:
         mine, theirs = (grad(loss, module._weight)[0] for loss in losses)
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
+    def test_elements_beyond_the_state_are_refused(self, module, fields):
+        message = "output_elements must be below 2.*DEQAdaTAPMeanFieldAttention"
+        for layer in (
+            DEQFixedPoint(module, output_elements=(0, 2)),
+            DEQFixedPoint(module, output_elements=(2,), initial_state="input"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                layer(fields)
+
+    def test_what_stands_in_the_raw_couplings_of_a_site_with_itself_is_nothing(
+        self, module, fields
+    ):
+        expected = DEQFixedPoint(module)(fields)
+        with torch.no_grad():
+            module._weight.diagonal(dim1=0, dim2=1).fill_(torch.nan)
+        z = DEQFixedPoint(module, on_failure="raise")(fields)
+        torch.testing.assert_close(z, expected, rtol=0, atol=0)
+        (found,) = grad(z.square().sum(), module._weight)
+        assert not found.diagonal(dim1=0, dim2=1).any()
+
     def test_v_matches_the_response_on_the_diagonal(self, module, fields):
         _, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
         assert cavity.shape == (3, 4, 3, 3)
