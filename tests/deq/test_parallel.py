@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 
 import pytest
 import torch
@@ -42,25 +41,22 @@ def _batch() -> torch.Tensor:
     return torch.randn(4, 5, 4, dtype=torch.float64) / 2
 
 
-def _worker(rank: int, port: int, results) -> None:
+def _worker(rank: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     network = nn.parallel.DistributedDataParallel(_network())
     half = _batch()[2 * rank : 2 * rank + 2]
     results.put((rank, _losses(network, half)))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes_train_like_one(tmp_path):
+    store = (tmp_path / "store").as_uri()
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    workers = [context.Process(target=_worker, args=(rank, port, results)) for rank in range(2)]
+    workers = [context.Process(target=_worker, args=(rank, store, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,34 +77,34 @@ def train(model: nn.Module, folder: Path, steps: int, **options: Any) -> list[fl
     return losses
 
 
-def worker(rank: int, port: int, kind: str, folder: Path, results: Any) -> None:
+def worker(rank: int, store: str, kind: str, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    settings |= {"ACCELERATE_USE_CPU": "true"}
     os.environ.update({name: str(value) for name, value in settings.items()})
+    # They meet at a file: a port may be taken meanwhile, and is gone with the process that has it.
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model: nn.Module = Model()
     if kind == "ddp":
         found: Any = train(model, folder, 20), train(Model(), folder / "parts", 5, accumulate=2)
     else:
-        torch.distributed.init_process_group("gloo")
         mesh = init_device_mesh("cpu", (2,))
         fully_shard(model, mesh=mesh)
         local = [p.to_local().numel() for p in model.parameters()]  # type: ignore[attr-defined]
         found = (sum(local), train(model, folder, 2, ema=0.5))
     results.put((rank, found))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
 def two_processes(tmp_path: Path) -> Callable[[str], dict[int, Any]]:
     def run(kind: str) -> dict[int, Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        store = (tmp_path / f"{kind}.store").as_uri()
         context = multiprocessing.get_context("spawn")
         results = context.SimpleQueue()
         workers = [
-            context.Process(target=worker, args=(rank, port, kind, tmp_path / kind, results))
+            context.Process(target=worker, args=(rank, store, kind, tmp_path / kind, results))
             for rank in range(2)
         ]
         for process in workers:
