@@ -42,7 +42,7 @@ bench-full: $(DEV)  ## every benchmark; writes docs/benchmarks.md and docs/bench
 
 docs: $(DEV)  ## build the site in site/, warnings as errors, and run the code in README and docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	$(BIN)/python -m pytest -q tests/docs
+	$(BIN)/python -m pytest -q tests/docs -m 'slow or not slow' -k 'not makes_every_picture'
 
 pictures: $(DEV)  ## make the pictures of docs/ again
 	$(BIN)/python docs/pictures.py

@@ -83,7 +83,7 @@ def test_the_layer_returns_the_response_of_the_system(name, fields):
     assert samples_differ == (name != "gaussian")
 
 
-@pytest.mark.quick("potts")
+@pytest.mark.quick("gaussian")
 @pytest.mark.parametrize(
     "name", ["gaussian", "ising", "potts", pytest.param("sphere", marks=pytest.mark.slow)]
 )

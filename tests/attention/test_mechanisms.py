@@ -208,7 +208,7 @@ class TestGradients:
         function = lambda x, *p: self.run(case, x, *p)  # noqa: E731
         assert gradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6, fast_mode=True)
 
-    @pytest.mark.quick("mean-field*", "softmax-causal", "mixer", "adatap*", "vector-spin-causal")
+    @pytest.mark.quick("mean-field*", "softmax-causal", "adatap*")
     def test_second_order(self, case, x):
         case.module.eval()
         function = lambda x, *p: self.run(case, x[None], *p)  # noqa: E731

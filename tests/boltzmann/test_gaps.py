@@ -95,7 +95,7 @@ def by_regression(X: np.ndarray, weights: np.ndarray, rounds: int, rho: float, p
     return m, (1 - rho) * C + rho * np.diag(C.diagonal())
 
 
-@pytest.mark.quick("options0-40", "options2-4194304")
+@pytest.mark.quick("options0-40")
 @pytest.mark.parametrize("numbers", [2**22, 40])
 @pytest.mark.parametrize("options", [{}, {"shrinkage": 0.2}, {"pseudocount": 3.0}])
 def test_gaps_are_filled_by_regression(

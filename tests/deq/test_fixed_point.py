@@ -49,6 +49,7 @@ def test_value_and_gradients_are_those_of_a_long_unroll(problem, w, x, solver):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.quick("anderson", "broyden")
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradcheck_and_gradgradcheck(problem, w, x, solver):
     function = lambda w, x: solve(problem, w, x, solver=solver)  # noqa: E731

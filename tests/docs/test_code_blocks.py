@@ -19,6 +19,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 
 
+# Their examples take several seconds.
+LONG = ("free-energy.md", "training.md")
+
+
+def program(page: Path):
+    """A page as the variant of a test that runs its blocks."""
+    return pytest.param(page, marks=pytest.mark.slow if page.name in LONG else ())
+
+
 def blocks(page: Path) -> list[tuple[str, str]]:
     return [(code, output) for code, output in BLOCK.findall(page.read_text())]
 
@@ -38,7 +47,7 @@ def run(page: Path, edit=None) -> dict:
     return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*map(program, PAGES)], ids=lambda p: p.name)
 def test_blocks_run_and_print_what_they_say(page):
     run(page)
 

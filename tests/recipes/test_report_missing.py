@@ -227,7 +227,7 @@ def test_files_that_are_folders(copy: Path) -> None:
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
 
 
-@pytest.mark.quick("confusion_matrix*", "coupling_graph*")
+@pytest.mark.quick("coupling_graph*")
 @pytest.mark.parametrize(
     ("name", "lost"),
     [

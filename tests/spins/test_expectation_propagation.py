@@ -100,7 +100,7 @@ def test_a_start_is_where_the_solve_begins():
         assert (ends[0] - ends[2]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_double_loop_goes_downhill_to_a_solution_on_every_spin_glass(count):
     method = ExpectationPropagation(schedule="double loop", on_failure="raise")
     for seed in range(count):

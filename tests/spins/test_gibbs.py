@@ -68,6 +68,7 @@ def test_against_exact_answers(system):
     assert torch.equal(sampled.susceptibility, sampled.covariance)
 
 
+@pytest.mark.slow
 def test_two_spins_on_a_sphere_against_quadrature():
     prior = SphericalPrior(3, 1.4)
     J = 1.2 * randn(3, 3, seed=2)
