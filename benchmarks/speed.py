@@ -273,12 +273,13 @@ def random_weights(page: Path, turns: int) -> None:
         times.append(row(workload, found))
         evaluations.append(counts(workload, found))
         print(times[-1], evaluations[-1], sep="\n", flush=True)
-    made = f"{provenance()}, float32, median of {turns} turns. {machine()}.\n\n"
+    command = f"python -m benchmarks.speed --turns {turns}"
+    made = f"{provenance(command)}, float32, median of {turns} turns. {machine()}.\n\n"
     write_section(page, "Speed", made + TIMES_TEXT + MISSED + "\n\n" + "\n".join(times))
     write_section(
         page,
         "Evaluations and accuracy of the layers",
-        f"{provenance()}, float32, seed 0.\n\n" + COUNTS_TEXT + "\n".join(evaluations),
+        f"{provenance(command)}, float32, seed 0.\n\n" + COUNTS_TEXT + "\n".join(evaluations),
     )
     write_results(page, "Speed", results)
 

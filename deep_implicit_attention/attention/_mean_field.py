@@ -63,6 +63,9 @@ class DEQMeanFieldAttention(SiteCouplings):
         lin_response: False drops f.
 
     Cost of an update: O(B N² d² + B N d²); N² d² parameters.
+
+    Raises:
+        TypeError, ValueError: for sizes below 1, and for x of another shape, dtype or device.
     """
 
     def __init__(

@@ -51,7 +51,12 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
             only near sites matter.
         dropout: of the components of f(x_i), while training.
 
-    Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²).
+    Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²). From
+    2,048 sites on, without a mask, it is O(B N dim), gradients included.
+
+    Raises:
+        TypeError, ValueError: for sizes that do not fit each other, and for x or a mask of another
+            shape, dtype or device.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def spectral_radius(
     The largest modulus of the Ritz values of an Arnoldi process on (∂f/∂z)ᵀ from a random vector:
     exact if `max_iter` reaches the number of components, from below and usually to three digits
     otherwise. Costs one evaluation, `max_iter` vector–Jacobian products, and memory for
-    `max_iter` states.
+    `max_iter` states. `seed` is that of the vector. Raises `RuntimeError` in inference mode.
     """
     flat, product = _linearise(f, z)
     ritz = _ritz_values(product, flat, max_iter, seed)
@@ -33,8 +33,9 @@ def jacobian_norm(
 ) -> Tensor:
     """Spectral norm of ∂f/∂z at `z`, `(B,)`: the local Lipschitz constant of f.
 
-    Lanczos on (∂f/∂z)ᵀ(∂f/∂z), from below. Costs `max_iter` products with the Jacobian and as
-    many with its transpose.
+    Lanczos on (∂f/∂z)ᵀ(∂f/∂z) from a random vector (of `seed`), from below. Costs `max_iter`
+    products with the Jacobian and as many with its transpose. Raises `RuntimeError` in inference
+    mode.
     """
     flat, product = _linearise(f, z)
     with torch.enable_grad():
@@ -64,6 +65,8 @@ def jacobian_penalty(
     Koltun, Kolter 2021, arXiv:2106.14342). It is differentiable with respect to what f depends
     on and, where z carries a graph, with respect to z. Costs one evaluation and `samples`
     products, each with a graph. Divide by the number of components for a scale-free penalty.
+    The vectors are drawn by `generator`, or by torch's own. Raises `RuntimeError` in inference
+    mode.
     """
     check_count("samples", samples)
     _need_gradients()

@@ -14,6 +14,8 @@ from ..solvers._validate import check_count, check_number
 def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
     """Prompts as one batch that ends together: ids `(B, T)` and a mask, True = token.
 
+    Shorter ones begin with the id `pad`, which the mask hides.
+
     Raises:
         ValueError: without prompts, or for one that is empty or not a sequence of integers.
     """

@@ -58,7 +58,7 @@ class Answer:
 def run_ising(recipe: Ising) -> list[dict[str, Any]]:
     """Ask the methods, print the table, draw the figure; returns the lines of `metrics.jsonl`.
 
-    Beyond the 2^24 states that can be enumerated errors are those against a Gibbs sampler. Where
+    Beyond the 2^24 states that can be enumerated errors are measured against a Gibbs sampler. Where
     its chains do not agree there is nothing to compare with: the table shows the methods' answers.
     """
     recipe.check()

@@ -49,7 +49,7 @@ class TrainingFlags:
     device: Device = "auto"
     """auto takes the accelerator there is (CUDA, MPS)"""
     precision: Precision | None = None
-    """autocast of all but the solves; None leaves it to accelerate launch, else it is off"""
+    """autocast of all but the solves; None: what accelerate launch says, otherwise no autocast"""
     trackers: tuple[str, ...] = ()
     """where metrics go as well, such as tensorboard and wandb"""
 

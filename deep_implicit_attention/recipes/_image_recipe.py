@@ -22,7 +22,7 @@ class ImageRecipe(TrainingFlags):
     batch_size: int
     """images in a batch"""
     coupling_rate: float
-    """learning rate of the equilibrium layer, as a multiple of the other one"""
+    """learning rate of the equilibrium layer, as a multiple of --learning-rate"""
     smoothing: float
     """label smoothing"""
     shift: float

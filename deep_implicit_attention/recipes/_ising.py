@@ -58,7 +58,7 @@ class Ising:
 
     The table shows the mean error of the magnetizations m, that of the covariances C of different
     spins, and the error of log Z (with weight 1/2 for each value of a spin: N log 2 below the sum
-    over states). Beyond 24 spins there are too many states to enumerate: errors are those against a
+    over states). Beyond 24 spins, too many to enumerate, errors are measured against a
     Gibbs sampler, whose own standard errors are shown.
     """
 

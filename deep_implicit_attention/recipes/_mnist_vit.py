@@ -14,8 +14,8 @@ from ._image_recipe import ImageRecipe
 
 @dataclass(frozen=True)
 class MnistViT(ImageRecipe):
-    """Train a vision transformer of equilibrium attention on MNIST, by any of the mechanisms; as it
-    stands with 24,000 parameters, in 20 epochs.
+    """Train a vision transformer of equilibrium attention on MNIST, by any of the mechanisms; by
+    default with 24,000 parameters, in 20 epochs.
 
     Of the 60,000 training images a part is set aside to choose the best epoch; the 10,000 test
     images are looked at once, at the end.

@@ -74,7 +74,7 @@ class Shakespeare(TrainingFlags):
     tol: float = 1e-3
     max_iter: int = 100
     evaluate_every: int = 250
-    """iterations between evaluations, each of which says a sample"""
+    """iterations between evaluations; each prints a sample of text"""
     evaluate_windows: int = 100
     """windows of the validation text, evenly spaced, for evaluations on the way"""
     sample: int = 300

@@ -14,8 +14,10 @@ from ._gaussian import GaussianPrior
 from ._gibbs import GibbsSampler
 from ._ising import IsingPrior
 from ._mcmc import Sampling, effective_sample_size, split_r_hat
+from ._method import IteratedMethod
 from ._naive import NaiveMeanField
 from ._potts import PottsPrior
+from ._prior import Prior
 from ._response import Response
 from ._self_averaging_tap import SelfAveragingTAP
 from ._spherical import SphericalPrior
@@ -31,8 +33,10 @@ __all__ = [
     "GaussianPrior",
     "GibbsSampler",
     "IsingPrior",
+    "IteratedMethod",
     "NaiveMeanField",
     "PottsPrior",
+    "Prior",
     "Response",
     "Sampling",
     "SelfAveragingTAP",

@@ -33,6 +33,8 @@ class AdaptiveTAP(ConsistentMethod):
     systems with N = 12 up to β = 1 in the tests); where it does not, that is reported, and
     `ExpectationPropagation` has a descent to the same equations, for systems without spins that are
     all but fixed. Cost: O(B N³ d³) a step, one Cholesky factorisation and its inverse.
+
+    Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``.
     """
 
     def solve(

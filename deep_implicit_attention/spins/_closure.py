@@ -142,8 +142,8 @@ def _report_unstable(chi: Tensor, method: str) -> None:
         warnings.warn(
             f"{method}: the solution found for {int(unstable.sum())} of {len(chi)} converged "
             "samples is not stable, its covariance has the negative eigenvalue "
-            f"{eigenvalues[unstable, 0].min().item():.3g}. There is another solution: give a "
-            "start nearer to it, or weaker couplings.",
+            f"{eigenvalues[unstable, 0].min().item():.3g}. There is another solution: pass "
+            "a start nearer to it, or make the couplings weaker.",
             ConvergenceWarning,
             stacklevel=5,  # past `Response.covariance`, which is computed later
         )

@@ -17,7 +17,17 @@ def sherrington_kirkpatrick(
     """Couplings `(N, N)` and fields `(N,)` of the SK model, float64.
 
     J_ij ~ N(0, β²/N), symmetric, and x_i ~ N(0, field²), drawn in this order by
-    `numpy.random.default_rng(seed)`, so the same seed means the same system everywhere.
+    `numpy.random.default_rng(seed)`, so the same seed means the same system everywhere
+    (Sherrington, Kirkpatrick 1975, Phys. Rev. Lett. 35, 1792).
+
+    Args:
+        num_spins: number of spins N.
+        beta: inverse temperature.
+        field: standard deviation of the fields, which are βh: already multiplied by β.
+        seed: of the random numbers.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind or out of range.
     """
     check_count("num_spins", num_spins)
     check_number("beta", beta)
@@ -31,7 +41,14 @@ def sherrington_kirkpatrick(
 def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
     """Hebbian couplings `(N, N)` of patterns `(P, N)`: J = (β/N) Σ_p ξ_p ξ_pᵀ, J_ii = 0.
 
-    In the dtype of the patterns; float64 for integers.
+    In the dtype of the patterns; float64 for integers (Hopfield 1982, PNAS 79, 2554).
+
+    Args:
+        patterns: ξ_p, usually ±1.
+        beta: inverse temperature.
+
+    Raises:
+        TypeError, ValueError: for patterns that are not real numbers `(P, N)`.
     """
     check_number("beta", beta)
     if not isinstance(patterns, Tensor):
@@ -49,7 +66,15 @@ def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def ferromagnet(num_spins: int, beta: float = 1.0) -> Tensor:
-    """The Curie–Weiss model `(N, N)`, float64: J_ij = β/N for i ≠ j."""
+    """The Curie–Weiss model `(N, N)`, float64: J_ij = β/N for i ≠ j.
+
+    Args:
+        num_spins: number of spins N.
+        beta: inverse temperature; for Ising spins β = 1 is critical as N grows.
+
+    Raises:
+        TypeError, ValueError: for arguments of the wrong kind or out of range.
+    """
     check_count("num_spins", num_spins)
     check_number("beta", beta)
     ones = torch.ones(num_spins, num_spins, dtype=torch.float64)
@@ -59,8 +84,15 @@ def ferromagnet(num_spins: int, beta: float = 1.0) -> Tensor:
 def lattice(shape: Sequence[int], beta: float = 1.0, periodic: bool = True) -> Tensor:
     """Couplings β between nearest neighbours of a cubic lattice of any dimension, float64.
 
-    Sites are numbered in row-major order. With `periodic` a side of length 2 has one bond, not two,
-    between its sites.
+    Sites are numbered in row-major order.
+
+    Args:
+        shape: lengths of the sides; their product is N.
+        beta: inverse temperature.
+        periodic: whether opposite sides meet. A side of length 2 has one bond all the same.
+
+    Raises:
+        TypeError, ValueError: for a shape that is no sequence of positive integers.
     """
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         raise TypeError(f"shape must be the sides of the lattice, as in (4, 4), got {shape!r}")

@@ -22,7 +22,11 @@ _SMALL = 0.01
 
 
 class IteratedMethod:
-    """An inference method that solves a fixed point.
+    """What the inference methods that solve a fixed point have in common: their options.
+
+    A method is called with a system and fields `(*batch, N, *event)`, and with `start`,
+    magnetizations of the shape of `fields` to begin with (by default those of spins without
+    couplings); it returns a `Response`.
 
     Args:
         tol: relative residual at which a sample is solved. The default is for float64; in float32

@@ -26,6 +26,8 @@ class NaiveMeanField(Closure):
 
     With strong couplings there are several solutions. Damped Picard iteration, the default, settles
     in stable ones, which are maxima of the bound; accelerated solvers may find saddles.
+
+    Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``.
     """
 
     def V(self, system: SpinSystem, covariance: Tensor) -> None:

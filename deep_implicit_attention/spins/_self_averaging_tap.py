@@ -36,6 +36,8 @@ class SelfAveragingTAP(IteratedMethod):
     Cost: one eigendecomposition for each system, O(N³), which `SpinSystem.spectrum` keeps for
     further fields, then O(B N² d) a step. Memory without gradients: one array `(N, N)` beside J.
     Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
+
+    Options are those of `IteratedMethod`.
     """
 
     @on_ordinary_tensors

@@ -23,6 +23,9 @@ class TAP(Closure):
     Derivatives of `log_partition` are the magnetization (fields) and m_i m_jᵀ + C_i J_ij C_j
     (couplings); χ is its second derivative, ∂m/∂x. Fails, and says so, at strong couplings. Cost:
     O(B N² d³) a step; `covariance` one backward solve for every component.
+
+    Options are those of `IteratedMethod`, the default solver is `anderson`; call it as
+    ``method(system, fields, start=None)``. Raises `TypeError` for a `SphericalPrior`.
     """
 
     default_solver: ClassVar[dict[str, Any]] = {"solver": anderson}

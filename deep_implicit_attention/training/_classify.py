@@ -25,7 +25,23 @@ from ._trainer import Trainer
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train: AdamW, one warm-up and one cosine descent of the learning rate."""
+    """How to train: AdamW, one warm-up and one cosine descent of the learning rate.
+
+    Attributes:
+        epochs: passes through the training images.
+        batch_size: images a batch; those that do not fill one are left out of the epoch.
+        learning_rate: the largest.
+        coupling_rate: that of the equilibrium layers, as a multiple of `learning_rate`.
+        weight_decay: of AdamW.
+        smoothing: of the labels, in [0, 1).
+        shift: largest shift of an image, in pixels.
+        rotation: largest rotation, in degrees.
+        zoom: largest change of its size, as a fraction below 1.
+        warmup: part of all steps in which the rate rises.
+
+    Raises:
+        TypeError, ValueError: for values of the wrong kind or out of range.
+    """
 
     epochs: int
     batch_size: int
@@ -66,7 +82,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on a set of images."""
+    """What a model does on a set of images.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        accuracy: part that is right, 0 to 1.
+        predictions: the class of each image, `(n,)`.
+        steps: mean number of solver steps of a solve.
+        residual: the worst relative residual.
+    """
 
     loss: float
     accuracy: float
