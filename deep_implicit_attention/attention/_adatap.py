@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from ..deq._map import without_autocast
 from ..deq._state import full_precision
-from ..deq._watched import transformed
-from ..solvers._scale import is_host
+from ..deq._watched import transformed, watched
+from ..solvers._scale import is_host, relative
 from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
@@ -23,6 +24,8 @@ from ._matched import Matched, Method
 from ._site_couplings import SiteCouplings
 
 State = tuple[Tensor, Tensor]
+
+_entering = threading.Lock()  # to `frozen`, or leaving it
 
 
 class _Gaussian(NamedTuple):
@@ -40,6 +43,7 @@ class _Frozen(NamedTuple):
     settings: tuple
     weights: list[Tensor]  # copies
     context: _Gaussian | Matched
+    holders: int = 0  # how many `with` blocks, of any thread, are inside
 
 
 class DEQAdaTAPMeanFieldAttention(SiteCouplings):
@@ -132,7 +136,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = precision.expand(self.num_spins, -1, -1)
         room = None
         if self.symmetric:
-            room = room_for(self.num_spins * self.dim, full_precision(self._weight))
+            room = room_for(self.num_spins * self.dim, x)
         operator = self.coupling_operator(precision, room)
         context = _Gaussian(x, precision, operator, None)
         if torch.compiler.is_compiling() or transformed(operator):
@@ -174,7 +178,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             return z, self.initial_state(x)[1]
         blocks = diagonal_blocks(inverse(operator, factor), self.num_spins)
         cavity_variance = context.precision - torch.linalg.inv_ex(blocks).inverse
-        return z, cavity_variance.expand(x.shape[0], *cavity_variance.shape)
+        return z, cavity_variance.repeat(x.shape[0], 1, 1, 1)
 
     def _factor(self, context: _Gaussian) -> Factor:
         return context.factor or factorise(context.operator, self.symmetric)
@@ -198,9 +202,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             change = torch.linalg.solve_ex(precision, change.view_as(z).permute(1, 2, 0)).result
             change = change.permute(2, 0, 1).flatten(1)
             change = change if on_host else change - flat
-        norm = torch.linalg.vector_norm(change, dim=1)
-        size = torch.linalg.vector_norm(flat + change, dim=1)
-        return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
+        return relative(change, flat + change, on_host and not watched(change))
 
     def judge(self, context: _Gaussian) -> str:
         """Names the smallest eigenvalue of P − J if the matrix is not positive definite."""
@@ -254,8 +256,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         log = 0.5 * (b * z).sum(dim=1) - 0.5 * log_determinant(context.operator, factor)
         log = log + 0.5 * torch.linalg.slogdet(context.precision).logabsdet.sum()
         if isinstance(self.prior, GaussianPrior):
-            pulled = self.prior.precision() @ self.prior.location
-            log = log - 0.5 * self.num_spins * self.prior.location @ pulled
+            location, precision = self.prior.location, self.prior.precision()
+            if self._frozen is not None:
+                location, precision = location.detach(), precision.detach()
+            log = log - 0.5 * self.num_spins * location @ precision @ location
         return log
 
     @contextmanager
@@ -268,19 +272,25 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
         Gradients reach x and not the weights. Changing a weight, the prior or an option inside, by
         whatever means, makes the next call raise `RuntimeError`: every call compares the weights
-        with a copy. The context stays with this module, copies of it have none.
+        with a copy. Contexts may be nested and may overlap in threads: what is frozen is theirs
+        together, until the last is left. It stays with this module, copies of it have none.
         """
-        before, self._frozen = self._frozen, None
+        with _entering:
+            frozen = self._freeze() if self._frozen is None else self._unchanged(self._frozen)
+            self._frozen = frozen._replace(holders=frozen.holders + 1)
         try:
-            self._frozen = self._freeze()
             yield self
         finally:
-            self._frozen = before
+            with _entering:
+                assert self._frozen is not None
+                left = self._frozen.holders - 1
+                self._frozen = self._frozen._replace(holders=left) if left else None
 
     def _freeze(self) -> _Frozen:
         with torch.no_grad(), without_autocast(self._weight):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
-            context = self.prepare(nothing)
+            # Not a subclass's: what that adds to the fields, every call adds anew.
+            context = DEQAdaTAPMeanFieldAttention.prepare(self, nothing)
             if isinstance(context, _Gaussian):
                 context = context._replace(factor=self._factor(context).inverted())
             copies = [weight.clone() for weight in self._weights()]
@@ -298,20 +308,24 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _weights(self) -> list[Tensor]:
         return [weight.detach() for weight in (*self.parameters(), *self.buffers())]
 
-    def _thawed(self, frozen: _Frozen, x: Tensor) -> _Gaussian | Matched:
-        """The frozen context with the fields `x`, of which it depends affinely."""
+    def _unchanged(self, frozen: _Frozen) -> _Frozen:
+        """`frozen`; raises if the module is no longer what it was made from."""
         if self._settings() != frozen.settings:
             raise RuntimeError(
                 "the prior or an option changed inside `frozen()`: leave the context before "
-                "changing them, or enter it anew"
+                "changing them, and enter it anew"
             )
         weights = self._weights()
         if len(weights) != len(frozen.weights) or not all(map(_same, weights, frozen.weights)):
             raise RuntimeError(
-                "the weights changed inside `frozen()`: leave the context before changing them, or "
-                "enter it anew"
+                "the weights changed inside `frozen()`: leave the context before changing them, "
+                "and enter it anew"
             )
-        context = frozen.context
+        return frozen
+
+    def _thawed(self, frozen: _Frozen, x: Tensor) -> _Gaussian | Matched:
+        """The frozen context with the fields `x`, of which it depends affinely."""
+        context = self._unchanged(frozen).context
         if isinstance(context, Matched):
             x = _matched.coordinates(x, context)
         return context._replace(x=x + context.x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deq._map import without_autocast
-from ..deq._watched import watched
+from ..deq._watched import transformed, watched
 from ._memory import empty
 
 
@@ -89,6 +89,8 @@ def solve(operator: Tensor, b: Tensor, factor: Factor, transposed: bool = False)
 
     Cost: O(n² r) forward and backward; the factorisation is never differentiated.
     """
+    if transformed(operator, b):
+        return torch.linalg.solve(operator.mT if transposed else operator, b)
     if not (torch.is_grad_enabled() and (operator.requires_grad or b.requires_grad)):
         return factor.solve(b, transposed)
     return _Solve.apply(operator, b, *factor, transposed)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..spins import AdaptiveTAP, IsingPrior, NaiveMeanField, Response, SpinSystem
-from ..spins._adaptive_tap import AdaptiveTAPStep
-from ..spins._consistency import pull
+from ..spins._consistency import AdaptiveTAPStep, pull
 from ..spins._frames import frame_of, local_of
 from ..spins._prior import Prior
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq._linear_map import LinearMap, Pullback
+from ..deq._map import in_autocast
 from ..deq._state import full_precision
 from ..deq._watched import transformed, watched
 from ..solvers._scale import is_host
@@ -146,8 +147,22 @@ def normalized(x: Tensor) -> Tensor:
     if transformed(x):
         return _written_out(x)
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _Normalized.apply(x)
+        return _Normalized.apply(x, None, None)
     return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, of the last axis, with derivatives of every order."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        plain = watched(x, self.weight, self.bias) or in_autocast(x) or x.dtype != self.weight.dtype
+        if plain or not wanted:
+            return super().forward(x)
+        return _Normalized.apply(x, self.weight, self.bias)
 
 
 def _written_out(x: Tensor) -> Tensor:
@@ -156,34 +171,51 @@ def _written_out(x: Tensor) -> Tensor:
 
 
 class _Normalized(torch.autograd.Function):
-    """`normalized` with a graph: third derivatives of torch's own are wrong (as of 2.14)."""
+    """`normalized` with a graph, with gains and offsets or without.
+
+    Third derivatives of torch's own are wrong (as of 2.14).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        value, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
-        ctx.save_for_backward(x, mean, rstd)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        value, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, _EPS)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
         return value
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        x, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         if not torch.is_grad_enabled():
-            return _normalized_backward(g, x, mean, rstd)
+            return _normalized_backward(g, x, mean, rstd, weight, bias, needed)
         value = _written_out(x)
-        return torch.autograd.grad(value, x, g, create_graph=True)[0]
+        value = value if weight is None else value * weight + bias
+        inputs: tuple[Any, ...] = x, weight, bias
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(value, wanted, g, create_graph=True))
+        return tuple(next(found) if need else None for need in needed)
 
 
-def _normalized_backward(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    mask = [True, False, False]
+def _normalized_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    needed: Sequence[bool] = (True, False, False),
+) -> tuple:
     return torch.ops.aten.native_layer_norm_backward(
-        g.contiguous(), x, x.shape[-1:], mean, rstd, None, None, mask
-    )[0]
+        g.contiguous(), x, x.shape[-1:], mean, rstd, weight, bias, needed
+    )
 
 
 def normalized_vjp(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """`normalized(x)`, and v ↦ its transposed Jacobian at `x` times v; without a graph."""
     value, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, _EPS)
-    return value, lambda v: _normalized_backward(v, x, mean, rstd)
+    return value, lambda v: _normalized_backward(v, x, mean, rstd)[0]
 
 
 def check_positive(**sizes: int) -> None:

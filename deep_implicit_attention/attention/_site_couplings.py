@@ -118,8 +118,18 @@ class SiteCouplings(DEQModule):
 
     def sources(self, x: Tensor, *inputs: Any) -> Tensor:
         check_no_inputs(self, inputs)
-        check_sources(x, self.dim, self.num_spins, self._weight)
+        check_sources(x, self.dim, self.num_spins, self._weight_like(x))
         return x
+
+    def _weight_like(self, x: Tensor) -> Tensor:
+        """A tensor to hold the sources against, without asking a parametrisation for the couplings.
+
+        Replicas of a data-parallel module have no parameters.
+        """
+        for table in (self._parameters, self._buffers):
+            if (weight := table.get("_weight")) is not None:
+                return weight
+        return next(self.parameters(), x)
 
 
 class _Matrix(torch.autograd.Function):
@@ -209,6 +219,9 @@ def _operator(
 def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     """±J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
     count, _, dim, _ = weight.shape
+    if watched(weight):
+        weight = _symmetrised(weight, *symmetries)
+        return (weight * (sign * _apart(weight))).transpose(1, 2)
     matrix = empty(count, dim, count, dim, like=weight)
     _order(weight, symmetries, sign, matrix)
     matrix.diagonal(dim1=0, dim2=2).zero_()

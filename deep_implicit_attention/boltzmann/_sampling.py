@@ -12,16 +12,17 @@ from ._exact import MAX_SPINS
 from ._parameters import unpack
 from ._warnings import warn
 
-_CHAINS, _BURN_IN, _THIN, _MIN_DRAWS = 100, 100, 5, 20
+_MIN_CHAINS, _CHAINS, _BURN_IN, _THIN, _MIN_DRAWS = 16, 100, 100, 5, 20
 _MAX_R_HAT = 1.1
 
 
 def draw(theta: Tensor, count: int, seed: int) -> Tensor:
     """`count` states `(count, N)`.
 
-    Up to 20 spins they are independent draws among all states. Beyond, they come from up to 100
+    Up to 20 spins they are independent draws among all states. Beyond, they come from 16 to 100
     chains with parallel tempering (`spins.GibbsSampler`) after a burn-in of 100 sweeps, 5 sweeps
-    apart; chains that do not agree are reported by a `ConvergenceWarning`.
+    apart; chains that do not agree are reported by a `ConvergenceWarning`. (Of fewer chains R-hat
+    is noise that passes the threshold.)
     """
     n = len(theta) - 1
     if n <= MAX_SPINS:
@@ -32,7 +33,7 @@ def draw(theta: Tensor, count: int, seed: int) -> Tensor:
         index = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
         return states.states(index.clamp(max=len(cumulative) - 1))
     J, h = unpack(theta)
-    chains = max(2, min(count, _CHAINS))
+    chains = max(_MIN_CHAINS, min(count, _CHAINS))
     kept = -(-count // chains)
     sampler = GibbsSampler(
         num_samples=max(kept, _MIN_DRAWS), burn_in=_BURN_IN, num_chains=chains, thin=_THIN,

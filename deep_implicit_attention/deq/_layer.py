@@ -119,8 +119,8 @@ class DEQFixedPoint(nn.Module):
         Args:
             x: sources, `(B, N, d)` for the attention mechanisms.
             *inputs: what else the module's `prepare` takes, a key mask for instance.
-            state: warm start: a state, or what an earlier call returned. It gets no gradient, and
-                a sample of it that is not finite starts afresh.
+            state: warm start: a state, or what an earlier call returned, a `Solution` included. It
+                gets no gradient, and a sample of it that is not finite starts afresh.
             return_solution: return the `Solution`, whose `value` is what this call would return
                 otherwise. It unpacks: ``z, solution = layer(x, return_solution=True)``.
             debug: print the first and the last residual.
@@ -143,6 +143,11 @@ class DEQFixedPoint(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
+        if settings.steps is None and torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a solve to tolerance, which is a loop on data, cannot be exported: use a layer "
+                "with a fixed number of steps, DEQFixedPoint(..., steps=K)"
+            )
         evidence = return_solution or debug
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if settings.steps is not None and transformed:
@@ -319,7 +324,9 @@ class DEQFixedPoint(nn.Module):
         if initial == "input":
             parts[0] = x
         if state is not None:
-            given = [state] if isinstance(state, Tensor) else list(state)
+            whole: Any = state.value if isinstance(state, Solution) else state
+            given = [whole] if isinstance(whole, Tensor) else list(whole)
+            given = [part.value if isinstance(part, Solution) else part for part in given]
             places = range(len(parts)) if len(given) == len(parts) else self.output_elements
             if len(given) != len(places):
                 raise ValueError(
@@ -327,6 +334,10 @@ class DEQFixedPoint(nn.Module):
                     f"returns; got {len(given)}"
                 )
             for place, part in zip(places, given, strict=True):
+                if not isinstance(part, Tensor):
+                    raise TypeError(
+                        f"state element {place} must be a tensor, got {type(part).__name__}"
+                    )
                 if not part.is_floating_point() or part.shape != parts[place].shape:
                     raise ValueError(
                         f"state element {place} must be a real floating tensor of shape "

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution, Status
-from ..solvers._scale import is_host
+from ..solvers._scale import is_host, relative
 from ._module import of_its_update
 from ._settings import check_reach
 from ._state import Layout
-from ._watched import transformed
+from ._watched import mapped, transformed, watched
 
 
 def relax(
@@ -49,6 +49,7 @@ def closed_form(
     if residual_of is None:
         assert layout is not None
         state = fun.solve(context, tuple(range(len(layout.shapes))))
+        layout.check_image(state)
         with torch.no_grad():
             residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
     else:
@@ -58,6 +59,16 @@ def closed_form(
     parts = [state] if isinstance(state, Tensor) else state
     check_reach(fun, wanted, len(parts))
     chosen = [parts[i] for i in wanted]
+    for i, part in zip(wanted, chosen, strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"solve must return element {i}, which is wanted, got {type(part).__name__}"
+            )
+    if torch._C._are_functorch_transforms_active() and any(map(mapped, (residual, *chosen))):
+        raise RuntimeError(
+            "torch.func.vmap cannot map a solve, whose residual is looked at: give what it maps "
+            "over as the batch, or a fixed number of steps, DEQFixedPoint(..., steps=K)"
+        )
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
     if not objection and _fine(residual, tol, chosen):
@@ -103,9 +114,7 @@ def _sound(value: Any, residual: Tensor, norm: Tensor) -> Solution:
 
 def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """‖f(z) − z‖, relative to ‖f(z)‖ and absolute."""
-    norm = torch.linalg.vector_norm(image - z, dim=1)
-    size = torch.linalg.vector_norm(image, dim=1)
-    return norm / size.clamp_min(torch.finfo(z.dtype).tiny), norm
+    return relative(image - z, image, is_host(z) and not watched(z, image))
 
 
 def _solution(

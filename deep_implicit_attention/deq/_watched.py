@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
+from torch._C._functorch import (  # pyright: ignore
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 
 _ORDINARY = (Tensor, nn.Parameter)
@@ -32,6 +37,15 @@ def transformed(*tensors: Tensor) -> bool:
     compiler, to which all this is unknown.
     """
     return not torch.compiler.is_compiling() and _transformed(tensors)
+
+
+def mapped(t: Tensor) -> bool:
+    """Whether `t` stands for many tensors in `torch.func.vmap`, so that it has no one value."""
+    while is_functorch_wrapped_tensor(t):
+        if is_batchedtensor(t):
+            return True
+        t = get_unwrapped(t)
+    return False
 
 
 def _transformed(tensors: tuple[Tensor, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from .. import solvers
 from ..deq import DEQFixedPoint, DEQModule, jacobian_penalty
@@ -28,13 +28,35 @@ def equilibrium(
     _check_options(options)
     if weight_norm:
         for layer in [m for m in mechanism.modules() if isinstance(m, nn.Linear)]:
-            parametrizations.weight_norm(layer)
+            parametrize.register_parametrization(layer, "weight", _WeightNorm(), unsafe=True)
     return DEQFixedPoint(mechanism, getattr(solvers, solver), initial_state="input", **options)
+
+
+class _WeightNorm(nn.Module):
+    """Rows of a weight as magnitude times direction, g v / ‖v‖ (Salimans, Kingma 2016,
+    arXiv:1602.07868), as `torch.nn.utils.parametrizations.weight_norm` keeps and names them.
+
+    Second derivatives of torch's own are wrong (as of 2.14).
+    """
+
+    def forward(self, magnitude: Tensor, direction: Tensor) -> Tensor:
+        return direction * (magnitude / torch.linalg.vector_norm(direction, dim=1, keepdim=True))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.vector_norm(weight, dim=1, keepdim=True), weight
 
 
 def value_of(part: Any) -> Any:
     """The state in a `Solution`, or the state itself."""
     return part.value if isinstance(part, Solution) else part
+
+
+def starts_of(state: Sequence[Any] | None, blocks: nn.ModuleList) -> list[Any]:
+    """Where the relaxation of each of the blocks starts: a state, a `Solution`'s, or None."""
+    starts = [None] * len(blocks) if state is None else [value_of(part) for part in state]
+    if len(starts) != len(blocks):
+        raise ValueError(f"state must have {len(blocks)} parts, got {len(starts)}")
+    return starts
 
 
 def penalty_of(

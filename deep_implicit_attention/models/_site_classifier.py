@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import DEQMeanFieldAttention
+from ..attention._parts import LayerNorm
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
-from ..solvers._validate import check_count
+from ..solvers._validate import check_count, check_number
 from ._image_classifier import ImageClassifier
 
 
@@ -63,6 +64,7 @@ class SiteClassifier(ImageClassifier):
             ("dim", dim),
         ):
             check_count(name, size)
+        check_number("dropout", dropout, minimum=0.0, below=1.0)
         if len(widths) != len(strides) or not widths:
             raise ValueError(f"widths and strides must pair up, got {widths} and {strides}")
         if any(stride not in (1, 2) for stride in strides):
@@ -82,13 +84,13 @@ class SiteClassifier(ImageClassifier):
         for stride in strides:
             self.grid = math.ceil(self.grid / stride)
         self.token = nn.Parameter(torch.randn(1, 1, dim))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         couplings = DEQMeanFieldAttention(
             self.grid**2 + 1, dim, weight_sym_internal=True, weight_sym_sites=symmetric
         )
         self.attention = DEQFixedPoint(couplings, anderson, **options)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+        self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, num_classes))
 
     def sources(self, images: Tensor) -> Tensor:
         """The fields `(B, sites, dim)` that an image applies."""

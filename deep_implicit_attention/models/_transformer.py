@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
+from ..attention._parts import LayerNorm
 from ..attention._softmax_couplings import check_key_mask
 from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
 from ..solvers._validate import check_count, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
-from ._equilibrium import check_name, equilibrium, penalty_of, value_of
+from ._equilibrium import check_name, equilibrium, penalty_of, starts_of, value_of
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
@@ -121,7 +122,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
                 dropout=dropout,
             )
             self.blocks.append(equilibrium(mechanism, solver, weight_norm, options))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def fields(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """The fields x `(B, T, dim)` that `ids` apply; positions count the tokens in `mask`."""
@@ -156,11 +157,8 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             TypeError, ValueError: for ids or a mask of the wrong kind, shape or range.
         """
         x = self.fields(ids, mask)
-        starts = [None] * len(self.blocks) if state is None else [value_of(part) for part in state]
-        if len(starts) != len(self.blocks):
-            raise ValueError(f"state must have {len(self.blocks)} parts, got {len(starts)}")
         answers = []
-        for block, start in zip(self.blocks, starts, strict=True):
+        for block, start in zip(self.blocks, starts_of(state, self.blocks), strict=True):
             options = {**overrides, "state": start, "return_solution": return_solution}
             answers.append(block(x, *_given(mask), **options))
             x = value_of(answers[-1])

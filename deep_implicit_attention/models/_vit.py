@@ -17,9 +17,10 @@ from ..attention import (
     DEQVanillaSoftmaxAttention,
     DEQVectorSpinAttention,
 )
+from ..attention._parts import LayerNorm
 from ..deq import DEQModule
 from ..solvers._validate import check_count, check_number
-from ._equilibrium import check_name, equilibrium, value_of
+from ._equilibrium import check_name, equilibrium, starts_of, value_of
 from ._image_classifier import ImageClassifier
 from ._positions import sinusoids
 from ._pretrained import Pretrained
@@ -155,7 +156,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
             self.positions = None
         # Fields of unit length keep the response of free couplings of order one.
         self.field_scale = 1 / math.sqrt(dim) if attention in _FREE else 1.0
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(depth))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList()
         for _ in range(depth):
@@ -169,13 +170,22 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
                     dropout=dropout,
                 )
             self.blocks.append(equilibrium(mechanism, solver, weight_norm, options))
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+        self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, num_classes))
 
-    def forward(self, images: Tensor, *, return_solution: bool = False, **overrides: Any) -> Any:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        state: Sequence[Any] | None = None,
+        return_solution: bool = False,
+        **overrides: Any,
+    ) -> Any:
         """Logits `(B, num_classes)`.
 
         Args:
             images: `(B, channels, image_size, image_size)`, standardised.
+            state: where each block's relaxation starts: a state, or an earlier call's `Solution`,
+                for each block.
             return_solution: return also the blocks' `Solution`s, as a tuple.
             **overrides: options of the blocks for this call: ``steps``, ``adjoint``,
                 ``solver_fwd_tol``, ...
@@ -185,8 +195,11 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         """
         z = self.sites(images)
         solutions = []
-        for number, block in enumerate(self.blocks):
-            solutions.append(block(self.fields(z, number), return_solution=True, **overrides))
+        for number, (block, start) in enumerate(
+            zip(self.blocks, starts_of(state, self.blocks), strict=True)
+        ):
+            options = {**overrides, "state": start, "return_solution": True}
+            solutions.append(block(self.fields(z, number), **options))
             z = solutions[-1].value
         logits = self.head(z.mean(dim=1) if self.token is None else z[:, 0])
         return (logits, tuple(solutions)) if return_solution else logits

@@ -33,6 +33,25 @@ def norms(*vectors: Tensor) -> list[Any]:
     return found
 
 
+def relative(change: Tensor, image: Tensor, asked: bool) -> tuple[Tensor, Tensor]:
+    """‖change‖ / ‖image‖ and ‖change‖ `(B,)`, as tensors.
+
+    If numbers may be `asked` for, on the host, also where squares are too small or too large for
+    their type.
+    """
+    norm = torch.linalg.vector_norm(change, dim=1)
+    size = torch.linalg.vector_norm(image, dim=1)
+    if asked:
+        known, least = size.detach().numpy(), _least(size.dtype)
+        if np.count_nonzero((known > least) & (known < 1 / least)) < len(known):
+            unit = power_of_two(image.detach())
+            norm = torch.linalg.vector_norm(change / unit, dim=1)
+            size = torch.linalg.vector_norm(image / unit, dim=1)
+            # Where the image is zero, all of the change counts.
+            return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm * unit[:, 0]
+    return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm
+
+
 def _of_small(v: Tensor, norm: np.ndarray, small: np.ndarray) -> np.ndarray:
     """`norm` of `v` with that of the rows that are `small` made anew."""
     unit = power_of_two(v)

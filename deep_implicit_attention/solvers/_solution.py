@@ -42,8 +42,8 @@ class Status(StrEnum):
     )
     INDEFINITE = (
         "indefinite",
-        "P − J is not positive definite, so no distribution stands behind this fixed point: make "
-        "the couplings weaker or the prior narrower.",
+        "No distribution stands behind this fixed point: make the couplings weaker or the prior "
+        "narrower.",
     )
     FIXED_STEPS = (
         "fixed_steps",

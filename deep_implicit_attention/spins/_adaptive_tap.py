@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..solvers import Solution
-from ._consistency import ConsistentMethod, Whitened, apply, inverse, mismatch, pull, whiten
-from ._frames import Frame, Local
-
-State = tuple[Tensor, Tensor]
+from ._consistency import AdaptiveTAPStep, ConsistentMethod
+from ._frames import Frame
 
 
 class AdaptiveTAP(ConsistentMethod):
@@ -44,44 +41,3 @@ class AdaptiveTAP(ConsistentMethod):
         zero = x.new_zeros(*x.shape, x.shape[-1])
         m = local.mean(x, zero) if start is None else start
         return self.fixed_point(AdaptiveTAPStep(local), (m, zero), x, frame.couplings), None
-
-
-class AdaptiveTAPStep(nn.Module):
-    """One step of the equations, from fields `(B, N, k)` and couplings `(N·k, N·k)`."""
-
-    local: Local
-
-    def __init__(self, local: Local) -> None:
-        super().__init__()
-        self.local = local
-
-    def forward(self, state: State, x: Tensor, couplings: Tensor) -> State:
-        m, V = state
-        field = x + pull(couplings, m) - apply(V, m)
-        covariance = self.local.covariance(field, V)
-        return self.local.mean(field, V), next_variance(self.local, covariance, V, couplings)[0]
-
-
-def next_variance(
-    local: Local, covariance: Tensor, V: Tensor, couplings: Tensor
-) -> tuple[Tensor, Tensor, Whitened]:
-    """V_i = Λ_i − (χ_ii)⁻¹ from covariances C_i, and Q_i with χ_ii = C_i Q_i.
-
-    Written as V_i − Q_i⁻¹T_i, Q_i = 1 − T_i C_i, in which nothing is large.
-    """
-    white = whiten(covariance, V, couplings)
-    gap = mismatch(local, white, V)
-    k = V.shape[-1]
-    Q = torch.eye(k, dtype=V.dtype, device=V.device) - gap @ covariance
-    # What matching does not determine (antisymmetric parts; on the sphere all but the trace)
-    # would stay as it is for ever and make the equations singular.
-    new_V = local.match(V - inverse(Q) @ gap)
-    new_V = 0.5 * (new_V + new_V.mT)
-    # Where Λ − J is not positive definite on the way, V grows, slowly: m has time to move, and no
-    # such state is a fixed point.
-    sound = white.sound[:, None, None, None]
-    typical = covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(dim=1)[:, None, None, None]
-    # Saturated spins have none, and the derivative of 1/0 is NaN even where it is not wanted.
-    typical = torch.where(sound, 1.0, typical)
-    grown = V + 0.1 / typical * torch.eye(k, dtype=V.dtype, device=V.device)
-    return torch.where(sound, new_V, grown), Q, white

@@ -74,7 +74,8 @@ class Closure(IteratedMethod):
             energy = energy - 0.5 * echo
 
         def susceptibility() -> Tensor:
-            return self._susceptibility(system, x, m).reshape(*batch, *event, *event)
+            chi = self._susceptibility(system, x, m, covariance)
+            return chi.reshape(*batch, *event, *event)
 
         def linear_response() -> Tensor:
             chi = self.linear_response(system, x, m, covariance)
@@ -98,13 +99,22 @@ class Closure(IteratedMethod):
         self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
     ) -> Tensor:
         """χ, `(B, n, n)`: by default the total derivative ∂m/∂x."""
-        return self._susceptibility(system, x, m)
+        return self._susceptibility(system, x, m, covariance)
 
-    def _susceptibility(self, system: SpinSystem, x: Tensor, m: Tensor) -> Tensor:
-        """∂m/∂x, `(B, n, n)`, of the solution m."""
-        return total_derivative(
-            lambda flat: self._solve(system, flat.view_as(x), m).value[0].flatten(1), x.flatten(1)
-        )
+    def _susceptibility(
+        self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor
+    ) -> Tensor:
+        """∂m/∂x, `(B, n, n)`, at the solution (m, C)."""
+
+        def respond(flat: Tensor) -> Tensor:
+            return self._attached(system, flat.view_as(x), m, covariance).flatten(1)
+
+        return total_derivative(respond, x.flatten(1))
+
+    def _attached(self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor) -> Tensor:
+        """m of the solution (m, C) with its implicit derivatives."""
+        step = _Step(self, system.prior)
+        return self.attached(step, (m, covariance), x, system.couplings)[0]
 
     def _solve(self, system: SpinSystem, x: Tensor, start: Tensor | None) -> Solution:
         """The solution for fields `x` `(B, N, *event)`, `value` = (m, C)."""

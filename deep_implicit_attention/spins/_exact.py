@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Exact:
     Raises:
         ValueError: for more states than that, and for a Gaussian system with P − J not positive
             definite.
-        TypeError: for a prior that is neither discrete nor Gaussian.
+        TypeError: for a prior that is neither discrete nor Gaussian, and for a subclass with
+            weights of its own.
     """
 
     def __init__(self, *, max_states: int = 2**24, chunk: int = 2**14) -> None:
@@ -60,7 +62,7 @@ class Exact:
             second = chi + m.unsqueeze(2) * m.unsqueeze(1)
             energy = -0.5 * (system.matrix() * second).sum(dim=(1, 2)) - (x * m).sum(dim=1)
             make = lambda: chi  # noqa: E731
-        elif isinstance(system.prior, IsingPrior | PottsPrior):
+        elif _counts(system.prior):
             log, m, energy, make = self._enumerate(system, x)
         else:
             raise TypeError(f"Exact has no answer for {type(system.prior).__name__}")
@@ -135,6 +137,14 @@ class Exact:
 
         energy = -own / total - (x * m).sum(dim=1)
         return log + total.log(), m, energy, Later(covariance, x, matrix)
+
+
+def _counts(prior: Any) -> bool:
+    """Whether it is Ising or Potts spins with equal weights; a subclass may have others."""
+    for kind in (IsingPrior, PottsPrior):
+        if isinstance(prior, kind):
+            return type(prior).log_partition is kind.log_partition
+    return False
 
 
 def _levels(system: SpinSystem, like: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from ..deq._state import Layout
 from ..solvers import Solution
 from ..solvers._iterate import Map, iterate
 from ..solvers._validate import check_number
-from ._adaptive_tap import AdaptiveTAPStep
-from ._consistency import ConsistentMethod
+from ._consistency import AdaptiveTAPStep, ConsistentMethod
 from ._double_loop import DoubleLoop
 from ._frames import Frame, Local
 from ._site_terms import Cavities, Terms, begin, cavity, parallel, sequential, terms_of

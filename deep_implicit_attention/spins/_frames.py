@@ -43,10 +43,10 @@ class _Ising(Local):
         return self.prior.log_partition(field[..., 0], V[..., 0, 0])
 
     def mean(self, field: Tensor, V: Tensor) -> Tensor:
-        return self.prior.mean(field)
+        return self.prior.mean(field, V[..., 0])
 
     def covariance(self, field: Tensor, V: Tensor) -> Tensor:
-        return self.prior.covariance(field).unsqueeze(-1)
+        return self.prior.covariance(field, V[..., 0]).unsqueeze(-1)
 
 
 class _Sphere(Local):

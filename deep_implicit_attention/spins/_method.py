@@ -92,6 +92,26 @@ class IteratedMethod:
         small = unit.flatten(1)[:, 0] != 1
         return first.followed_by(second.rows(small), small)
 
+    def attached(
+        self, step: Callable, solution: tuple[Tensor, ...], *args: Any
+    ) -> tuple[Tensor, ...]:
+        """A `solution` of `step` as it is, with its implicit derivatives by `args`.
+
+        A solve that begins there could end in another one, where there are several.
+        """
+        tol, max_iter = self.options["tol"], self.options["max_iter"]
+        stays = solve_and_attach(
+            step,
+            tuple(part.detach() for part in solution),
+            args,
+            solver=picard,
+            adjoint=Implicit(max_iter=max_iter),
+            on_failure=self.on_failure,
+            tol=tol,
+            max_iter=1,
+        )
+        return stays.value
+
 
 def _unit_of_small(solution: Solution, fields: Tensor) -> Tensor | None:
     """The size of magnetizations that variances hide, a power of two, `(B, 1, …)`; 1 elsewhere.

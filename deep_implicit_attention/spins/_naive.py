@@ -40,15 +40,23 @@ class NaiveMeanField(Closure):
 
     def _solve(self, system: SpinSystem, x: Tensor, start: Tensor | None) -> Solution:
         # The covariances follow from m. As a part of the state they would swamp a small one.
-        prior = system.prior
+        prior, unit = system.prior, _unit(system.prior, x)
         with torch.no_grad():
-            alone = prior.mean(x)
-            fieldless = (alone == 0).flatten(1).all(dim=1)
-            unit = fieldless.to(x.dtype).view(-1, *[1] * (x.dim() - 1)).expand_as(x)
-        begin = alone if start is None else start.detach()
+            begin = prior.mean(x) if start is None else start.detach()
         solution = self.fixed_point(_Step(prior), (begin, unit), x, system.couplings, unit)
         m = solution.value[0]
         return solution.with_value((m, prior.covariance(x + system.pull(m))))
+
+    def _attached(self, system: SpinSystem, x: Tensor, m: Tensor, covariance: Tensor) -> Tensor:
+        step, unit = _Step(system.prior), _unit(system.prior, x)
+        return self.attached(step, (m, unit), x, system.couplings, unit)[0]
+
+
+@torch.no_grad()
+def _unit(prior: Prior, x: Tensor) -> Tensor:
+    """1 for samples in whose fields `x` spins alone have no mean, so that m may vanish, else 0."""
+    fieldless = (prior.mean(x) == 0).flatten(1).all(dim=1)
+    return fieldless.to(x.dtype).view(-1, *[1] * (x.dim() - 1)).expand_as(x)
 
 
 class _Step(nn.Module):

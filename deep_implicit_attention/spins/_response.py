@@ -51,7 +51,7 @@ class Response:
     def susceptibility(self) -> Tensor:
         """∂m_i/∂x_j, the total derivative, `(*batch, N, *event, N, *event)`.
 
-        Costs a solve and one backward solve for every component.
+        Costs one backward solve for every component.
         """
         return self._susceptibility()
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..deq._failure import report
-from ..solvers import Solution
 from ._frames import Local, frame_of
 from ._gaussian import GaussianPrior
 from ._method import IteratedMethod, check_start, on_ordinary_tensors
@@ -69,14 +68,13 @@ class SelfAveragingTAP(IteratedMethod):
         x = frame.fields(fields)
         zero = torch.zeros_like(x[:, :1, 0])
 
-        def solve(x: Tensor, m: Tensor) -> Solution:
-            return self.fixed_point(_Step(local), (m, zero), x, couplings, spectrum)
-
         def respond(flat: Tensor) -> Tensor:
-            return solve(flat.view_as(x), m.detach()).value[0].flatten(1)
+            found = self.attached(_Step(local), (m, V), flat.view_as(x), couplings, spectrum)
+            return found[0].flatten(1)
 
         alone = local.mean(x, _everywhere(zero, x))
-        solution = solve(x, alone if start is None else frame.coordinates(start.detach()))
+        begin = alone if start is None else frame.coordinates(start.detach())
+        solution = self.fixed_point(_Step(local), (begin, zero), x, couplings, spectrum)
         report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"], stacklevel=4)
         m, V = solution.value
         log, energy, mean_chi = _read(local, x, couplings, spectrum, m, V)

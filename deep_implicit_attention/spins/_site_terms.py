@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._adaptive_tap import next_variance
-from ._consistency import apply, inverse, matched, pull, reaction, respond, response
+from ._consistency import apply, inverse, matched, next_variance, pull, reaction, respond, response
 from ._frames import Local
 
 Terms = tuple[Tensor, Tensor]  # g (B, N, k), Λ (B, N, k, k)

@@ -84,6 +84,50 @@ class TestAdaTAP:
             covariance = torch.linalg.inv(module.spin_prior_inv_var[i] - cavity[0, i])
             torch.testing.assert_close(covariance, block)
 
+    def test_every_sample_has_a_v_of_its_own(self, module, fields):
+        _, cavity = DEQFixedPoint(module, output_elements=(0, 1))(fields)
+        kept = cavity[1].clone()
+        with torch.no_grad():
+            cavity[0] = 0.0
+        torch.testing.assert_close(cavity[1], kept)
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e22, 1e30])
+    def test_the_residual_is_right_whatever_the_size(self, module, fields, size):
+        module, x = module.float(), fields.float()
+        context = module.prepare(size * x)
+        for wrong in (0.0, 0.25):
+            z = (1 + wrong) * module.solve(context, (0,))[0].detach()
+            relative, absolute = module.residual(context, (z, None))
+            expected = module.residual(module.prepare(x), (z / size, None))
+            torch.testing.assert_close(relative, expected[0], rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(absolute / size, expected[1], rtol=1e-3, atol=1e-5)
+
+    def test_all_of_it_works_under_transformations(self, module, fields):
+        layer = DEQFixedPoint(module)
+        z = layer(fields)
+        weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
+        loss = lambda x: (weight * layer(x)).sum()  # noqa: E731
+        x = fields.clone().requires_grad_()
+        expected = grad(loss(x), x)[0]
+        torch.testing.assert_close(torch.func.grad(loss)(fields), expected)
+        jacobian = torch.func.jacrev(layer)(fields)
+        torch.testing.assert_close(torch.tensordot(weight, jacobian, 3), expected)
+        tangent = torch.func.jvp(layer, (fields,), (weight,))[1]
+        torch.testing.assert_close(torch.tensordot(jacobian, weight, 3), tangent)
+        energy = torch.func.grad(lambda x: module.free_energy(x).sum())(fields)
+        torch.testing.assert_close(energy, -z)
+        with pytest.raises(RuntimeError, match=r"vmap cannot map a solve.*steps=K"):
+            torch.func.vmap(layer)(fields[:, None])
+
+    def test_hessians_of_whole_batches(self, module, fields):
+        def loss(weight):
+            layer, options = DEQFixedPoint(module), {"fun._weight": weight}
+            return torch.func.functional_call(layer, options, (fields,)).tanh().sum()
+
+        hessian = torch.autograd.functional.hessian
+        weight = module._weight.detach()
+        torch.testing.assert_close(hessian(loss, weight, vectorize=True), hessian(loss, weight))
+
     def test_v_is_computed_only_if_wanted(self, module, fields, monkeypatch):
         monkeypatch.setattr("deep_implicit_attention.attention._adatap.inverse", None)
         DEQFixedPoint(module)(fields).sum().backward()

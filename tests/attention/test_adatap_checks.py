@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import grad
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
 from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention
 from deep_implicit_attention.deq import DEQFixedPoint
@@ -174,6 +174,59 @@ class TestFrozen:
             with torch.no_grad():
                 other._weight.mul_(0.5)
             assert not torch.equal(other.free_energy(fields), module.free_energy(fields))
+
+    def test_contexts_may_overlap(self, fields):
+        module = make("gaussian")
+        layer, one, other = DEQFixedPoint(module), module.frozen(), module.frozen()
+        expected = layer(fields)
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert not layer(fields).requires_grad
+        other.__exit__(None, None, None)
+        torch.testing.assert_close(layer(fields), expected)
+        layer(fields).sum().backward()
+        assert module._weight.grad is not None
+
+    def test_entering_again_after_a_change_is_refused(self, fields):
+        module = make("gaussian")
+        with module.frozen():
+            with torch.no_grad():
+                module._weight.mul_(0.5)
+            with pytest.raises(RuntimeError, match="weights changed"), module.frozen():
+                pass
+
+    @pytest.mark.parametrize("name", ["default", "gaussian", "ising"])
+    def test_fields_of_a_subclass_count_once(self, name, fields):
+        class Biased(DEQAdaTAPMeanFieldAttention):
+            def prepare(self, x):
+                return super().prepare(x + 0.7)
+
+        module = make(name)
+        layer = DEQFixedPoint(module, solver_fwd_tol=1e-10, solver_fwd_max_iter=300)
+        expected = layer(fields + 0.7)
+        module.__class__ = Biased
+        torch.testing.assert_close(layer(fields), expected)
+        with module.frozen():
+            torch.testing.assert_close(layer(fields), expected)
+
+    def test_no_gradient_of_the_free_energy_reaches_the_prior(self, fields):
+        module = make("gaussian")
+        expected = module.free_energy(fields)
+        x = fields.requires_grad_()
+        with module.frozen():
+            free_energy = module.free_energy(x)
+            torch.testing.assert_close(free_energy, expected)
+            free_energy.sum().backward()
+        assert x.grad is not None
+        assert all(p.grad is None for p in module.parameters())
+
+    def test_a_parametrisation_that_moves_while_training_is_no_change(self, fields):
+        module = make("default")
+        parametrizations.spectral_norm(module, "_weight")
+        layer = DEQFixedPoint(module)
+        with module.frozen():
+            torch.testing.assert_close(layer(fields), layer(fields))
 
     def test_failing_to_enter_leaves_the_outer_context(self, fields):
         module = make("gaussian")

@@ -581,6 +581,74 @@ def test_a_closed_form_without_a_residual_is_measured_by_an_update(x):
     assert solution.residual.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_closed_form_that_is_none_is_refused(x):
+    class Wide(Affine):
+        def solve(self, context, wanted):
+            return torch.cat([context, context])
+
+    class Nothing(Affine):
+        def solve(self, context, wanted):
+            return (None,)
+
+        def residual(self, context, state):
+            return context.new_zeros(len(context)), context.new_zeros(len(context))
+
+    with pytest.raises(ValueError, match="must keep shapes"):
+        DEQFixedPoint(Wide())(x)
+    with pytest.raises(TypeError, match=r"solve must return element 0.*NoneType"):
+        DEQFixedPoint(Nothing())(x)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_residuals_without_a_solver_are_right_whatever_the_size(size):
+    class Half(DEQModule):
+        def update(self, z, context):
+            return context + 0.5 * z
+
+    class Wrong(Half):
+        def solve(self, context, wanted):
+            return 3 * context
+
+    x = torch.randn(2, 4, 2) * size
+    for layer, residual in (
+        (DEQFixedPoint(Half(), steps=1), 1 / 3),
+        (DEQFixedPoint(Wrong(), on_failure="ignore"), 0.2),
+    ):
+        solution = layer(x, return_solution=True)
+        torch.testing.assert_close(solution.residual, torch.full((2,), residual))
+        assert not solution.converged.any()
+
+
+def test_a_solution_is_a_warm_start(x):
+    layer = DEQFixedPoint(Affine(), solver_fwd_tol=1e-8)
+    solution = layer(x, return_solution=True)
+    for start in (solution, (solution,), solution.value):
+        assert torch.equal(layer(x, state=start), solution.value)
+    with pytest.raises(TypeError, match="state element 0 must be a tensor, got list"):
+        layer(x, state=[[1.0, 2.0]])
+
+
+def test_a_solve_cannot_be_exported():
+    layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
+    with pytest.raises(RuntimeError, match="steps=K"):
+        torch.export.export(layer, (torch.randn(2, 5, 4),))
+
+
+def test_a_parametrisation_is_evaluated_once_a_call():
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight
+
+    for module in (DEQMeanFieldAttention(5, 4), DEQAdaTAPMeanFieldAttention(5, 4)):
+        nn.utils.parametrize.register_parametrization(module, "_weight", Counting())
+        calls.clear()
+        DEQFixedPoint(module)(torch.randn(2, 5, 4)).sum().backward()
+        assert len(calls) == 1
+
+
 def test_warnings_point_at_the_caller():
     layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4), solver_fwd_max_iter=1)
     with pytest.warns(ConvergenceWarning) as caught:

@@ -59,6 +59,7 @@ def test_wrong_image_shape(shape: tuple[int, ...]) -> None:
     ("changes", "error", "named"),
     [
         ({"widths": (4, 4)}, ValueError, "widths"),
+        ({"dropout": 1.0}, ValueError, "dropout"),
         ({"widths": (), "strides": ()}, ValueError, "widths"),
         ({"strides": (3,)}, ValueError, "strides"),
         ({"strides": (0,)}, ValueError, "strides"),

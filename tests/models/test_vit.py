@@ -290,6 +290,17 @@ def test_convolutions_reach_the_grid(image_size: int, patch_size: int) -> None:
     assert model.sites(images(2, size=image_size)).shape == (2, grid**2 + 1, 8)
 
 
+def test_solutions_are_warm_starts() -> None:
+    model, x = build("mean-field", depth=2).eval(), images()
+    with torch.no_grad():
+        scores, solutions = model(x, return_solution=True)
+        again, warm = model(x, state=solutions, return_solution=True)
+    torch.testing.assert_close(again, scores)
+    assert all(bool((solution.steps == 1).all()) for solution in warm)
+    with pytest.raises(ValueError, match="state must have 2 parts, got 1"):
+        model(x, state=solutions[:1])
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_dropout_is_one_network_for_a_solve(attention: str) -> None:
     model = build(attention, dropout=0.3).train()
