@@ -86,6 +86,7 @@ def test_enumeration_of_many_fields_is_a_plain_sum(
 @pytest.mark.parametrize(
     "prior", [IsingPrior(), pytest.param(PottsPrior(3), marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_enumeration_in_chunks_is_differentiable_twice(
     prior: IsingPrior | PottsPrior, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_the_script_makes_every_picture(tmp_path):
     assert made == {picture.name for picture in (ROOT / "docs" / "pictures").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_readme_survives_a_batch_fifty_times_as_large():
     names = run(ROOT / "README.md", lambda code: code.replace("randn(4,", "randn(200,"))
     assert len(names["z"]) == 200

@@ -57,8 +57,8 @@ def contrasts(figure: Figure, least: str, dark: bool, ground: str | None = None)
     return found
 
 
-@pytest.mark.quick("True")
 @pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.slow
 def test_the_weakest_lines_are_seen_in_both_schemes(dark: bool) -> None:
     random = np.random.default_rng(0)
     strengths = random.uniform(0.01, 1, (5, 5))

@@ -231,6 +231,7 @@ def test_windows_of_text_after_each_step(said: Path) -> None:
     assert len(page.source.encode()) < 3e6
 
 
+@pytest.mark.slow
 def test_long_windows_are_cut_short(
     said: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

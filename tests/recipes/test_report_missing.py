@@ -68,6 +68,7 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert page.values["metric"] == records(copy)[-1]
 
 
+@pytest.mark.slow
 def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     """Names that are not there, and values of another kind."""
     lines = [{**record, "train_loss": "low"} for record in records(copy)]

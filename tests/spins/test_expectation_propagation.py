@@ -66,11 +66,11 @@ def test_every_schedule_reaches_the_fixed_point_of_adaptive_tap(system, fields, 
         torch.testing.assert_close(getattr(mine, name), getattr(other, name), rtol=0, atol=1e-9)
 
 
-@pytest.mark.quick("0-0.75")
 @pytest.mark.parametrize("beta", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 )
+@pytest.mark.slow
 def test_one_fixed_point_from_different_starts(beta, seed):
     system, x = spin_glass(seed, beta, 0.3, 12)
     reference = AdaptiveTAP(tol=1e-12)(system, x)
@@ -113,6 +113,7 @@ def test_the_double_loop_goes_downhill_to_a_solution_on_every_spin_glass(count):
         torch.testing.assert_close(response.objective[-1], end, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_single_loops_fail_on_some_of_them_and_auto_comes_to_their_help():
     hard, easy = spin_glass(16), spin_glass(16, field=3.0)
     system = hard[0]

@@ -107,6 +107,7 @@ def test_two_spins_on_a_sphere_against_quadrature():
 
 
 class TestTempering:
+    @pytest.mark.slow
     def test_a_magnet_needs_it(self):
         """Two states, up and down, that single spins never connect: N = 16, β = 3."""
         system = SpinSystem(ferromagnet(16, 3.0), IsingPrior())

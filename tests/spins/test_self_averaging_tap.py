@@ -143,7 +143,8 @@ def test_derivatives_by_couplings_are_second_moments(system, fields):
     torch.testing.assert_close((gradient + gradient.T)[off], expected[off], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["sk", pytest.param("equal eigenvalues", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sk", "equal eigenvalues"])
+@pytest.mark.slow
 def test_second_derivatives(name):
     couplings, x = sherrington_kirkpatrick(3, 0.5, 0.3)
     if name == "equal eigenvalues":

@@ -117,6 +117,7 @@ def two_processes(tmp_path: Path) -> Callable[[str], dict[int, Any]]:
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_learn_like_one(
     two_processes: Callable[[str], dict[int, Any]], tmp_path: Path
 ) -> None:
