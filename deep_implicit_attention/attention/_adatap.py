@@ -198,11 +198,12 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         acting = operator if self.symmetric else operator.mT
         flat = z.flatten(1)
         change = torch.addmm(x.flatten(1), flat, acting, alpha=-1)
-        if not on_host or not _is_one(precision):
+        asked = on_host and not watched(change, precision)
+        if not (asked and torch.equal(precision, _ones(*precision.shape[:2], precision.dtype))):
             change = torch.linalg.solve_ex(precision, change.view_as(z).permute(1, 2, 0)).result
             change = change.permute(2, 0, 1).flatten(1)
             change = change if on_host else change - flat
-        return relative(change, flat + change, on_host and not watched(change))
+        return relative(change, flat + change, asked)
 
     def judge(self, context: _Gaussian) -> str:
         """Names the smallest eigenvalue of P − J if the matrix is not positive definite."""
@@ -331,16 +332,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         return context._replace(x=x + context.x)
 
 
-def _is_one(precision: Tensor) -> bool:
-    """Whether every P_i on the host is the identity, as by default."""
-    if transformed(precision):
-        return False
-    return torch.equal(precision, _one(precision.shape[-1], precision.dtype).expand_as(precision))
-
-
 @functools.lru_cache(maxsize=8)
-def _one(dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.eye(dim, dtype=dtype, device="cpu")
+def _ones(sites: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """P_i as they are by default, on the host."""
+    return torch.eye(dim, dtype=dtype, device="cpu").repeat(sites, 1, 1)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -143,17 +143,17 @@ class DEQFixedPoint(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
-        if settings.steps is None and torch.compiler.is_exporting():
-            raise RuntimeError(
-                "a solve to tolerance, which is a loop on data, cannot be exported: use a layer "
-                "with a fixed number of steps, DEQFixedPoint(..., steps=K)"
-            )
         evidence = return_solution or debug
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if settings.steps is not None and transformed:
             solution = self._respond_traceably(x, inputs, state, settings, evidence)
         elif not torch.compiler.is_compiling():
             solution = self._respond(x, inputs, state, settings, evidence)
+        elif settings.steps is None and torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a solve to tolerance, which is a loop on data, cannot be exported: use a layer "
+                "with a fixed number of steps, DEQFixedPoint(..., steps=K)"
+            )
         else:
             # A solve is a loop on data, which a compiler can only unroll or recompile.
             eager: Any = torch.compiler.disable(self._respond)
