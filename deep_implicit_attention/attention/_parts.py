@@ -158,9 +158,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if transformed(x, self.weight, self.bias):
+            return _written_out(x) * self.weight + self.bias
         wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        plain = watched(x, self.weight, self.bias) or in_autocast(x) or x.dtype != self.weight.dtype
-        if plain or not wanted:
+        mixed = in_autocast(x) or x.dtype != self.weight.dtype
+        if mixed or not wanted or torch.compiler.is_compiling():
             return super().forward(x)
         return _Normalized.apply(x, self.weight, self.bias)
 

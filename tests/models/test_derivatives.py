@@ -113,6 +113,9 @@ def test_the_layer_norm_is_that_of_torch():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mine(x.bfloat16()).dtype == theirs(x.bfloat16()).dtype
     torch.testing.assert_close(torch.compile(mine, backend="eager")(x), theirs(x))
+    at = x.clone().requires_grad_()
+    by_x = torch.autograd.grad(mine(at).square().sum(), at)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: mine(x).square().sum())(x), by_x)
     exact = mine.double()
 
     def slope(x: Tensor) -> Tensor:
