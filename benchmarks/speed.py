@@ -47,10 +47,10 @@ from .timing import Respond, both, forward, peak_bytes, saved_bytes, take_turns
 MISSED = (
     "Where a bar is missed, or met in one run and missed in the next: mean field (32, 64, 16) "
     "has couplings whose spectrum is a disc, for which plain iteration is optimal, so no solver "
-    "saves evaluations, and over half of its time is bare products; of adaptive TAP (4, 32, 8) a "
-    "seventh of the time of forward and backward is one Cholesky factorisation. What else there "
-    "is there and in mean field (60, 17, 10) is many small operations of many kinds, which among "
-    "each other take two to four times as long as each in a loop of its own."
+    "saves evaluations, and over half of its forward time is bare products; of adaptive TAP (4, "
+    "32, 8) a seventh of the time of forward and backward is one Cholesky factorisation. What "
+    "else there is there and in mean field (60, 17, 10) is many small operations of many kinds, "
+    "which among each other take two to four times as long as each in a loop of its own."
 )
 
 

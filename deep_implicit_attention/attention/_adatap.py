@@ -124,8 +124,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         return torch.full_like(x, centre), x.new_zeros(*x.shape, x.shape[-1])
 
     def prepare(self, x: Tensor) -> _Gaussian | Matched:
-        if self._frozen is not None:
-            return self._thawed(self._frozen, x)
+        frozen = self._frozen  # read once: another thread may be leaving the context
+        if frozen is not None:
+            return self._thawed(frozen, x)
         if self.prior is not None and not isinstance(self.prior, GaussianPrior):
             return _matched.prepare(self.weight(), self.prior, x)
         if self.prior is None:

@@ -58,8 +58,7 @@ class SiteCouplings(DEQModule):
         `weight_sym_internal` makes each J_ij a symmetric matrix, `weight_sym_sites` makes
         J_ij = J_ji; together J_ij = J_jiᵀ, as a spin system needs.
         """
-        weight = _symmetrised(full_precision(self._weight), *self._symmetries)
-        return weight * _apart(weight)
+        return _plain(full_precision(self._weight), self._symmetries, 1.0)
 
     def count_params(self) -> int:
         """Number of free parameters in the couplings, which symmetries and J_ii = 0 reduce."""
@@ -166,8 +165,7 @@ class _Raw(torch.autograd.Function):
 def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     """What takes a derivative by ±J to that by the raw couplings."""
     if watched(g):
-        raw = _symmetrised(g.transpose(1, 2), *symmetries)
-        return raw * (sign * _apart(raw))
+        return _plain(g.transpose(1, 2), symmetries, sign)
     internal, sites = symmetries
     count, dim, _, _ = g.shape
     raw = empty(count, count, dim, dim, like=g)
@@ -220,8 +218,7 @@ def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tens
     """±J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
     count, _, dim, _ = weight.shape
     if watched(weight):
-        weight = _symmetrised(weight, *symmetries)
-        return (weight * (sign * _apart(weight))).transpose(1, 2)
+        return _plain(weight, symmetries, sign).transpose(1, 2)
     matrix = empty(count, dim, count, dim, like=weight)
     _order(weight, symmetries, sign, matrix)
     matrix.diagonal(dim1=0, dim2=2).zero_()
@@ -239,18 +236,13 @@ def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: T
         matrix.mul_(factor)
 
 
-def _symmetrised(weight: Tensor, internal: bool, sites: bool) -> Tensor:
-    """`weight` `(N, N, d, d)` with each J_ij symmetric, and J_ij = J_ji."""
-    for first, wanted in ((2, internal), (0, sites)):
+def _plain(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
+    """±J `(N, N, d, d)` of the raw couplings by operations that everybody knows."""
+    for first, wanted in zip((2, 0), symmetries, strict=True):
         if wanted:
             weight = 0.5 * (weight + weight.transpose(first, first + 1))
-    return weight
-
-
-def _apart(weight: Tensor) -> Tensor:
-    """0 for the couplings of a site with itself, 1 for the others, to multiply `weight` with."""
     one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    return (1 - one)[:, :, None, None]
+    return weight * (sign * (1 - one))[:, :, None, None]
 
 
 def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:

@@ -52,8 +52,8 @@ def value_of(part: Any) -> Any:
 
 
 def starts_of(state: Sequence[Any] | None, blocks: nn.ModuleList) -> list[Any]:
-    """Where the relaxation of each of the blocks starts: a state, a `Solution`'s, or None."""
-    starts = [None] * len(blocks) if state is None else [value_of(part) for part in state]
+    """Where the relaxation of each of the blocks starts: a state, a `Solution`, or None."""
+    starts = [None] * len(blocks) if state is None else list(state)
     if len(starts) != len(blocks):
         raise ValueError(f"state must have {len(blocks)} parts, got {len(starts)}")
     return starts

@@ -194,11 +194,9 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
             TypeError, ValueError: for images of the wrong kind or shape.
         """
         z = self.sites(images)
-        solutions = []
-        for number, (block, start) in enumerate(
-            zip(self.blocks, starts_of(state, self.blocks), strict=True)
-        ):
-            options = {**overrides, "state": start, "return_solution": True}
+        solutions, starts = [], starts_of(state, self.blocks)
+        for number, block in enumerate(self.blocks):
+            options = {**overrides, "state": starts[number], "return_solution": True}
             solutions.append(block(self.fields(z, number), **options))
             z = solutions[-1].value
         logits = self.head(z.mean(dim=1) if self.token is None else z[:, 0])

@@ -62,7 +62,7 @@ class Exact:
             second = chi + m.unsqueeze(2) * m.unsqueeze(1)
             energy = -0.5 * (system.matrix() * second).sum(dim=(1, 2)) - (x * m).sum(dim=1)
             make = lambda: chi  # noqa: E731
-        elif _counts(system.prior):
+        elif _weighs_equally(system.prior):
             log, m, energy, make = self._enumerate(system, x)
         else:
             raise TypeError(f"Exact has no answer for {type(system.prior).__name__}")
@@ -139,7 +139,7 @@ class Exact:
         return log + total.log(), m, energy, Later(covariance, x, matrix)
 
 
-def _counts(prior: Any) -> bool:
+def _weighs_equally(prior: Any) -> bool:
     """Whether it is Ising or Potts spins with equal weights; a subclass may have others."""
     for kind in (IsingPrior, PottsPrior):
         if isinstance(prior, kind):
