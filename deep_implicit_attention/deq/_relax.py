@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..solvers import Solution, Status
 from ..solvers._scale import is_host, relative
+from ..solvers._solution import sound
 from ._module import of_its_update
 from ._settings import check_reach
 from ._state import Layout
@@ -72,7 +73,7 @@ def closed_form(
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
     if not objection and _fine(residual, tol, chosen):
-        return _sound(chosen, residual, norm)
+        return sound(chosen, residual, norm, residual[None])
     finite = norm < torch.inf
     for part in chosen:
         finite = finite & torch.isfinite(part).flatten(1).all(dim=1)
@@ -96,20 +97,6 @@ def _fine(residual: Tensor, tol: float, parts: Sequence[Tensor]) -> bool:
         if not math.isfinite(float(part.sum())):
             return False
     return True
-
-
-def _sound(value: Any, residual: Tensor, norm: Tensor) -> Solution:
-    """Of samples that all converged, in one step."""
-    one = torch.ones_like(residual, dtype=torch.int64)
-    return Solution(
-        value=value,
-        residual=residual,
-        steps=one,
-        converged=one.bool(),
-        codes=torch.full_like(one, Status.CONVERGED.code),
-        trace=residual[None],
-        residual_norm=norm,
-    )
 
 
 def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,13 +111,13 @@ class _History:
 
     def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
         f_before, g_before = self.f, self.g
-        # Not `>`: what is not finite is not fast.
-        self.slow = self.slow | ~(norm <= _FAST * self.norm)
+        fast = norm <= _FAST * self.norm  # what is not finite is not fast
         self.f, self.g, self.norm = fz, g, norm
         if self.steps == 0:
-            if self.on_host and not np.count_nonzero(self.slow):
+            if self.on_host and np.count_nonzero(fast) == len(fast):
                 return fz - damping * g if damping else fz
             self._allocate()
+        self.slow = self.slow | ~fast
         slot = self.steps % self.size
         self.steps += 1
         used = min(self.steps, self.size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._scale import is_host, norms
-from ._solution import Solution, Status
+from ._solution import Solution, Status, sound
 from ._validate import check_arguments, check_same_shape
 
 Map = Callable[[Tensor], Tensor]
@@ -91,7 +91,8 @@ def iterate(
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
-    # Whether all samples have gone on and improved at every step so far.
+    # Whether all samples have gone on and improved at every step so far, so that of each no more is
+    # to be kept than the last residual.
     together = on_host and len(z) > 0
 
     for k in range(max_iter):
@@ -109,20 +110,25 @@ def iterate(
             first_norm = last_norm = g_norm
             residual = residual_norm = xp.full_like(g_norm, torch.inf)
 
-        # Comparisons are false of NaN.
-        together = together and not some(~((now < residual) & (f_norm < np.inf)))
+        if together:
+            # Comparisons are false of NaN; an infinite norm of f(z) makes `now` NaN or 0.
+            improved, done = some(now < residual) == len(z), some(now <= tol)
+            together = improved and done == 0
+            if not together:
+                steps = steps + k
+                if improved and done == len(z) == some(f_norm < np.inf):
+                    trace.append(now)
+                    return sound(z, *map(torch.from_numpy, (now, g_norm, np.array(trace))))
         if together:
             best, residual, residual_norm, last_norm = z, now, g_norm, g_norm
             trace.append(now)
-            converged = now <= tol
-            active = ~converged
-            together = not some(converged)
-            steps = steps + 1
         else:
             finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
             usable = active & finite
             better = usable & exact & ((now < residual) | xp.isinf(residual))
-            best = select(better, z, best)
+            # A sample that is done stands in z as it does in `best`.
+            all_better = on_host and some(better) == some(active)
+            best = z if all_better else select(better, z, best)
             residual = xp.where(better, now, residual)
             residual_norm = xp.where(better, g_norm, residual_norm)
             last_norm = xp.where(usable, g_norm, last_norm)
@@ -144,6 +150,8 @@ def iterate(
         if not together:
             z = select(active, z, best)
 
+    if together:
+        steps = steps + len(trace)
     # A map that was never finite has no best iterate; the start would look like an answer.
     lost = xp.isinf(residual_norm)
     if not on_host or some(lost):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def is_host(z: Tensor) -> bool:
     """Whether asking for a number of `z` does not stall a queue."""
-    return z.device.type == "cpu"
+    return z.is_cpu
 
 
 def norms(*vectors: Tensor) -> list[Any]:
@@ -24,12 +24,12 @@ def norms(*vectors: Tensor) -> list[Any]:
     found: list[Any] = [torch.linalg.vector_norm(v, dim=1) for v in vectors]
     if not is_host(vectors[0]):
         return found
-    found = [norm.numpy() for norm in found]
     least = _least(vectors[0].dtype)
     for i, v in enumerate(vectors):
-        small = found[i] < least
+        found[i] = norm = found[i].numpy()
+        small = norm < least
         if np.count_nonzero(small):
-            found[i] = _of_small(v, found[i], small)
+            found[i] = _of_small(v, norm, small)
     return found
 
 

@@ -58,6 +58,7 @@ class Status(StrEnum):
 
 _MEMBERS = list(Status)
 _CODES = {status: code for code, status in enumerate(_MEMBERS)}
+_CONVERGED = Status.CONVERGED.code
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Solution:
 
     def with_value(self, value: Any) -> Solution:
         """The same evidence for `value`, another arrangement of the same numbers."""
-        return replace(self, value=value)
+        other = object.__new__(Solution)  # `replace` takes five times as long
+        other.__dict__.update(self.__dict__, value=value)
+        return other
 
     def rows(self, rows: Tensor) -> Solution:
         """The evidence for the samples in the boolean `rows` `(B,)`."""
@@ -172,6 +175,20 @@ class Solution:
             converged=self.converged & ~where,
             codes=self.codes.masked_fill(where, status.code),
         )
+
+
+def sound(value: Any, residual: Tensor, norm: Tensor, trace: Tensor) -> Solution:
+    """Of samples on the host that all converged, in the steps that are in `trace`."""
+    count = len(residual)
+    return Solution(
+        value=value,
+        residual=residual,
+        steps=torch.from_numpy(np.full(count, len(trace))),
+        converged=torch.from_numpy(np.ones(count, bool)),
+        codes=torch.from_numpy(np.full(count, _CONVERGED)),
+        trace=trace,
+        residual_norm=norm,
+    )
 
 
 def _each(call: Callable[..., Tensor], *values: Any) -> Any:
