@@ -137,9 +137,16 @@ class DEQMeanFieldAttention(SiteCouplings):
         feedback = context.couplings.clone()
         feedback.diagonal(dim1=0, dim2=2).sub_(slope[..., None])
         inverse = _inverse(_matrix(feedback))
+
+        def remainder(z: Tensor) -> Tensor:
+            """The update without J z and with f no more than what its slope leaves of it."""
+            linear_part = plus(linear(z, slope), context.x)
+            return plus(linear_part, feed_forward(z, context.correction), alpha=-1)
+
         return LinearMap(
             lambda r: linear(r.flatten(1), inverse).view_as(r),
             lambda r: linear(r.flatten(1), inverse.mT).view_as(r),
+            None if context.correction is None else remainder,
         )
 
 

@@ -13,6 +13,7 @@ from ..solvers import Solution, Status, anderson
 from ._adjoints import Adjoint
 from ._failure import OnFailure, report
 from ._fixed_point import check_fixed_point_solver, solve_and_attach
+from ._linear_map import LinearMap
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
 from ._relax import closed_form, relax
@@ -279,8 +280,7 @@ class DEQFixedPoint(nn.Module):
             with torch.no_grad():
                 preconditioner = self._preconditioner(context, settings)
                 if from_zeros and first_step is not None:
-                    start = first_step(context)
-                    start = start if preconditioner is None else preconditioner(start)
+                    start = _near(first_step(context), preconditioner)
                 rough = self._rough(context, settings) if state is None else None
             solution = solve_and_attach(
                 _Update(fun),
@@ -347,6 +347,16 @@ class DEQFixedPoint(nn.Module):
                 parts[place] = torch.where(_like(_finite(part), part), part, parts[place])
         start = parts[0] if layout.bare else tuple(parts)
         return start, Layout.of(start)
+
+
+def _near(first: State, preconditioner: Callable[[State], State] | None) -> State:
+    """A state as near to the solution as can be had without an update, of update(0) `first`."""
+    if preconditioner is None:
+        return first
+    start = preconditioner(first)
+    if isinstance(preconditioner, LinearMap) and preconditioner.remainder is not None:
+        start = preconditioner(preconditioner.remainder(start))
+    return start
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -12,10 +12,15 @@ from ._state import Layout
 
 
 class LinearMap(NamedTuple):
-    """v ↦ A v with its transpose, v ↦ Aᵀ v."""
+    """v ↦ A v with its transpose, v ↦ Aᵀ v.
+
+    A preconditioner A ≈ (1 − L)⁻¹ of an update F may know its `remainder`, z ↦ F(z) − L z, where
+    that costs less than F: then z ↦ A remainder(z) is a step without an update.
+    """
 
     apply: Callable[[Any], Any]
     transposed: Callable[[Any], Any]
+    remainder: Callable[[Any], Any] | None = None
 
     def __call__(self, v: Any) -> Any:
         return self.apply(v)
