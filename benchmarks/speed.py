@@ -255,8 +255,9 @@ TIMES_TEXT = (
 COUNTS_TEXT = (
     "Evaluations of the update from zeros, worst relative residual of the value returned, on the "
     "plain map, and worst relative error against a float64 solve to 1e-10. The first iterate, "
-    "F(0), takes no couplings and is not counted for ours. Adaptive TAP is one linear system for "
-    "us; TorchDEQ on our map is then left out.\n\n"
+    "F(0), and the step after it where f but not the couplings is evaluated (softmax, mean field "
+    "of few sites), are not counted for ours. Adaptive TAP is one linear system for us; TorchDEQ "
+    "on our map is then left out.\n\n"
 )
 
 

@@ -105,9 +105,8 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
-        transposed, corrected = _matrix(context.couplings).mT, None
-        if context.correction is not None:
-            corrected = feed_forward_vjp(z, context.correction)
+        transposed, correction = _matrix(context.couplings).mT, context.correction
+        corrected = None if correction is None else feed_forward_vjp(z, correction)
 
         def by_state(v: Tensor) -> Tensor:
             pulled = linear(v.flatten(1), transposed).view_as(v)
@@ -120,34 +119,49 @@ class DEQMeanFieldAttention(SiteCouplings):
                 None if corrected is None else corrected.by_context(-v, needed.correction),
             )
 
-        return Pullback(by_state, by_context)
+        pullback = Pullback(by_state, by_context)
+        if correction is None or corrected is None or not self._inverts:
+            return pullback
+
+        def remainder(v: Tensor) -> Tensor:
+            linear_part = linear(v, feed_forward_slope(correction).mT)
+            return plus(linear_part, corrected(v), alpha=-1)
+
+        return pullback._replace(remainder=remainder)
+
+    @property
+    def _inverts(self) -> bool:
+        """Whether the preconditioner inverts the couplings, too."""
+        return self.num_spins * self.dim <= _INVERTED
 
     def preconditioner(self, context: _Context) -> LinearMap:
         """r ↦ (1 − J + ∂f/∂z)⁻¹ r, with f linearised where its hidden units are at their biases.
 
         J is left out where the inverse would cost more than the updates it saves.
         """
-        dim, size = self.dim, self.num_spins * self.dim
+        dim, correction = self.dim, context.correction
         slope = context.x.new_zeros(dim, dim)
-        if context.correction is not None:
-            slope = feed_forward_slope(context.correction)
-        if size > _INVERTED:
+        if correction is not None:
+            slope = feed_forward_slope(correction)
+        if not self._inverts:
             one = torch.eye(dim, dtype=slope.dtype, device=slope.device)
             return on_sites(inverse_or_identity(one + slope))
         feedback = context.couplings.clone()
         feedback.diagonal(dim1=0, dim2=2).sub_(slope[..., None])
         inverse = _inverse(_matrix(feedback))
-
-        def remainder(z: Tensor) -> Tensor:
-            """The update without J z and with f no more than what its slope leaves of it."""
-            linear_part = plus(linear(z, slope), context.x)
-            return plus(linear_part, feed_forward(z, context.correction), alpha=-1)
-
-        return LinearMap(
+        apply = LinearMap(
             lambda r: linear(r.flatten(1), inverse).view_as(r),
             lambda r: linear(r.flatten(1), inverse.mT).view_as(r),
-            None if context.correction is None else remainder,
         )
+        if correction is None:
+            return apply
+
+        def remainder(z: Tensor) -> Tensor:
+            """The update without J z, and of f what its slope leaves."""
+            linear_part = plus(linear(z, slope), context.x)
+            return plus(linear_part, feed_forward(z, correction), alpha=-1)
+
+        return apply._replace(remainder=remainder)
 
 
 def _inverse(feedback: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ._parts import (
     split_heads,
 )
 from ._pooling import Couplings, couple
-from ._products import linear, linear_by_bias, linear_by_weight, narrow_pays, narrowed
+from ._products import linear, linear_by_bias, linear_by_weight, narrow_pays, narrowed, plus
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
@@ -167,21 +167,25 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
     def first_step(self, context: _Context) -> Tensor:
         """x + b_O − f(0), the update from z = 0, which needs no couplings."""
+        if context.correction is None:
+            return self._without_sum(context, None)
+        return self._without_sum(context, feed_forward_at_zero(context.correction))
+
+    def _without_sum(self, context: _Context, correction: Tensor | None) -> Tensor:
+        """x + b_O − f, for f in `correction`."""
         response = context.b_out.expand_as(context.x)
         if context.kept is not None:
             response = context.kept[0] * response
         field = response + context.x
-        if context.correction is not None:
-            correction = feed_forward_at_zero(context.correction)
+        if correction is not None:
             field = field - (correction if context.kept is None else context.kept[1] * correction)
         return hide(field, context.mask)
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
         acting, back = normalized_vjp(z) if self.normalize else (z, None)
-        correct = None
-        if context.correction is not None:
-            correct = feed_forward_vjp(acting, context.correction)
+        correction = context.correction
+        correct = None if correction is None else feed_forward_vjp(acting, correction)
         transposed, w_out = context.couplings.transposed(), context.w_out.mT
 
         def parts(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,8 +208,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             pooled, by_couplings = context.couplings.pullback(heads, needed.couplings)
             by_pooled = split_heads(linear(response, w_out), self.heads)
             if correct is not None:
-                correction = correct.by_context(-corrected, needed.correction)
-                needed = needed._replace(correction=correction)
+                by_weights = correct.by_context(-corrected, needed.correction)
+                needed = needed._replace(correction=by_weights)
             return needed._replace(
                 x=v if needed.x else None,
                 couplings=by_couplings(by_pooled),
@@ -213,7 +217,16 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
                 b_out=linear_by_bias(response) if needed.b_out else None,
             )
 
-        return Pullback(by_state, by_context)
+        pullback = Pullback(by_state, by_context)
+        if correction is None or correct is None:
+            return pullback
+
+        def remainder(v: Tensor) -> Tensor:
+            v, _, corrected = parts(v)
+            linear_part = linear(v, feed_forward_slope(correction).mT)
+            return plus(linear_part, correct(corrected), alpha=-1)
+
+        return pullback._replace(remainder=remainder)
 
     def rough(self, context: _Context) -> _Context | None:
         """The context with weights and couplings in bfloat16, where products with them are faster.
@@ -238,9 +251,11 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         """
         if self.normalize:
             return None
-        one = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device)
-        if context.correction is not None:
-            one = one + feed_forward_slope(context.correction)
+        one, slope = torch.eye(self.dim, dtype=context.x.dtype, device=context.x.device), None
+        correction = context.correction
+        if correction is not None:
+            slope = feed_forward_slope(correction)
+            one = one + slope
         apart, both = inverse_or_identity(torch.stack([one, one - context.w_out])).unbind()
         common = both - apart
         # A row vector for each sample, whose product with a state is its mean.
@@ -253,7 +268,18 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             mixed = mean @ r @ common.mT
             return linear(r, apart).add_(mixed if context.mask is None else kept.mT * mixed)
 
-        return LinearMap(lambda r: apply(r, apart, common), lambda r: apply(r, apart.mT, common.mT))
+        linear_map = LinearMap(
+            lambda r: apply(r, apart, common), lambda r: apply(r, apart.mT, common.mT)
+        )
+        if correction is None or slope is None:
+            return linear_map
+
+        def remainder(z: Tensor) -> Tensor:
+            """The update less what the mean and the slope of f make of z, if sums are the mean."""
+            rest = self._without_sum(context, feed_forward(z, correction))
+            return plus(linear(z, slope), rest)
+
+        return linear_map._replace(remainder=remainder)
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium of those before it.

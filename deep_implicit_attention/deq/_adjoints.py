@@ -224,7 +224,11 @@ class _Equation:
         if solver is gmres:
             solution = gmres(lambda u: u - product(u), g, **settings)
         else:
-            start = g if self.preconditioner is None else settings["preconditioner"](g)
+            start = g
+            if self.preconditioner is not None:
+                start = settings["preconditioner"](g)
+                if isinstance(product, Pullback) and product.remainder is not None:
+                    start = settings["preconditioner"](product.remainder(start) + g)
             if rough is not None:
                 settings["rough"] = lambda u: rough(u) + g
             solution = solver(lambda u: product(u) + g, start, **settings)

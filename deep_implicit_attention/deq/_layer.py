@@ -13,12 +13,12 @@ from ..solvers import Solution, Status, anderson
 from ._adjoints import Adjoint
 from ._failure import OnFailure, report
 from ._fixed_point import check_fixed_point_solver, solve_and_attach
-from ._linear_map import LinearMap
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
 from ._relax import closed_form, relax
 from ._settings import Settings, check_elements, check_reach, override, parse
 from ._state import Layout, State, full_precision, widen
+from ._update import Update, count, solver_option, start_near
 
 _LEFT_OUT = (
     "The gradients of shared parameters are not finite for this batch unless the samples whose "
@@ -235,20 +235,6 @@ class DEQFixedPoint(nn.Module):
     def _prepare(self, fields: Tensor, inputs: tuple) -> Any:
         return self.fun.prepare(fields, *inputs) if hasattr(self.fun, "prepare") else fields
 
-    def _preconditioner(self, context: Any, settings: Settings) -> Any:
-        """That of the mechanism, unless the caller has given one to the solver, or None."""
-        preconditioner = of_its_update(self.fun, "preconditioner")
-        if "preconditioner" in settings.solver_options or preconditioner is None:
-            return None
-        return preconditioner(context)
-
-    def _rough(self, context: Any, settings: Settings) -> Any:
-        """The context of the mechanism's approximate update, or None."""
-        rough = of_its_update(self.fun, "rough")
-        if "rough" in settings.solver_options or rough is None:
-            return None
-        return rough(context)
-
     def _narrowed(self, solution: Solution, x: Tensor) -> Solution:
         """The value in the dtype of `x`, if that was narrow by itself and not by autocast."""
         if full_precision(x) is x or in_autocast(x):
@@ -265,50 +251,59 @@ class DEQFixedPoint(nn.Module):
         traceable: bool = False,
     ) -> Solution:
         """The solution for the sources `fields`; `value` is the list of output elements."""
-        fun = self.fun
-        from_zeros = settings.initial_state == "zeros" and state is None
-        closed = settings.steps is None and of_its_update(fun, "solve") is not None
-        if closed and from_zeros and of_its_update(fun, "residual") is not None:
-            # Of the state that nothing starts from not even the layout is needed.
-            return closed_form(fun, context, None, self.output_elements, settings.tol)
-        start, layout = self._start(fields, state, settings)
-        check_reach(fun, self.output_elements, len(layout.shapes))
-        if closed:
-            return closed_form(fun, context, layout, self.output_elements, settings.tol)
-        if settings.steps is None:
-            first_step = of_its_update(fun, "first_step", "initial_state")
-            with torch.no_grad():
-                preconditioner = self._preconditioner(context, settings)
-                if from_zeros and first_step is not None:
-                    start = _near(first_step(context), preconditioner)
-                rough = self._rough(context, settings) if state is None else None
-            solution = solve_and_attach(
-                _Update(fun),
-                start,
-                (context,),
-                solver=self.solver,
-                adjoint=settings.adjoint,
-                on_failure=settings.on_failure,
-                tol=settings.tol,
-                max_iter=settings.max_iter,
-                state_preconditioner=preconditioner,
-                rough_args=None if rough is None else (rough,),
-                **settings.solver_options,
-            )
-            value = solution.value
-        else:
-            traced = None if traceable else TracedMap(_Update(fun), layout, (context,))
+        fun, steps = self.fun, settings.steps
+        if steps is not None:
+            start, layout = self._start(fields, state, settings)
+            check_reach(fun, self.output_elements, len(layout.shapes))
+            traced = None if traceable else TracedMap(Update(fun), layout, (context,))
 
             def step(z: Tensor) -> Tensor:
                 if traced is not None:
                     return traced(z, traced.tensors)
                 return layout.pack(fun.update(layout.unpack(z), context))
 
-            flat = layout.pack(start)
-            solution = relax(step, flat, settings.steps, settings.tol, evidence)
+            solution = relax(step, layout.pack(start), steps, settings.tol, evidence)
             value = layout.unpack(solution.value)
+        elif of_its_update(fun, "solve") is not None:
+            layout = None
+            # Of the state that nothing starts from not even the layout is needed.
+            given = settings.initial_state != "zeros" or state is not None
+            if given or of_its_update(fun, "residual") is None:
+                _, layout = self._start(fields, state, settings)
+                check_reach(fun, self.output_elements, len(layout.shapes))
+            return closed_form(fun, context, layout, self.output_elements, settings.tol)
+        else:
+            solution = self._equilibrium(fields, context, state, settings)
+            value = solution.value
         parts = (value,) if isinstance(value, Tensor) else value
         return solution.with_value([parts[i] for i in self.output_elements])
+
+    def _equilibrium(
+        self, fields: Tensor, context: Any, state: State | None, settings: Settings
+    ) -> Solution:
+        """The solution of an iteration to tolerance; `value` is the whole state."""
+        fun, given, start = self.fun, settings.solver_options, None
+        with torch.no_grad():
+            preconditioner = solver_option(fun, "preconditioner", context, given)
+            if settings.initial_state == "zeros" and state is None:
+                start = start_near(fun, context, preconditioner)
+            rough = solver_option(fun, "rough", context, given) if state is None else None
+        if start is None:
+            start, _ = self._start(fields, state, settings)
+        check_reach(fun, self.output_elements, count(start))
+        return solve_and_attach(
+            Update(fun),
+            start,
+            (context,),
+            solver=self.solver,
+            adjoint=settings.adjoint,
+            on_failure=settings.on_failure,
+            tol=settings.tol,
+            max_iter=settings.max_iter,
+            state_preconditioner=preconditioner,
+            rough_args=None if rough is None else (rough,),
+            **given,
+        )
 
     def _start(self, x: Tensor, state: State | None, settings: Settings) -> tuple[State, Layout]:
         """The initial state: the module's, with what the caller gave put in its place."""
@@ -349,16 +344,6 @@ class DEQFixedPoint(nn.Module):
         return start, Layout.of(start)
 
 
-def _near(first: State, preconditioner: Callable[[State], State] | None) -> State:
-    """A state as near to the solution as can be had without an update, of update(0) `first`."""
-    if preconditioner is None:
-        return first
-    start = preconditioner(first)
-    if isinstance(preconditioner, LinearMap) and preconditioner.remainder is not None:
-        start = preconditioner(preconditioner.remainder(start))
-    return start
-
-
 def _finite(x: Tensor) -> Tensor:
     """Which samples of `x` `(B, ...)` are finite, `(B,)`."""
     return torch.isfinite(x.detach()).flatten(1).all(dim=1)
@@ -367,31 +352,6 @@ def _finite(x: Tensor) -> Tensor:
 def _like(rows: Tensor, x: Tensor) -> Tensor:
     """`rows` `(B,)` shaped to broadcast over `x` `(B, ...)`."""
     return rows.reshape(-1, *[1] * (x.dim() - 1))
-
-
-class _Update(nn.Module):
-    """`fun.update` as the forward of a module, so that its parameters can be substituted."""
-
-    def __init__(self, fun: nn.Module) -> None:
-        super().__init__()
-        self.fun = fun
-
-    def forward(self, z: State, context: Any) -> State:
-        fun: Any = self._modules.get("fun")  # `nn.Module` looks in three tables before it
-        return (self.fun if fun is None else fun).update(z, context)  # type: ignore[operator]
-
-    # It has no hooks that `nn.Module` would have to look for.
-    __call__ = forward
-
-    @property
-    def vjp(self) -> Any:
-        """That of `fun`, or None."""
-        return of_its_update(self.fun, "vjp")
-
-    def rough(self, context: Any) -> tuple[Any] | None:
-        """The arguments of the approximate update, if there is one here and now."""
-        context = self.fun.rough(context)  # type: ignore[operator]
-        return None if context is None else (context,)
 
 
 class _Poison(torch.autograd.Function):

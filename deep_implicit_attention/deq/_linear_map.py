@@ -14,8 +14,8 @@ from ._state import Layout
 class LinearMap(NamedTuple):
     """v ↦ A v with its transpose, v ↦ Aᵀ v.
 
-    A preconditioner A ≈ (1 − L)⁻¹ of an update F may know its `remainder`, z ↦ F(z) − L z, where
-    that costs less than F: then z ↦ A remainder(z) is a step without an update.
+    A preconditioner A ≈ (1 − L)⁻¹ of an update F may know its `remainder`, z ↦ F(z) − L z or what
+    is near it, where that costs less than F: then z ↦ A remainder(z) is a step without an update.
     """
 
     apply: Callable[[Any], Any]
@@ -27,12 +27,16 @@ class LinearMap(NamedTuple):
 
 
 class Pullback(NamedTuple):
-    """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context."""
+    """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context.
+
+    `remainder` is v ↦ (∂R/∂z)ᵀ v for the remainder R of the preconditioner, if that has any.
+    """
 
     by_state: Callable[[Any], Any]
     # Takes v and the context (each of several arguments) with booleans in place of its tensors,
     # whether a derivative by each is wanted; returns this with the derivatives in it.
     by_context: Callable[..., Any]
+    remainder: Callable[[Any], Any] | None = None
 
     def __call__(self, v: Any) -> Any:
         return self.by_state(v)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from ._linear_map import Pullback
+from ._linear_map import Pullback, on_vectors
 from ._module import of_its_update
 from ._state import Layout, full_precision
 from ._tree import flatten, unflatten
@@ -145,13 +145,15 @@ class TracedMap:
                 return None
             product = module.vjp(self.layout.unpack(z), *args)
 
-        def by_state(v: Tensor) -> Tensor:
-            return self.layout.pack(product(self.layout.unpack(v)))
-
+        by_state = on_vectors(product, self.layout)
         if not isinstance(product, Pullback):
             return by_state
-        by_context = product.by_context
-        return Pullback(by_state, lambda v, needed: self._by_tensors(by_context, v, needed))
+        by_context, remainder = product.by_context, product.remainder
+        return Pullback(
+            by_state,
+            lambda v, needed: self._by_tensors(by_context, v, needed),
+            None if remainder is None else on_vectors(remainder, self.layout),
+        )
 
     def _by_tensors(
         self, by_context: Callable, v: Tensor, needed: Sequence[bool]

@@ -29,8 +29,10 @@ class DEQModule(nn.Module):
     - ``preconditioner(context) -> r ↦ P r``, on states, linear, for every sample by itself: an
       approximation of (1 − ∂F/∂z)⁻¹ for solvers that take one, or None. As a
       `deq._linear_map.LinearMap` it knows its transpose, which backward needs and autograd finds
-      otherwise. It sees no gradients. Residuals stay those of the plain map, and a sample whose
-      residual the first preconditioned step does not halve goes on without it.
+      otherwise; it may know its `remainder`, too, by which solves from zeros begin a step nearer,
+      and that of the `Pullback` (see `vjp`) backward ones. It sees no gradients. Residuals stay
+      those of the plain map, and a sample whose residual the first preconditioned step does not
+      halve goes on without it.
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
       backward; or None. The last steps, and the residuals of what is returned, are those of the
@@ -88,7 +90,8 @@ def of_its_update(fun: Any, name: str, *others: str) -> Any:
     or a mixin, speaks of any.
     """
     method = getattr(fun, name, None)
-    if method is None or name in vars(fun):
+    own = vars(fun)
+    if method is None or name in own:
         return method
     kinds = type(fun).__mro__
     definer = 0
@@ -97,10 +100,12 @@ def of_its_update(fun: Any, name: str, *others: str) -> Any:
         if definer == len(kinds):
             return method
     for other in ("update", *others):
+        actual = own.get(other)
+        if actual is None and definer == 0:
+            continue  # nothing can have been overridden since
         spoken_of = _defined(other, kinds[definer:])
-        actual = vars(fun).get(other)
         if actual is None:
-            actual = spoken_of if definer == 0 else _defined(other, kinds)
+            actual = _defined(other, kinds)
         if spoken_of is not actual and spoken_of not in (None, *_OPEN):
             return None
     return method

@@ -94,6 +94,32 @@ class TestContext:
         torch.testing.assert_close(p(2 * a + b), 2 * p(a) + p(b))
         torch.testing.assert_close((p(a) * b).sum(), (a * p.transposed(b)).sum())
 
+    def test_remainder_is_the_update_without_its_linear_part(self, case, x):
+        """What is left out is linear, and all that is linear at zero is left out."""
+        module = case.module
+        x = module.sources(x, *case.inputs)
+        with torch.no_grad():
+            context = module.prepare(x, *case.inputs)
+            p = module.preconditioner(context) if hasattr(module, "preconditioner") else None
+        if p is None or p.remainder is None:
+            pytest.skip("has none")
+        a, b = torch.randn_like(x), torch.randn_like(x)
+        if case.inputs:
+            hidden = ~case.inputs[0][:, :, None]
+            a, b = a.masked_fill(hidden, 0), b.masked_fill(hidden, 0)
+
+        def linear(z):
+            return module.update(z, context) - p.remainder(z)
+
+        torch.testing.assert_close(linear(2 * a + b), 2 * linear(a) + linear(b))
+        zero = torch.zeros_like(x).requires_grad_()
+        (slope,) = torch.autograd.grad(p.remainder(zero), zero, b)
+        torch.testing.assert_close(slope, torch.zeros_like(x))
+        z = a.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(p.remainder(z), z, b)
+        found = module.vjp(a, context).remainder(b)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
     def test_preconditioned_and_plain_solves_agree(self, case, x):
         tight = {"solver_fwd_tol": 1e-12, "solver_fwd_max_iter": 500, "on_failure": "ignore"}
         layer = DEQFixedPoint(case.module, **tight)

@@ -221,7 +221,7 @@ class TestOptions:
         first, last = (
             float(word) for word in printed.split() if ("e" in word and "+" in word) or "e-" in word
         )
-        assert first > 1e-2 > 1e-12 >= last
+        assert first > 1e-3 > 1e-12 >= last
 
 
 class TestFailure:
