@@ -139,10 +139,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if self.symmetric:
             room = room_for(self.num_spins * self.dim, x)
         operator = self.coupling_operator(precision, room)
-        context = _Gaussian(x, precision, operator, None)
-        if torch.compiler.is_compiling() or transformed(operator):
-            return context  # which serves `update`
-        return context._replace(factor=factorise(operator, self.symmetric, room))
+        factor = None  # for `update`, which is all that is traced, there is no need of it
+        if not (torch.compiler.is_compiling() or transformed(operator)):
+            factor = factorise(operator, self.symmetric, room)
+        return _Gaussian(x, precision, operator, factor)
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:
         if isinstance(context, Matched):

@@ -43,12 +43,13 @@ def relative(change: Tensor, image: Tensor, asked: bool) -> tuple[Tensor, Tensor
     size = torch.linalg.vector_norm(image, dim=1)
     if asked:
         known, least = size.detach().numpy(), _least(size.dtype)
-        if np.count_nonzero((known > least) & (known < 1 / least)) < len(known):
-            unit = power_of_two(image.detach())
-            norm = torch.linalg.vector_norm(change / unit, dim=1)
-            size = torch.linalg.vector_norm(image / unit, dim=1)
-            # Where the image is zero, all of the change counts.
-            return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm * unit[:, 0]
+        if np.count_nonzero((known > least) & (known < 1 / least)) == len(known):
+            return norm / size, norm
+        unit = power_of_two(image.detach())
+        norm = torch.linalg.vector_norm(change / unit, dim=1)
+        size = torch.linalg.vector_norm(image / unit, dim=1)
+        # Where the image is zero, all of the change counts.
+        return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm * unit[:, 0]
     return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm
 
 
