@@ -22,7 +22,7 @@ from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
-from ._linear_map import Pullback, transpose
+from ._linear_map import Pullback, nearer, transpose
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
 
@@ -228,7 +228,8 @@ class _Equation:
             if self.preconditioner is not None:
                 start = settings["preconditioner"](g)
                 if isinstance(product, Pullback) and product.remainder is not None:
-                    start = settings["preconditioner"](product.remainder(start) + g)
+                    after = settings["preconditioner"](product.remainder(start) + g)
+                    start = nearer(start, after)
             if rough is not None:
                 settings["rough"] = lambda u: rough(u) + g
             solution = solver(lambda u: product(u) + g, start, **settings)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..solvers._iterate import select
+from ..solvers._scale import norms
 from ._state import Layout
 
 
@@ -40,6 +42,19 @@ class Pullback(NamedTuple):
 
     def __call__(self, v: Any) -> Any:
         return self.by_state(v)
+
+
+# A step that leads less far than this part of where it begins has left little out.
+_SHORT = 0.25
+
+
+def nearer(start: Tensor, after: Tensor) -> Tensor:
+    """`after`, a preconditioned step of the remainder from `start` `(B, n)`, where it is short.
+
+    Where the remainder is large, as with strong corrections, the step may lead astray.
+    """
+    moved, length = norms(after - start, start)
+    return select(moved <= _SHORT * length, after, start)
 
 
 def on_vectors(linear: Callable[[Any], Any], layout: Layout) -> Callable[[Tensor], Tensor]:

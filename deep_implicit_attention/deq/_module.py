@@ -31,8 +31,8 @@ class DEQModule(nn.Module):
       `deq._linear_map.LinearMap` it knows its transpose, which backward needs and autograd finds
       otherwise; it may know its `remainder`, too, by which solves from zeros begin a step nearer,
       and that of the `Pullback` (see `vjp`) backward ones. It sees no gradients. Residuals stay
-      those of the plain map, and a sample whose residual the first preconditioned step does not
-      halve goes on without it.
+      those of the plain map, and a sample of whose residual the first preconditioned step leaves
+      more than 0.8 goes on without it.
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
       backward; or None. The last steps, and the residuals of what is returned, are those of the

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._linear_map import LinearMap
+from ._linear_map import LinearMap, nearer
 from ._module import of_its_update
-from ._state import State
+from ._state import Layout, State
 
 
 class Update(nn.Module):
@@ -61,7 +61,8 @@ def start_near(fun: Any, context: Any, preconditioner: Any) -> State | None:
         return start
     start = preconditioner(start)
     if isinstance(preconditioner, LinearMap) and preconditioner.remainder is not None:
-        start = preconditioner(preconditioner.remainder(start))
+        after, layout = preconditioner(preconditioner.remainder(start)), Layout.of(start)
+        start = layout.unpack(nearer(layout.pack(start), layout.pack(after)))
     return start
 
 

@@ -26,8 +26,8 @@ Propose = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
 # it merely ran out of steps.
 _GROWTH = 10.0
 
-# A preconditioner that helps takes more than this off the residual in its first step.
-_HELPS = 0.5
+# A preconditioner that helps leaves less than this of the residual in its first step.
+_HELPS = 0.8
 
 # A rough map serves down to this residual, or as many times the tolerance, from where few steps
 # end the solve; and as long as residuals fall.
@@ -60,10 +60,10 @@ def iterate(
     long its batch mates take.
 
     With a `preconditioner` P, `propose` is given z + P (f(z) − z) in the place of f(z), a map with
-    the same fixed points; residuals and norms are those of f. A sample whose residual the first
-    step does not halve goes back to where it was and goes on without P, so that an approximation
-    which is bad there costs one evaluation and not the solution. `propose` is told of a new
-    beginning by k = 0.
+    the same fixed points; residuals and norms are those of f. A sample of whose residual the
+    first step leaves more than 0.8 goes back to where it was and goes on without P, so that an
+    approximation which is bad there costs one evaluation and not the solution. `propose` is told
+    of a new beginning by k = 0.
 
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
@@ -73,7 +73,6 @@ def iterate(
     # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
     # than torch, and which case holds may be asked; elsewhere they stay on the device.
     xp: Any = np if on_host else torch
-    select = _select_on_host if on_host else _select
     some: Any = np.count_nonzero if on_host else torch.any
     sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
     tiny = torch.finfo(z0.dtype).tiny
@@ -87,7 +86,7 @@ def iterate(
     residual: Any = None  # that of `best`
     residual_norm = first_norm = last_norm = residual
     trace: list[Any] = []
-    guard = None if preconditioner is None else _Guard(preconditioner, select, xp)
+    guard = None if preconditioner is None else _Guard(preconditioner, xp)
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
@@ -203,7 +202,7 @@ class _Rough:
             return image
         exact = self.f(z)
         check_same_shape(exact, z, "the map")
-        return _select_on_host(self.serves, image, exact)
+        return select(self.serves, image, exact)
 
     def look(self, now: Any) -> None:
         """Take note of the residuals after a step."""
@@ -215,10 +214,8 @@ class _Rough:
 class _Guard:
     """P (f(z) − z) where P helps, f(z) − z elsewhere, and where to go on from."""
 
-    def __init__(
-        self, preconditioner: Map, select: Callable[[Any, Tensor, Tensor], Tensor], xp: Any
-    ):
-        self.preconditioner, self.select, self.xp = preconditioner, select, xp
+    def __init__(self, preconditioner: Map, xp: Any):
+        self.preconditioner, self.xp = preconditioner, xp
         self.start: tuple[Tensor, Tensor, Tensor] | None = None
         self.first_norm: Any = None
         self.helps: Any = None
@@ -241,24 +238,24 @@ class _Guard:
                 count = np.count_nonzero(self.helps)
                 self.everywhere, self.nowhere = count == len(self.helps), count == 0
             if not self.everywhere:
-                z, g = self.select(self.helps, z, before), self.select(self.helps, g, plain)
+                z, g = select(self.helps, z, before), select(self.helps, g, plain)
                 g_norm = self.xp.where(self.helps, g_norm, self.first_norm)
-                first = self.select(self.helps, changed, plain)
+                first = select(self.helps, changed, plain)
                 propose(0, before, before + first, first, self.first_norm)
         if self.nowhere:
             return z, g, g_norm
         changed = self.preconditioner(g)
-        return z, changed if self.everywhere else self.select(self.helps, changed, g), g_norm
+        return z, changed if self.everywhere else select(self.helps, changed, g), g_norm
 
 
-def _select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The rows of `a` where `mask`, of `b` elsewhere."""
+def select(mask: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The rows of `a` where `mask`, of `b` elsewhere.
+
+    With a mask of numpy, on the host, there is no copy where all rows are of one of them.
+    """
+    if isinstance(mask, np.ndarray):
+        count = np.count_nonzero(mask)
+        if count == len(mask) or not count:
+            return a if count else b
+        mask = torch.from_numpy(mask)
     return torch.where(mask[:, None], a, b)
-
-
-def _select_on_host(mask: np.ndarray, a: Tensor, b: Tensor) -> Tensor:
-    """The same, without a copy where all rows are of one of them."""
-    count = np.count_nonzero(mask)
-    if count == len(mask):
-        return a
-    return _select(torch.from_numpy(mask), a, b) if count else b

@@ -37,7 +37,7 @@ def picard(
         damping: part of the old state kept at each step.
         preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹: f(z) − z is
             replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. A
-            sample whose residual the first step does not halve goes on without P.
+            sample of whose residual the first step leaves more than 0.8 goes on without P.
         rough: z ↦ a cheap approximation of f(z), in narrower numbers for instance. It is asked in
             the place of f as long as a sample's residual falls and is above 1e-2 and 5 `tol` (with
             "rel", on the host). `trace` then holds residuals of `rough`.
