@@ -27,9 +27,8 @@ from ._site_couplings import SiteCouplings
 # Up to this N·d the couplings are inverted, in less time than the updates take that it spares. (The
 # size of the batch does not decide, or samples would depend on their mates.)
 _INVERTED = 256
-# Where ‖A⁴‖_F is less, as some rows tell, four or eight terms of its series serve as an inverse.
+# Where ‖A⁴‖_F is less, as some rows tell, four terms of its series serve as an inverse.
 _FOUR = 0.25
-_EIGHT = 0.8
 _ROWS = 16
 # Up to so many samples the derivative by the couplings is made in the order of the raw ones.
 _FEW = 8
@@ -167,22 +166,16 @@ class DEQMeanFieldAttention(SiteCouplings):
 def _inverse(feedback: Tensor) -> Tensor:
     """(1 − A)⁻¹, or what a preconditioner may have in its place, for `feedback` A `(n, n)`.
 
-    The first four terms Σ_k Aᵏ are two products and leave out A⁴ of it, the first eight are four
-    products and leave out A⁸.
+    The first four terms Σ_k Aᵏ are two products and leave out A⁴ of it.
     """
-    size = len(feedback)
     if is_host(feedback):
         two = linear(feedback, feedback.mT)
-        rows = two[:: -(-size // _ROWS)]
-        norm = torch.linalg.vector_norm(linear(rows, two.mT)) * (size / len(rows)) ** 0.5
-        largest = float(norm)
-        if largest < _EIGHT:
+        rows = two[:: -(-len(two) // _ROWS)]
+        norm = torch.linalg.vector_norm(linear(rows, two.mT)) * (len(two) / len(rows)) ** 0.5
+        if float(norm) < _FOUR:
             feedback.diagonal().add_(1.0)
-            terms = linear(feedback, two.mT).add_(feedback)
-            if largest < _FOUR:
-                return terms
-            return linear(terms, linear(two, two.mT).mT).add_(terms)
-    return inverse_or_identity(torch.eye(size).to(feedback) - feedback)
+            return linear(feedback, two.mT).add_(feedback)
+    return inverse_or_identity(torch.eye(len(feedback)).to(feedback) - feedback)
 
 
 def _matrix(couplings: Tensor) -> Tensor:
