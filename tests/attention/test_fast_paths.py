@@ -180,7 +180,7 @@ def test_a_preconditioner_does_not_cost_solutions(make, couplings, correction, m
 def test_the_preconditioner_of_few_sites_inverts_all_but_what_the_correction_bends(strength):
     """With f linear at its bias, (1 − ∂F/∂z)⁻¹ where z is zero and so are the biases.
 
-    Exact where couplings are strong, else by four terms, with a known remainder.
+    Exact where couplings are strong, else by four or eight terms, with a known remainder.
     """
     torch.manual_seed(0)
     module = DEQMeanFieldAttention(4, 3).double()
@@ -195,26 +195,27 @@ def test_the_preconditioner_of_few_sites_inverts_all_but_what_the_correction_ben
     fourth = torch.linalg.matrix_power(torch.eye(12).double() - inverted, 4)
     exact = torch.linalg.solve(inverted, r)
     size = torch.linalg.matrix_norm(fourth)
-    assert (size < 0.25) == (strength < 1)
-    left_out = fourth if strength < 1 else 0 * fourth
+    left_out = {0.3: fourth, 0.9: fourth, 1.2: fourth @ fourth, 3.0: 0 * fourth}[strength]
+    assert {0.3: size < 0.25, 0.9: size < 0.25, 1.2: 0.25 < size < 0.5, 3.0: size > 0.5}[strength]
     torch.testing.assert_close(found, exact - left_out @ exact)
 
 
 def test_some_rows_tell_whether_the_series_is_good_enough(monkeypatch):
-    """For 20 sites of 8 components, from 16 of 160 rows: four terms, or the inverse."""
+    """For 20 sites of 8 components, from 16 of 160 rows: four terms, eight, or the inverse."""
     torch.manual_seed(0)
     module = DEQMeanFieldAttention(20, 8, lin_response=False).double()
     weight = module._weight.detach().clone()
     fourth = torch.linalg.matrix_power(module.coupling_matrix(), 4)
     r = torch.randn(160).double()
-    for size in (0.15, 0.5):
+    for size in (0.15, 0.35, 0.7):
         scale = (size / torch.linalg.matrix_norm(fourth)) ** 0.25
         with torch.no_grad():
             module._weight.copy_(weight * scale)
         context = module.prepare(torch.zeros(1, 20, 8).double())
         found = module.preconditioner(context)(r.view(1, 20, 8)).flatten()
         exact = torch.linalg.solve(torch.eye(160).double() - module.coupling_matrix(), r)
-        left_out = scale**4 * fourth if size < 0.25 else 0 * fourth
+        scaled = scale**4 * fourth
+        left_out = {0.15: scaled, 0.35: scaled @ scaled, 0.7: 0 * scaled}[size]
         torch.testing.assert_close(found, exact - left_out @ exact)
 
 

@@ -67,7 +67,7 @@ def test_a_solve_is_its_evaluations(workload):
         preparation = operations(lambda: module.prepare(x))
         update = operations(lambda: module.update(torch.randn_like(x), context))
         spent = operations(lambda: layer(x))
-    # The preconditioner takes a product of components a site and step, or, after two products of
+    # The preconditioner takes a product of components a site and step, or, after four products of
     # couplings, of all of them.
     bound = preparation + 1.5 * (steps + 1) * update
     size = x[0].numel()
