@@ -159,10 +159,11 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         response = linear(pooled, context.w_out, context.b_out)
         if context.kept is not None:
             response = context.kept[0] * response
-        field = response + context.x
+        field = plus(response, context.x)
         if context.correction is not None:
             correction = feed_forward(acting, context.correction)
-            field = field - (correction if context.kept is None else context.kept[1] * correction)
+            correction = correction if context.kept is None else context.kept[1] * correction
+            field = plus(field, correction, alpha=-1)
         return hide(field, context.mask)
 
     def first_step(self, context: _Context) -> Tensor:
@@ -199,7 +200,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             _, response, corrected = parts(v)
             out = merge_heads(transposed(split_heads(linear(response, w_out), self.heads)))
             if correct is not None:
-                out = out - correct(corrected)
+                out = plus(out, correct(corrected), alpha=-1)
             return out if back is None else back(out.to(z.dtype))
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
