@@ -89,7 +89,7 @@ _FORWARD_MODE = (
 )
 
 
-def _refuse_transformations() -> None:
+def refuse_transformations() -> None:
     """Raise where `torch.func` hides the numbers that a solver looks at."""
     if not torch._C._are_functorch_transforms_active():
         return
@@ -154,7 +154,7 @@ def solve_and_attach(
     if rough_args is not None and takes(solver, "rough"):
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
-    _refuse_transformations()
+    refuse_transformations()
     if not torch.is_grad_enabled() and plain is not None:
         with without_autocast(flat):
             solution = solve(untraced(f, layout, plain), flat)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..solvers import Solution, Status, anderson
 from ._adjoints import Adjoint
 from ._failure import OnFailure, report
-from ._fixed_point import check_fixed_point_solver, solve_and_attach
+from ._fixed_point import check_fixed_point_solver, refuse_transformations, solve_and_attach
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
 from ._relax import closed_form, relax
@@ -282,6 +282,7 @@ class DEQFixedPoint(nn.Module):
         self, fields: Tensor, context: Any, state: State | None, settings: Settings
     ) -> Solution:
         """The solution of an iteration to tolerance; `value` is the whole state."""
+        refuse_transformations()
         fun, given, start = self.fun, settings.solver_options, None
         with torch.no_grad():
             preconditioner = solver_option(fun, "preconditioner", context, given)

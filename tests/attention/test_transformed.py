@@ -65,6 +65,19 @@ def test_a_context_made_outside(case, x):
     close(found, expected)
 
 
+def test_solves_are_refused_with_what_to_do(case, x):
+    if hasattr(case.module, "solve"):
+        pytest.skip("it has a closed form")
+    layer = DEQFixedPoint(case.module)
+    inputs = (x, *case.inputs)
+    with pytest.raises(RuntimeError, match="a fixed number of steps"):
+        grad(lambda x: layer(x, *case.inputs).sum())(x)
+    with pytest.raises(RuntimeError, match="a fixed number of steps"):
+        vmap(lambda *one: layer(*(t[None] for t in one))[0])(*inputs)
+    with pytest.raises(RuntimeError, match="use reverse mode"):
+        jvp(lambda x: layer(x, *case.inputs), (x,), (x,))
+
+
 def test_vmap_over_samples(case, layer, x):
     inputs = (x, *case.inputs)
     with torch.no_grad():
