@@ -120,7 +120,9 @@ class Solution:
 
     def with_value(self, value: Any) -> Solution:
         """The same evidence for `value`, another arrangement of the same numbers."""
-        other = object.__new__(Solution)  # `replace` takes five times as long
+        if torch.compiler.is_compiling():
+            return replace(self, value=value)
+        other = object.__new__(Solution)  # in a fifth of the time
         other.__dict__.update(self.__dict__, value=value)
         return other
 
