@@ -157,29 +157,24 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         acting = self._acting(z.to(context.w_out.dtype))
         pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
         response = linear(pooled, context.w_out, context.b_out)
-        if context.kept is not None:
-            response = context.kept[0] * response
-        field = plus(response, context.x)
-        if context.correction is not None:
-            correction = feed_forward(acting, context.correction)
-            correction = correction if context.kept is None else context.kept[1] * correction
-            field = plus(field, correction, alpha=-1)
-        return hide(field, context.mask)
+        correction = context.correction
+        f = None if correction is None else feed_forward(acting, correction)
+        return self._sum(context, response, f)
 
     def first_step(self, context: _Context) -> Tensor:
         """x + b_O − f(0), the update from z = 0, which needs no couplings."""
-        if context.correction is None:
-            return self._without_sum(context, None)
-        return self._without_sum(context, feed_forward_at_zero(context.correction))
+        correction = context.correction
+        f = None if correction is None else feed_forward_at_zero(correction)
+        return self._sum(context, context.b_out, f)
 
-    def _without_sum(self, context: _Context, correction: Tensor | None) -> Tensor:
-        """x + b_O − f, for f in `correction`."""
-        response = context.b_out.expand_as(context.x)
+    def _sum(self, context: _Context, response: Tensor, f: Tensor | None) -> Tensor:
+        """`response` + x − `f`; a `response` in the shape of x is written over if it may be."""
         if context.kept is not None:
             response = context.kept[0] * response
-        field = response + context.x
-        if correction is not None:
-            field = field - (correction if context.kept is None else context.kept[1] * correction)
+        field = plus(response, context.x)
+        if f is not None:
+            f = f if context.kept is None else context.kept[1] * f
+            field = plus(field, f, alpha=-1)
         return hide(field, context.mask)
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
@@ -277,7 +272,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
         def remainder(z: Tensor) -> Tensor:
             """The update less what the mean and the slope of f make of z, if sums are the mean."""
-            rest = self._without_sum(context, feed_forward(z, correction))
+            rest = self._sum(context, context.b_out, feed_forward(z, correction))
             return plus(linear(z, slope), rest)
 
         return linear_map._replace(remainder=remainder)
