@@ -19,7 +19,7 @@ from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
 from . import _matched
-from ._linear import Factor, factorise, inverse, log_determinant, room_for, solve
+from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
 from ._site_couplings import SiteCouplings
 
@@ -135,13 +135,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
-        room = None
-        if self.symmetric:
-            room = room_for(self.num_spins * self.dim, x)
-        operator = self.coupling_operator(precision, room)
+        operator = self.coupling_operator(precision)
         factor = None  # for `update`, which is all that is traced, there is no need of it
         if not (torch.compiler.is_compiling() or transformed(operator)):
-            factor = factorise(operator, self.symmetric, room)
+            factor = factorise(operator, self.symmetric)
         return _Gaussian(x, precision, operator, factor)
 
     def update(self, z: State, context: _Gaussian | Matched) -> State:

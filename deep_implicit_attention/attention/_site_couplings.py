@@ -88,18 +88,15 @@ class SiteCouplings(DEQModule):
             return _ordered(weight, self._symmetries, 1.0)
         return _Matrix.apply(weight, self._symmetries, 1.0)
 
-    def coupling_operator(self, precision: Tensor, room: Tensor | None = None) -> Tensor:
-        """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass.
-
-        It is written into the corner of `room`, if that is given and the couplings are its own.
-        """
+    def coupling_operator(self, precision: Tensor) -> Tensor:
+        """blockdiag P − `coupling_matrix()` `(N·d, N·d)`, for P `(N, d, d)`, in one pass."""
         weight = full_precision(self._weight)
         own = self._overrides("weight", "coupling_matrix", "coupling_blocks")
         if own or watched(weight, precision):
             return block_diagonal(precision) - self.coupling_matrix()
         if not (torch.is_grad_enabled() and (weight.requires_grad or precision.requires_grad)):
-            return _operator(weight, precision, self._symmetries, room)
-        return _Operator.apply(weight, precision, self._symmetries, room)
+            return _operator(weight, precision, self._symmetries)
+        return _Operator.apply(weight, precision, self._symmetries)
 
     def _overrides(self, *names: str) -> bool:
         """Whether a subclass or the instance has one of these methods of its own."""
@@ -184,11 +181,11 @@ class _Operator(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple, room: Tensor | None
+        ctx: Any, weight: Tensor, precision: Tensor, symmetries: tuple
     ) -> Tensor:
         count, _, dim, _ = weight.shape
         ctx.blocks, ctx.symmetries = (count, dim, count, dim), symmetries
-        return _operator(weight, precision, symmetries, room)
+        return _operator(weight, precision, symmetries)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
@@ -198,16 +195,14 @@ class _Operator(torch.autograd.Function):
             by_weight = raw(g.reshape(ctx.blocks), ctx.symmetries, -1.0)
         if ctx.needs_input_grad[1]:
             by_precision = diagonal_blocks(g, ctx.blocks[0])
-        return by_weight, by_precision, None, None
+        return by_weight, by_precision, None
 
 
-def _operator(
-    weight: Tensor, precision: Tensor, symmetries: tuple[bool, bool], room: Tensor | None
-) -> Tensor:
+def _operator(weight: Tensor, precision: Tensor, symmetries: tuple[bool, bool]) -> Tensor:
     """The value of `_Operator`."""
     count, _, dim, _ = weight.shape
     size = count * dim
-    operator = empty(size, size, like=weight) if room is None else room[:size, :size]
+    operator = empty(size, size, like=weight)
     blocks = operator.view(count, dim, count, dim)
     _order(weight, symmetries, -1.0, blocks)
     blocks.diagonal(dim1=0, dim2=2).copy_(precision.permute(1, 2, 0))

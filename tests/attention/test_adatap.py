@@ -191,8 +191,8 @@ class TestClosedFormAsUsersMeetIt:
                 return 0.5 * super().coupling_matrix()
 
         class Doubled(DEQAdaTAPMeanFieldAttention):
-            def coupling_operator(self, precision, room=None):
-                return 2 * super().coupling_operator(precision, room)
+            def coupling_operator(self, precision):
+                return 2 * super().coupling_operator(precision)
 
         torch.manual_seed(0)
         kinds = {"other couplings": Weaker, "other operator": Doubled}
