@@ -21,7 +21,7 @@ from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
-from ._site_couplings import SiteCouplings
+from ._site_couplings import SiteCouplings, respond
 
 State = tuple[Tensor, Tensor]
 
@@ -169,7 +169,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     def _solve(self, context: _Gaussian, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """z; V only if element 1 is wanted."""
         x, operator, factor = context.x, context.operator, self._factor(context)
-        z = solve(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
+        z = respond(operator, x.flatten(1).mT, factor).mT.reshape_as(x)
         if 1 not in wanted:
             return z, None
         if not self.lin_response:

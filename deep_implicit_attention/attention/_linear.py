@@ -44,12 +44,12 @@ class Factor(NamedTuple):
 
 def factorise(operator: Tensor, symmetric: bool) -> Factor:
     """Cholesky for a symmetric positive definite `operator` `(n, n)`, else LU; without a graph."""
-    with torch.no_grad():
-        if symmetric:
-            factor, failed = _cholesky(operator)
-            if int(failed) == 0:
-                return Factor(factor, None)
-        return Factor(*torch.linalg.lu_factor_ex(operator)[:2])
+    operator = operator.detach()
+    if symmetric:
+        factor, failed = _cholesky(operator)
+        if int(failed) == 0:
+            return Factor(factor, None)
+    return Factor(*torch.linalg.lu_factor_ex(operator)[:2])
 
 
 def _cholesky(operator: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..deq import DEQModule
+from ..deq._map import without_autocast
 from ..deq._state import full_precision
-from ..deq._watched import watched
+from ..deq._watched import transformed, watched
 from ..solvers._validate import check_number
 from ..spins._blocks import block_diagonal, diagonal_blocks
+from ._linear import Factor, solve
 from ._memory import empty
 from ._parts import check_no_inputs, check_positive, check_sources
 
@@ -185,6 +187,7 @@ class _Operator(torch.autograd.Function):
     ) -> Tensor:
         count, _, dim, _ = weight.shape
         ctx.blocks, ctx.symmetries = (count, dim, count, dim), symmetries
+        ctx.made_of = weight, precision
         return _operator(weight, precision, symmetries)
 
     @staticmethod
@@ -196,6 +199,58 @@ class _Operator(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             by_precision = diagonal_blocks(g, ctx.blocks[0])
         return by_weight, by_precision, None
+
+
+def respond(operator: Tensor, b: Tensor, factor: Factor) -> Tensor:
+    """`_linear.solve`, that is A⁻¹ b, for what `coupling_operator` made."""
+    node = operator.grad_fn
+    own = getattr(node, "_forward_cls", None) is _Operator
+    if node is None or not own or not torch.is_grad_enabled() or transformed(b):
+        return solve(operator, b, factor)
+    return _Response.apply(*node.made_of, b, (operator, factor, node.symmetries))
+
+
+class _Response(torch.autograd.Function):
+    """x = A⁻¹ b `(n, r)` of A = blockdiag P − J, in one piece from the raw couplings.
+
+    With u = A⁻ᵀ ∂L/∂x, ∂L/∂J is u xᵀ. Its mean over the symmetries of J is that of the symmetric
+    ½ (u xᵀ + x uᵀ), of which J_ij and J_jiᵀ are one, so that for one of the two there is nothing
+    left to do. `_Operator` knows ∂L/∂A only as numbers, and goes over them once for each symmetry.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        weight: Tensor,
+        precision: Tensor,
+        b: Tensor,
+        system: tuple[Tensor, Factor, tuple[bool, bool]],  # A with a graph, for derivatives of u
+    ) -> Tensor:
+        operator, factor, ctx.symmetries = system
+        x = factor.solve(b, False)
+        ctx.save_for_backward(operator, x, *factor)
+        ctx.blocks = weight.shape[0::2] * 2
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        operator, x, *factor = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        by_weight = by_precision = None
+        with without_autocast(x):
+            u = solve(operator, g, Factor(*factor), transposed=True)
+            if ctx.needs_input_grad[0]:
+                left, right, symmetries, sign = u, x, ctx.symmetries, 1.0
+                if all(symmetries):
+                    part = 0.25 * u  # both means, where there are few numbers
+                    left, right = torch.cat((part, x), dim=1), torch.cat((x, part), dim=1)
+                    symmetries, sign = (True, False), 2.0
+                product = (left @ right.mT).view(ctx.blocks)
+                by_weight = (_Raw.apply if again else _raw)(product, symmetries, sign)
+            if ctx.needs_input_grad[1]:
+                blocks = *ctx.blocks[:2], -1
+                by_precision = -u.reshape(blocks) @ x.reshape(blocks).mT
+        return by_weight, by_precision, u, None
 
 
 def _operator(weight: Tensor, precision: Tensor, symmetries: tuple[bool, bool]) -> Tensor:

@@ -145,10 +145,11 @@ class DEQFixedPoint(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
         evidence = return_solution or debug
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        compiling = torch.compiler.is_compiling()
+        transformed = compiling or torch._C._are_functorch_transforms_active()
         if settings.steps is not None and transformed:
             solution = self._respond_traceably(x, inputs, state, settings, evidence)
-        elif not torch.compiler.is_compiling():
+        elif not compiling:
             solution = self._respond(x, inputs, state, settings, evidence)
         elif settings.steps is None and torch.compiler.is_exporting():
             raise RuntimeError(

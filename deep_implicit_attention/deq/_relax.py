@@ -51,12 +51,8 @@ def closed_form(
         assert layout is not None
         state = fun.solve(context, tuple(range(len(layout.shapes))))
         layout.check_image(state)
-        with torch.no_grad():
-            residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
     else:
         state = fun.solve(context, tuple(wanted))
-        with torch.no_grad():
-            residual, norm = residual_of(context, state)
     parts = [state] if isinstance(state, Tensor) else state
     check_reach(fun, wanted, len(parts))
     chosen = [parts[i] for i in wanted]
@@ -65,6 +61,13 @@ def closed_form(
             raise TypeError(
                 f"solve must return element {i}, which is wanted, got {type(part).__name__}"
             )
+    with torch.no_grad():
+        if residual_of is not None:
+            residual, norm = residual_of(context, state)
+        else:
+            assert layout is not None
+            residual, norm = _residual(layout.pack(state), layout.pack(fun.update(state, context)))
+        fine = _fine(residual, tol, chosen)
     if torch._C._are_functorch_transforms_active() and any(map(mapped, (residual, *chosen))):
         raise RuntimeError(
             "torch.func.vmap cannot map a solve, whose residual is looked at: give what it maps "
@@ -72,7 +75,7 @@ def closed_form(
         )
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
-    if not objection and _fine(residual, tol, chosen):
+    if fine and not objection:
         return sound(chosen, residual, norm, residual[None])
     finite = norm < torch.inf
     for part in chosen:
@@ -83,7 +86,6 @@ def closed_form(
     return solution
 
 
-@torch.no_grad()
 def _fine(residual: Tensor, tol: float, parts: Sequence[Tensor]) -> bool:
     """Whether it is known that every sample converged to what is finite.
 

@@ -42,8 +42,7 @@ def relative(change: Tensor, image: Tensor, asked: bool) -> tuple[Tensor, Tensor
     norm = torch.linalg.vector_norm(change, dim=1)
     size = torch.linalg.vector_norm(image, dim=1)
     if asked:
-        known, least = size.detach().numpy(), _least(size.dtype)
-        if np.count_nonzero((known > least) & (known < 1 / least)) == len(known):
+        if not size.numel() or _moderate(size.detach()):
             return norm / size, norm
         unit = power_of_two(image.detach())
         norm = torch.linalg.vector_norm(change / unit, dim=1)
@@ -58,6 +57,12 @@ def _of_small(v: Tensor, norm: np.ndarray, small: np.ndarray) -> np.ndarray:
     unit = power_of_two(v)
     scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
     return np.where(small, scaled.numpy(), norm)
+
+
+def _moderate(norms: Tensor) -> bool:
+    """Whether all squares have all their digits; not if there is a NaN."""
+    (shortest, longest), least = torch.aminmax(norms), _least(norms.dtype)
+    return least < float(shortest) and float(longest) < 1 / least
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,11 +95,8 @@ class Solution:
         return tuple(_MEMBERS[code] for code in self.codes.tolist())
 
     def all_converged(self) -> bool:
-        """Whether every sample has; of few numbers on the host numpy is the quicker to tell."""
-        converged = self.converged
-        if converged.is_cpu and not torch._C._are_functorch_transforms_active():
-            return np.count_nonzero(converged.numpy()) == converged.numel()
-        return bool(converged.all())
+        """Whether every sample has."""
+        return bool(self.converged.all())
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value
@@ -181,13 +177,13 @@ class Solution:
 
 def sound(value: Any, residual: Tensor, norm: Tensor, trace: Tensor) -> Solution:
     """Of samples on the host that all converged, in the steps that are in `trace`."""
-    count = len(residual)
+    count, device = len(residual), residual.device
     return Solution(
         value=value,
         residual=residual,
-        steps=torch.from_numpy(np.full(count, len(trace))),
-        converged=torch.from_numpy(np.ones(count, bool)),
-        codes=torch.from_numpy(np.full(count, _CONVERGED)),
+        steps=torch.full((count,), len(trace), device=device),
+        converged=torch.ones(count, dtype=torch.bool, device=device),
+        codes=torch.full((count,), _CONVERGED, device=device),
         trace=trace,
         residual_norm=norm,
     )
