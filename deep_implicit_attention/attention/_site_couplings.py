@@ -203,7 +203,7 @@ class _Operator(torch.autograd.Function):
 
 def respond(operator: Tensor, b: Tensor, factor: Factor) -> Tensor:
     """`_linear.solve`, that is A⁻¹ b, for what `coupling_operator` made."""
-    node = operator.grad_fn
+    node: Any = operator.grad_fn
     own = getattr(node, "_forward_cls", None) is _Operator
     if node is None or not own or not torch.is_grad_enabled() or transformed(b):
         return solve(operator, b, factor)

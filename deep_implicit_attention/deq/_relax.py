@@ -76,7 +76,7 @@ def closed_form(
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
     if fine and not objection:
-        return sound(chosen, residual, norm, residual[None])
+        return sound(chosen, norm, [residual])
     finite = norm < torch.inf
     for part in chosen:
         finite = finite & torch.isfinite(part).flatten(1).all(dim=1)

@@ -117,7 +117,7 @@ def iterate(
                 steps = steps + k
                 if improved and done == len(z) == some(f_norm < np.inf):
                     trace.append(now)
-                    return sound(z, *map(torch.from_numpy, (now, g_norm, np.array(trace))))
+                    return sound(z, torch.from_numpy(g_norm), trace)
         if together:
             best, residual, residual_norm, last_norm = z, now, g_norm, g_norm
             trace.append(now)

@@ -94,9 +94,17 @@ class Solution:
         """One `Status` per sample."""
         return tuple(_MEMBERS[code] for code in self.codes.tolist())
 
+    def __getattr__(self, name: str) -> Any:
+        """What `sound` has left to be made when it is asked for."""
+        known = self.__dict__
+        if name not in _LATER or _ROWS not in known:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        made = known[name] = _LATER[name](known[_ROWS])
+        return made
+
     def all_converged(self) -> bool:
         """Whether every sample has."""
-        return bool(self.converged.all())
+        return _ROWS in self.__dict__ or bool(self.converged.all())
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value
@@ -175,18 +183,31 @@ class Solution:
         )
 
 
-def sound(value: Any, residual: Tensor, norm: Tensor, trace: Tensor) -> Solution:
-    """Of samples on the host that all converged, in the steps that are in `trace`."""
-    count, device = len(residual), residual.device
-    return Solution(
-        value=value,
-        residual=residual,
-        steps=torch.full((count,), len(trace), device=device),
-        converged=torch.ones(count, dtype=torch.bool, device=device),
-        codes=torch.full((count,), _CONVERGED, device=device),
-        trace=trace,
-        residual_norm=norm,
-    )
+def sound(value: Any, residual_norm: Tensor, rows: list[Any]) -> Solution:
+    """Of samples on the host that all converged, with the `rows` of the trace, one a step.
+
+    Most solves are such, and few are looked at: the rest of the evidence is made when it is.
+    """
+    solution = object.__new__(Solution)
+    known = {"value": value, "residual_norm": residual_norm, "note": "", _ROWS: rows}
+    solution.__dict__.update(known)
+    return solution
+
+
+_ROWS = "_rows"
+
+
+def _trace(rows: list[Any]) -> Tensor:
+    return torch.stack([torch.as_tensor(row) for row in rows])
+
+
+_LATER: dict[str, Callable[[list[Any]], Tensor]] = {
+    "residual": lambda rows: torch.as_tensor(rows[-1]).clone(),
+    "steps": lambda rows: torch.full((len(rows[-1]),), len(rows), device="cpu"),
+    "converged": lambda rows: torch.ones(len(rows[-1]), dtype=torch.bool, device="cpu"),
+    "codes": lambda rows: torch.full((len(rows[-1]),), _CONVERGED, device="cpu"),
+    "trace": _trace,
+}
 
 
 def _each(call: Callable[..., Tensor], *values: Any) -> Any:

@@ -1,5 +1,9 @@
 """`Solution` and `Status`: what a user reads."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 
@@ -93,5 +97,30 @@ def test_its_numbers_are_apart(stop_mode, max_iter):
     solution = picard(
         lambda z: 0.5 * z + 1, torch.zeros(3, 2), stop_mode=stop_mode, max_iter=max_iter
     )
+    solution.residual.neg_()  # before the others are asked for
     numbers = [solution.residual, solution.residual_norm, solution.trace, solution.steps]
     assert len({part.data_ptr() for part in numbers}) == 4
+    assert (solution.trace >= 0).all()
+
+
+@pytest.mark.parametrize("on_its_way", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_evidence_is_there_when_asked_for(on_its_way):
+    """Where all samples converged most of it is made only then."""
+    solution = on_its_way(picard(lambda z: 0.5 * z + 1, torch.zeros(3, 2, dtype=torch.float64)))
+    steps, count = len(solution.trace), 3
+    assert solution.all_converged()
+    assert solution.trace.shape == (steps, count)
+    assert solution.trace.dtype == torch.float64
+    assert solution.trace[-1].equal(solution.residual)
+    assert (solution.trace[:-1] > solution.trace[1:]).all()
+    assert solution.steps.tolist() == [steps] * count
+    assert solution.steps.dtype == torch.int64
+    assert solution.converged.tolist() == [True] * count
+    assert solution.codes.tolist() == [Status.CONVERGED.code] * count
+    assert solution.converged is solution.converged
+    assert {field.name for field in dataclasses.fields(solution)} <= set(dir(solution))
+    failed = solution.with_status(torch.tensor([True, False, False]), Status.DIVERGED)
+    assert not failed.all_converged()
+    assert solution.all_converged()
+    with pytest.raises(AttributeError, match="no attribute 'iterations'"):
+        solution.iterations  # noqa: B018
