@@ -21,7 +21,7 @@ from ._parts import (
     inverse_or_identity,
     on_sites,
 )
-from ._products import linear, plus
+from ._products import for_transposed, linear, plus
 from ._site_couplings import SiteCouplings
 
 # Up to this N·d the couplings are inverted, in less time than the updates take that it spares. (The
@@ -106,7 +106,8 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
-        transposed, correction = _matrix(context.couplings).mT, context.correction
+        transposed = for_transposed(_matrix(context.couplings), len(z)).mT
+        correction = context.correction
         corrected = None if correction is None else feed_forward_vjp(z, correction)
 
         def by_state(v: Tensor) -> Tensor:

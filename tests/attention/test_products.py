@@ -8,7 +8,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deep_implicit_attention.attention import DEQVanillaSoftmaxAttention, _products
+from deep_implicit_attention.attention import (
+    DEQMeanFieldAttention,
+    DEQVanillaSoftmaxAttention,
+    _products,
+)
 from deep_implicit_attention.attention._products import gelu_linear, linear, linear_term
 from deep_implicit_attention.deq import DEQFixedPoint
 
@@ -277,3 +281,35 @@ def test_sums_over_fresh_results():
             assert torch.equal(one, kept)
     a.requires_grad_()
     assert _products.plus(a * 1, b).grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "dtype", "gaps"),
+    [
+        (1024, 32, torch.float64, True),
+        (1024, 4, torch.float64, False),
+        (1000, 32, torch.float64, False),
+        (512, 32, torch.float64, False),
+        (1024, 32, torch.float32, False),  # for oneDNN, which is slow at gaps
+    ],
+)
+def test_rows_that_would_compete_in_the_cache_lie_apart(size, rows, dtype, gaps):
+    weight = torch.randn(size, size, dtype=dtype)
+    made = _products.for_transposed(weight, rows)
+    assert torch.equal(made, weight)
+    assert (made is not weight) == (made.stride() != weight.stride()) == gaps
+
+
+def test_gradients_by_couplings_that_lie_apart():
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(64, 16).double()
+    layer = DEQFixedPoint(module, solver_fwd_tol=1e-12, solver_bwd_tol=1e-12)
+    x = torch.randn(8, 64, 16, dtype=torch.float64, requires_grad=True) / 4
+    context = module.prepare(x)
+    with torch.no_grad():
+        z = layer(x)
+    v, at = torch.randn_like(z), z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(module.update(at, context), at, v)
+    with torch.no_grad():
+        found = module.vjp(z, context)(v)
+    torch.testing.assert_close(found, expected)
