@@ -13,7 +13,9 @@ from deep_implicit_attention.attention import (
     _memory,
     _pooling,
 )
+from deep_implicit_attention.attention._linear import factorise
 from deep_implicit_attention.attention._memory import empty, release
+from deep_implicit_attention.attention._site_couplings import respond
 from deep_implicit_attention.deq import DEQFixedPoint
 
 
@@ -275,6 +277,35 @@ def test_the_operator_of_a_gaussian_prior(dim, symmetries):
 
     assert gradcheck(operator, (module._weight, precision))
     assert gradgradcheck(operator, (module._weight, precision))
+
+
+class _Response(_Matrix):
+    def forward(self, root, b):
+        operator = self.module.coupling_operator(root + root.mT)
+        symmetric = self.module.weight_sym_internal and self.module.weight_sym_sites
+        return respond(operator, b, factorise(operator, symmetric))
+
+
+@pytest.mark.parametrize("scale", [0.2, 4.0])  # positive definite or not
+@pytest.mark.parametrize("symmetries", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_response_of_a_gaussian_prior(scale, symmetries):
+    """(blockdiag P − J)⁻¹ b, and its derivatives by the raw couplings, P and b in one piece."""
+    torch.manual_seed(0)
+    module = DEQMeanFieldAttention(3, 2, scale, True, *symmetries).double()
+    root = torch.eye(2, dtype=torch.float64) + 0.1 * torch.randn(3, 2, 2, dtype=torch.float64)
+    b = torch.randn(2, 6, dtype=torch.float64).mT
+    operator = torch.block_diag(*(root + root.mT)) - module.coupling_matrix()
+
+    def response(weight, root, b):
+        replaced = {"module._weight": weight}
+        return torch.func.functional_call(_Response(module), replaced, (root, b))
+
+    at = module._weight, root.requires_grad_(), b.requires_grad_()
+    found = response(*at)
+    assert found.grad_fn.name() == "_ResponseBackward"
+    torch.testing.assert_close(found, torch.linalg.solve(operator, b))
+    assert gradcheck(response, at)
+    assert gradgradcheck(response, at)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
