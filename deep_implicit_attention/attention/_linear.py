@@ -83,7 +83,7 @@ def _last_columns(size: int, dtype: torch.dtype) -> Tensor:
 
 def log_determinant(operator: Tensor, factor: Factor) -> Tensor:
     """log |det A|, from the factorisation where no gradient is asked for."""
-    if operator.requires_grad and torch.is_grad_enabled():
+    if transformed(operator) or (operator.requires_grad and torch.is_grad_enabled()):
         return torch.linalg.slogdet(operator).logabsdet
     return factor.log_determinant()
 

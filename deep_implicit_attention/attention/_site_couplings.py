@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -187,7 +188,8 @@ class _Operator(torch.autograd.Function):
     ) -> Tensor:
         count, _, dim, _ = weight.shape
         ctx.blocks, ctx.symmetries = (count, dim, count, dim), symmetries
-        ctx.made_of = weight, precision
+        # Not kept alive: what is no parameter but made from one is as large as the operator.
+        ctx.made_of = weakref.ref(weight), weakref.ref(precision)
         return _operator(weight, precision, symmetries)
 
     @staticmethod
@@ -204,10 +206,12 @@ class _Operator(torch.autograd.Function):
 def respond(operator: Tensor, b: Tensor, factor: Factor) -> Tensor:
     """`_linear.solve`, that is A⁻¹ b, for what `coupling_operator` made."""
     node: Any = operator.grad_fn
-    own = getattr(node, "_forward_cls", None) is _Operator
-    if node is None or not own or not torch.is_grad_enabled() or transformed(b):
-        return solve(operator, b, factor)
-    return _Response.apply(*node.made_of, b, (operator, factor, node.symmetries))
+    if getattr(node, "_forward_cls", None) is _Operator and torch.is_grad_enabled():
+        weight, precision = (part() for part in node.made_of)
+        looked_at = operator._backward_hooks or operator.retains_grad or transformed(b)
+        if not (looked_at or weight is None or precision is None):
+            return _Response.apply(weight, precision, b, (operator, factor, node.symmetries))
+    return solve(operator, b, factor)
 
 
 class _Response(torch.autograd.Function):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,12 +100,17 @@ class Solution:
         known = self.__dict__
         if name not in _LATER or _ROWS not in known:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        made = known[name] = _LATER[name](known[_ROWS])
+        with torch.inference_mode(False):
+            made = known[name] = _LATER[name](known[_ROWS])
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def all_converged(self) -> bool:
         """Whether every sample has."""
-        return _ROWS in self.__dict__ or bool(self.converged.all())
+        unasked = _ROWS in self.__dict__ and "converged" not in self.__dict__
+        return unasked or bool(self.converged.all())
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value
@@ -184,7 +190,7 @@ class Solution:
 
 
 def sound(value: Any, residual_norm: Tensor, rows: list[Any]) -> Solution:
-    """Of samples on the host that all converged, with the `rows` of the trace, one a step.
+    """Of samples on the host that all converged at the same step, the last of the trace's `rows`.
 
     Most solves are such, and few are looked at: the rest of the evidence is made when it is.
     """
@@ -197,16 +203,20 @@ def sound(value: Any, residual_norm: Tensor, rows: list[Any]) -> Solution:
 _ROWS = "_rows"
 
 
-def _trace(rows: list[Any]) -> Tensor:
-    return torch.stack([torch.as_tensor(row) for row in rows])
+def _tensor(row: Any) -> Tensor:
+    return row.clone() if isinstance(row, Tensor) else torch.from_numpy(row.copy())
+
+
+def _of_each(value: int | bool) -> Callable[[list[Any]], Tensor]:
+    return lambda rows: torch.from_numpy(np.full(len(rows[-1]), value))
 
 
 _LATER: dict[str, Callable[[list[Any]], Tensor]] = {
-    "residual": lambda rows: torch.as_tensor(rows[-1]).clone(),
-    "steps": lambda rows: torch.full((len(rows[-1]),), len(rows), device="cpu"),
-    "converged": lambda rows: torch.ones(len(rows[-1]), dtype=torch.bool, device="cpu"),
-    "codes": lambda rows: torch.full((len(rows[-1]),), _CONVERGED, device="cpu"),
-    "trace": _trace,
+    "residual": lambda rows: _tensor(rows[-1]),
+    "steps": lambda rows: torch.from_numpy(np.full(len(rows[-1]), len(rows))),
+    "converged": _of_each(True),
+    "codes": _of_each(_CONVERGED),
+    "trace": lambda rows: torch.stack([_tensor(row) for row in rows]),
 }
 
 

@@ -286,3 +286,56 @@ class TestClosedFormAsUsersMeetIt:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_adatap, "is_host", lambda t: False)
             torch.testing.assert_close(module.residual(context, (z, None)), expected)
+
+
+@pytest.mark.parametrize("watch", ["hook", "retained", "neither"])
+def test_who_looks_at_the_operator_sees_its_gradient(watch):
+    torch.manual_seed(0)
+    seen = []
+
+    class Watched(DEQAdaTAPMeanFieldAttention):
+        def coupling_operator(self, precision):
+            operator = super().coupling_operator(precision)
+            if watch == "hook":
+                operator.register_hook(seen.append)
+            elif watch == "retained":
+                operator.retain_grad()
+                seen.append(operator)
+            return operator
+
+    module, x = Watched(4, 3).double(), torch.randn(2, 4, 3, dtype=torch.float64)
+    DEQFixedPoint(module)(x).square().sum().backward()
+    plain = DEQAdaTAPMeanFieldAttention(4, 3).double()
+    plain.load_state_dict(module.state_dict())
+    DEQFixedPoint(plain)(x).square().sum().backward()
+    torch.testing.assert_close(module._weight.grad, plain._weight.grad)
+    if watch != "neither":
+        found = seen[0] if watch == "hook" else seen[0].grad
+        z = plain.solve(plain.prepare(x), (0,))[0].detach().flatten(1)
+        operator = plain.coupling_operator(plain.spin_prior_inv_var).detach()
+        u = 2 * torch.linalg.solve(operator, z.mT)
+        torch.testing.assert_close(found, -u @ z)
+
+
+def test_forward_derivatives_of_the_free_energy():
+    torch.manual_seed(0)
+    module = DEQAdaTAPMeanFieldAttention(2, 2, 0.2).double()
+    x = torch.randn(2, 2, 2, dtype=torch.float64)
+
+    class Energy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module.free_energy(x).sum()
+
+    def energy(weight):
+        return torch.func.functional_call(Energy(), {"module._weight": weight}, (x,))
+
+    at = module._weight.detach()
+    first = torch.func.jacrev(energy)
+    torch.testing.assert_close(torch.func.jacfwd(energy)(at), first(at))
+    # Not forward over forward: torch's own of slogdet and of linear systems are wrong there.
+    second = torch.func.jacfwd(first)(at)
+    torch.testing.assert_close(second, torch.func.jacrev(first)(at))

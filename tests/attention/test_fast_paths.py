@@ -281,7 +281,8 @@ def test_the_operator_of_a_gaussian_prior(dim, symmetries):
 
 class _Response(_Matrix):
     def forward(self, root, b):
-        operator = self.module.coupling_operator(root + root.mT)
+        precision = root + root.mT
+        operator = self.module.coupling_operator(precision)
         symmetric = self.module.weight_sym_internal and self.module.weight_sym_sites
         return respond(operator, b, factorise(operator, symmetric))
 
