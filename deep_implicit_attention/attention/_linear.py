@@ -131,10 +131,7 @@ class _Solve(torch.autograd.Function):
         operator, x, *factor = ctx.saved_tensors
         by_operator = None
         with without_autocast(x):
-            if torch.is_grad_enabled():
-                u = _Solve.apply(operator, g, *factor, not ctx.transposed)
-            else:
-                u = Factor(*factor).solve(g, not ctx.transposed)
+            u = solve(operator, g, Factor(*factor), not ctx.transposed)
             if ctx.needs_input_grad[0]:
                 by_operator = -x @ u.mT if ctx.transposed else -u @ x.mT
         return by_operator, u, None, None, None, None
