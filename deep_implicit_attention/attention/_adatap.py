@@ -21,6 +21,8 @@ from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
+from ._memory import same_bits
+from ._products import better_as_columns
 from ._site_couplings import SiteCouplings, respond
 
 State = tuple[Tensor, Tensor]
@@ -192,10 +194,13 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if not on_host:
             # Accelerators may round the factors of a product: P, which is large, stays out of it.
             operator = operator - block_diagonal(precision)
-        # The fast product is that with the matrix as it lies in memory.
-        acting = operator if self.symmetric else operator.mT
-        flat = z.flatten(1)
-        change = torch.addmm(x.flatten(1), flat, acting, alpha=-1)
+        flat, b = z.flatten(1), x.flatten(1)
+        if better_as_columns(flat, operator):
+            change = torch.addmm(b.mT, operator, flat.mT, alpha=-1).mT
+        else:
+            # The fast product is that with the matrix as it lies in memory.
+            acting = operator if self.symmetric else operator.mT
+            change = torch.addmm(b, flat, acting, alpha=-1)
         asked = on_host and not watched(change, precision)
         if not (asked and torch.equal(precision, _ones(*precision.shape[:2], precision.dtype))):
             change = torch.linalg.solve_ex(precision, change.view_as(z).permute(1, 2, 0)).result
@@ -315,7 +320,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
                 "changing them, and enter it anew"
             )
         weights = self._weights()
-        if len(weights) != len(frozen.weights) or not all(map(_same, weights, frozen.weights)):
+        if len(weights) != len(frozen.weights) or not all(map(same_bits, weights, frozen.weights)):
             raise RuntimeError(
                 "the weights changed inside `frozen()`: leave the context before changing them, "
                 "and enter it anew"
@@ -334,23 +339,6 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 def _ones(sites: int, dim: int, dtype: torch.dtype) -> Tensor:
     """P_i as they are by default, on the host."""
     return torch.eye(dim, dtype=dtype, device="cpu").repeat(sites, 1, 1)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit, so that NaN equals itself.
-
-    As 64-bit integers where they can be read so: for float32 that takes half the time.
-    """
-    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-        return False
-    a, b = a.reshape(-1), b.reshape(-1)
-    size = a.element_size()
-    if all((len(t) * size) % 8 == 0 and (t.storage_offset() * size) % 8 == 0 for t in (a, b)):
-        size = 8
-    return torch.equal(a.view(_INTEGERS[size]), b.view(_INTEGERS[size]))
 
 
 def _check_method(method: Any, prior: Prior | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..deq._map import without_autocast
 from ..deq._watched import transformed, watched
 from ._memory import empty
+from ._products import better_as_columns
 
 
 class Factor(NamedTuple):
@@ -23,10 +24,12 @@ class Factor(NamedTuple):
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """A⁻¹ b for `b` `(n, r)`, or A⁻ᵀ b."""
         if self.inverse is not None:
-            # Few right-hand sides: rows times a matrix as it lies in memory are the fast product,
-            # and LAPACK leaves columns, so that the transpose lies in rows.
-            plain = transposed and self.pivots is not None
-            return (b.mT.contiguous() @ (self.inverse if plain else self.inverse.mT)).mT
+            # Few right-hand sides, for which products with the matrix as it lies in memory, in
+            # rows, are the fast ones.
+            rows, plain = b.mT.contiguous(), transposed and self.pivots is not None
+            if better_as_columns(rows, self.inverse) and not plain:
+                return self.inverse @ rows.mT
+            return (rows @ (self.inverse if plain or self.pivots is None else self.inverse.mT)).mT
         if self.pivots is None:
             return torch.cholesky_solve(b, self.matrix)
         return torch.linalg.lu_solve(self.matrix, self.pivots, b, adjoint=transposed)
@@ -34,7 +37,7 @@ class Factor(NamedTuple):
     def inverted(self) -> Factor:
         """With the inverse, for many solves: it is read once a solve, the factors twice."""
         identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
-        return self._replace(inverse=self.solve(identity, False))
+        return self._replace(inverse=self.solve(identity, False).contiguous())
 
     def log_determinant(self) -> Tensor:
         """log |det A|."""

@@ -69,6 +69,14 @@ def for_transposed(weight: Tensor, rows: int) -> Tensor:
     return memory[:, : weight.shape[1]].copy_(weight)
 
 
+def better_as_columns(x: Tensor, weight: Tensor) -> bool:
+    """Whether W xᵀ takes less time than x Wᵀ or x W, for few rows x and a large W in rows.
+
+    (Measured with 4 rows and 1024 × 1024: 0.5 ms, the others 0.6 to 1.1.)
+    """
+    return x.is_cpu and 1 < len(x) < _FACTORS and len(weight) >= _TALL
+
+
 def linear_term(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` for a term of a sum: rows of few numbers lie transposed in memory.
 

@@ -12,9 +12,10 @@ from deep_implicit_attention.attention import (
     DEQVectorSpinAttention,
     _memory,
     _pooling,
+    _products,
 )
 from deep_implicit_attention.attention._linear import factorise
-from deep_implicit_attention.attention._memory import empty, release
+from deep_implicit_attention.attention._memory import empty, release, same_bits
 from deep_implicit_attention.attention._site_couplings import respond
 from deep_implicit_attention.deq import DEQFixedPoint
 
@@ -307,6 +308,46 @@ def test_the_response_of_a_gaussian_prior(scale, symmetries):
     torch.testing.assert_close(found, torch.linalg.solve(operator, b))
     assert gradcheck(response, at)
     assert gradgradcheck(response, at)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+def test_few_rows_of_a_large_operator(batch, symmetric, monkeypatch):
+    """Products with it as columns, in plain and frozen solves, in the place of rows."""
+    module = DEQAdaTAPMeanFieldAttention(
+        6, 4, weight_sym_internal=symmetric, weight_sym_sites=symmetric
+    ).double()
+    layer, found = DEQFixedPoint(module), []
+    for least in (10**9, 24):  # as rows, then as columns
+        monkeypatch.setattr(_products, "_TALL", least)
+        torch.manual_seed(1)
+        x = torch.randn(batch, 6, 4, dtype=torch.float64, requires_grad=True)
+        plain = layer(x, return_solution=True)
+        with module.frozen():
+            frozen = layer(x, return_solution=True)
+        for solution in (plain, frozen):
+            by_x = torch.autograd.grad(solution.value.sin().sum(), x)[0]
+            found += [solution.value, by_x]
+            assert solution.all_converged()
+            assert solution.residual.max() < 1e-14
+    for value in found[2:]:
+        expected = found[0] if value.requires_grad else found[1]
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_same_bits(dtype):
+    one = torch.randn(3, 5, dtype=dtype)
+    one[0, 0] = torch.nan
+    assert same_bits(one, one.clone())
+    assert same_bits(one.mT, one.mT.clone())
+    assert not same_bits(one, one.double() if dtype != torch.float64 else one.float())
+    assert not same_bits(one, one[:2])
+    for value in (-one[2, 4], torch.nan):
+        other = one.clone()
+        other[2, 4] = value
+        assert not same_bits(one, other)
+    assert not same_bits(torch.zeros(2, dtype=dtype), -torch.zeros(2, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
