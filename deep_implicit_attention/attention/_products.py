@@ -134,6 +134,21 @@ def plus(fresh: Tensor, other: Tensor, alpha: int = 1) -> Tensor:
     return torch.add(fresh, other, alpha=alpha)
 
 
+def minus_linear(fresh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`fresh` − (x Wᵀ + b), summed up by the product, over `fresh` where that may be."""
+    same = fresh.dtype == x.dtype == weight.dtype != torch.bfloat16
+    if not same or fresh.shape[:-1] != x.shape[:-1] or _slim(x, weight) or _fast(x, weight, bias):
+        return plus(fresh, linear_term(x, weight, bias), alpha=-1)
+    if watched(fresh, x, weight):
+        return fresh - F.linear(x, weight, bias)
+    # With a graph or without: the same arithmetic, as a solve evaluates once with one.
+    rows, factors, spare = fresh.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1]), _spare()
+    total = (rows.addmm_ if spare else rows.addmm)(factors, weight.mT, alpha=-1)
+    if bias is not None:
+        total = total.sub_(bias) if spare else total - bias
+    return total.view(fresh.shape)
+
+
 def _spare() -> bool:
     """Whether fresh results may be written over: there is no graph, and nothing is transformed.
 
