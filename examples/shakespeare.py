@@ -25,8 +25,10 @@ def train(model, ids, iterations, seed, relax=4, learn=4, rate=RATE):
             group["lr"] = rate * min(i / WARMUP, 0.55 + 0.45 * cosine)
         inputs, targets = random_batch(ids, LENGTH, BATCH, generator)
         drawn = int(torch.randint(relax + 1, (1,), generator=generator))
-        with torch.no_grad():
-            states = model(inputs, steps=drawn, return_solution=True)[1] if drawn else None
+        states = None
+        if drawn:
+            with torch.no_grad():
+                _, states = model(inputs, steps=drawn, return_solution=True, measure=False)
         loss = model.loss(model(inputs, state=states, steps=learn), targets)
         optimizer.zero_grad()
         loss.backward()

@@ -141,12 +141,11 @@ def minus_linear(fresh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None =
         return plus(fresh, linear_term(x, weight, bias), alpha=-1)
     if watched(fresh, x, weight):
         return fresh - F.linear(x, weight, bias)
-    # With a graph or without: the same arithmetic, as a solve evaluates once with one.
-    rows, factors, spare = fresh.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1]), _spare()
-    total = (rows.addmm_ if spare else rows.addmm)(factors, weight.mT, alpha=-1)
-    if bias is not None:
-        total = total.sub_(bias) if spare else total - bias
-    return total.view(fresh.shape)
+    if _spare():
+        rows = fresh.reshape(-1, len(weight))
+        total = rows.addmm_(x.reshape(-1, x.shape[-1]), weight.mT, alpha=-1)
+        return (total if bias is None else total.sub_(bias)).view(fresh.shape)
+    return _MinusLinear.apply(fresh, x, weight, bias)
 
 
 def _spare() -> bool:
@@ -250,3 +249,27 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             by_bias = linear_by_bias(g)
         return by_x, by_weight, by_bias
+
+
+class _MinusLinear(torch.autograd.Function):
+    """`minus_linear` with a graph, by the arithmetic it has without: a solve has steps of both."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, fresh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        rows = fresh.reshape(-1, len(weight))
+        total = torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.mT, alpha=-1)
+        return (total if bias is None else total.sub_(bias)).view(fresh.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needed, minus = ctx.needs_input_grad, -g
+        return (
+            g,
+            linear(minus, weight.mT) if needed[1] else None,
+            linear_by_weight(minus, x) if needed[2] else None,
+            linear_by_bias(minus) if needed[3] else None,
+        )

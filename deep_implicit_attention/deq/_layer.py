@@ -17,7 +17,7 @@ from ._map import TracedMap, in_autocast, outside_inference_mode, without_autoca
 from ._module import of_its_update
 from ._relax import closed_form, relax
 from ._settings import Settings, check_elements, check_reach, override, parse
-from ._state import Layout, State, full_precision, widen
+from ._state import Layout, State, finite_samples, full_precision, widen
 from ._update import Update, count, solver_option, start_near
 
 _LEFT_OUT = (
@@ -112,6 +112,7 @@ class DEQFixedPoint(nn.Module):
         *inputs: Any,
         state: State | None = None,
         return_solution: bool = False,
+        measure: bool = True,
         debug: bool = False,
         **overrides: Any,
     ) -> Any:
@@ -124,6 +125,9 @@ class DEQFixedPoint(nn.Module):
                 gets no gradient, and a sample of it that is not finite starts afresh.
             return_solution: return the `Solution`, whose `value` is what this call would return
                 otherwise. It unpacks: ``z, solution = layer(x, return_solution=True)``.
+            measure: False spares a fixed number of steps the evaluation that measures the residual
+                of the `Solution`, which is then NaN, as for a state that only starts another call.
+                A solve to tolerance has its residual anyway.
             debug: print the first and the last residual.
             **overrides: ``steps``, ``adjoint`` (which replaces the constructor's ``solver_bwd_*``),
                 ``on_failure``, ``initial_state``, ``solver_fwd_NAME`` or ``solver_bwd_NAME`` for
@@ -144,7 +148,7 @@ class DEQFixedPoint(nn.Module):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
-        evidence = return_solution or debug
+        evidence = (return_solution and measure) or debug
         compiling = torch.compiler.is_compiling()
         transformed = compiling or torch._C._are_functorch_transforms_active()
         if settings.steps is not None and transformed:
@@ -189,9 +193,9 @@ class DEQFixedPoint(nn.Module):
             poisoned = False
             # A bounded response to what is not finite may be finite. The sum is a first look.
             converged = solution.all_converged()
-            sound = converged and math.isfinite(float(fields.detach().sum()))
-            if not sound:
-                broken = (solution.codes == Status.NONFINITE.code) | ~_finite(fields)
+            sound = converged or not bool((solution.codes == Status.NONFINITE.code).any())
+            if not (sound and math.isfinite(float(fields.detach().sum()))):
+                broken = (solution.codes == Status.NONFINITE.code) | ~finite_samples(fields)
                 poisoned = bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
@@ -221,7 +225,7 @@ class DEQFixedPoint(nn.Module):
         """The same at a fixed number of steps, without control flow on data."""
         with without_autocast(x):
             fields = self._fields(x, inputs)
-            broken = ~_finite(fields)
+            broken = ~finite_samples(fields)
             fields = fields.masked_fill(_like(broken, fields), 0.0)
             context = self._prepare(fields, inputs)
             solution = self._solve(fields, context, state, settings, evidence, traceable=True)
@@ -341,14 +345,9 @@ class DEQFixedPoint(nn.Module):
                         f"{tuple(parts[place].shape)}, got {part.dtype} {tuple(part.shape)}"
                     )
                 part = part.detach().to(parts[place])
-                parts[place] = torch.where(_like(_finite(part), part), part, parts[place])
+                parts[place] = torch.where(_like(finite_samples(part), part), part, parts[place])
         start = parts[0] if layout.bare else tuple(parts)
         return start, Layout.of(start)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Which samples of `x` `(B, ...)` are finite, `(B,)`."""
-    return torch.isfinite(x.detach()).flatten(1).all(dim=1)
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..solvers._scale import is_host, relative
 from ..solvers._solution import sound
 from ._module import of_its_update
 from ._settings import check_reach
-from ._state import Layout
+from ._state import Layout, finite_samples
 from ._watched import mapped, transformed, watched
 
 
@@ -29,7 +29,7 @@ def relax(
     for _ in range(steps):
         z = step(z)
     with torch.no_grad():
-        finite = torch.isfinite(z).all(dim=1)
+        finite = finite_samples(z)
         if evidence:
             image = step(z)
             residual, norm = _residual(z, image)
@@ -79,7 +79,7 @@ def closed_form(
         return sound(chosen, norm, [residual])
     finite = norm < torch.inf
     for part in chosen:
-        finite = finite & torch.isfinite(part).flatten(1).all(dim=1)
+        finite = finite & finite_samples(part)
     solution = _solution(chosen, finite, residual, norm, 1, tol, Status.MAX_ITER)
     if objection:
         solution = replace(solution.with_status(finite, Status.INDEFINITE), note=objection)

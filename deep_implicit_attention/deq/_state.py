@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..solvers._scale import is_host
+from ._watched import watched
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -25,6 +29,14 @@ def widen(state: Any) -> Any:
     if isinstance(state, tuple | list):
         return tuple(map(full_precision, state))
     return full_precision(state)
+
+
+def finite_samples(x: Tensor) -> Tensor:
+    """Which samples of `x` `(B, ...)` are finite, `(B,)`; on the host a sum tells most often."""
+    x = x.detach()
+    if is_host(x) and not watched(x) and math.isfinite(float(x.sum())):
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return torch.isfinite(x).flatten(1).all(dim=1)
 
 
 @dataclass(frozen=True)

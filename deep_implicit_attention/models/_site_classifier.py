@@ -14,6 +14,7 @@ from ..attention._parts import LayerNorm
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
 from ..solvers._validate import check_count, check_number
+from ._equilibrium import value_of
 from ._image_classifier import ImageClassifier
 
 
@@ -101,8 +102,10 @@ class SiteClassifier(ImageClassifier):
 
     def forward(self, images: Tensor, *, return_solution: bool = False, **overrides: Any) -> Any:
         """Scores; with `return_solution` also the layer's `Solution`, as a tuple of one."""
-        solution = self.attention(self.sources(images), return_solution=True, **overrides)
-        scores = self.head(self.dropout(solution.value[:, 0]))
+        solution = self.attention(
+            self.sources(images), return_solution=return_solution, **overrides
+        )
+        scores = self.head(self.dropout(value_of(solution)[:, 0]))
         return (scores, (solution,)) if return_solution else scores
 
     def block_fields(self, images: Tensor, solutions: Sequence[Any]) -> list[Tensor]:

@@ -151,7 +151,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
                 for each block.
             return_solution: return also the blocks' `Solution`s, as a tuple.
             **overrides: options of the blocks for this call: ``steps``, ``adjoint``,
-                ``solver_fwd_tol``, ...
+                ``solver_fwd_tol``, ``measure``, ...
 
         Raises:
             TypeError, ValueError: for ids or a mask of the wrong kind, shape or range.

@@ -188,7 +188,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
                 for each block.
             return_solution: return also the blocks' `Solution`s, as a tuple.
             **overrides: options of the blocks for this call: ``steps``, ``adjoint``,
-                ``solver_fwd_tol``, ...
+                ``solver_fwd_tol``, ``measure``, ...
 
         Raises:
             TypeError, ValueError: for images of the wrong kind or shape.
@@ -196,9 +196,9 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         z = self.sites(images)
         solutions, starts = [], starts_of(state, self.blocks)
         for number, block in enumerate(self.blocks):
-            options = {**overrides, "state": starts[number], "return_solution": True}
+            options = {**overrides, "state": starts[number], "return_solution": return_solution}
             solutions.append(block(self.fields(z, number), **options))
-            z = solutions[-1].value
+            z = value_of(solutions[-1])
         logits = self.head(z.mean(dim=1) if self.token is None else z[:, 0])
         return (logits, tuple(solutions)) if return_solution else logits
 

@@ -131,7 +131,7 @@ class Language(Task):
         """The states after the steps without a gradient, under the dropout of those with one."""
         cuda = [inputs.device] if inputs.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(cuda):
-            return model(inputs, steps=relax, return_solution=True)[1]
+            return model(inputs, steps=relax, return_solution=True, measure=False)[1]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from deep_implicit_attention.deq import (
     OneStep,
     Phantom,
 )
+from deep_implicit_attention.deq._state import finite_samples
 from deep_implicit_attention.solvers import Solution, Status, anderson, newton_krylov, picard
 
 TIGHT = {
@@ -134,6 +135,37 @@ class TestHorizon:
         image = layer.fun.update(solution.value, context)
         gap = (image - solution.value).flatten(1).norm(dim=1) / image.flatten(1).norm(dim=1)
         torch.testing.assert_close(solution.residual, gap)
+
+    def test_the_residual_may_be_left_out(self, layer, fields, monkeypatch):
+        calls, update = [], layer.fun.update
+        monkeypatch.setattr(layer.fun, "update", lambda *given: calls.append(1) or update(*given))
+        found = {}
+        for measure in (True, False):
+            calls.clear()
+            found[measure] = layer(fields, steps=4, return_solution=True, measure=measure)
+            assert len(calls) == 4 + measure
+        assert torch.equal(found[True].value, found[False].value)
+        assert found[False].status == (Status.FIXED_STEPS,) * 3
+        assert bool(found[False].residual.isnan().all())
+        assert not bool(found[False].converged.any())
+
+    def test_a_solve_to_tolerance_has_its_residual_anyway(self, layer, fields):
+        solution = layer(fields, return_solution=True, measure=False)
+        assert bool((solution.residual <= 1e-12).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_samples(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.full((5, 2, 3), largest, dtype=dtype)  # the sum of which is infinite
+    assert finite_samples(x).tolist() == [True] * 5
+    for place, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[place, 1, 2] = value
+    assert finite_samples(x).tolist() == [False] * 3 + [True] * 2
+    assert finite_samples(torch.ones(2, 3, dtype=dtype)).tolist() == [True] * 2
+    assert finite_samples(x[:0]).tolist() == []
+    mapped = torch.func.vmap(lambda t: finite_samples(t))(x[:, None])
+    assert mapped.flatten().tolist() == [False] * 3 + [True] * 2
 
 
 class TestInitialState:

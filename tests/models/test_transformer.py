@@ -274,6 +274,8 @@ def test_relaxing_first_and_learning_through_the_last_steps() -> None:
     torch.testing.assert_close(model(ids, state=states, steps=3), expected)
     values = [part.value for part in states]
     torch.testing.assert_close(model(ids, state=values, steps=3), expected)
+    _, unmeasured = model(ids, steps=6, return_solution=True, measure=False)
+    torch.testing.assert_close(model(ids, state=unmeasured, steps=3), expected)
     with pytest.raises(ValueError, match="1 parts, got 2"):
         model(ids, state=[*states, *states])
 
