@@ -14,11 +14,11 @@ from ._memory import empty
 from ._parts import (
     FeedForward,
     Weights,
+    feed_forward,
     feed_forward_at_zero,
     feed_forward_slope,
     feed_forward_vjp,
     inverse_or_identity,
-    minus_feed_forward,
     on_sites,
 )
 from ._products import for_transposed, linear, plus
@@ -96,7 +96,7 @@ class DEQMeanFieldAttention(SiteCouplings):
         field = plus(product(z, couplings), context.x)
         if context.correction is None:
             return field
-        return minus_feed_forward(field, z, context.correction)
+        return plus(field, feed_forward(z, context.correction), alpha=-1)
 
     def first_step(self, context: _Context) -> Tensor:
         """x − f(0), the update from z = 0, which needs no couplings."""
@@ -112,13 +112,13 @@ class DEQMeanFieldAttention(SiteCouplings):
 
         def by_state(v: Tensor) -> Tensor:
             pulled = linear(v.flatten(1), transposed).view_as(v)
-            return pulled if corrected is None else corrected.minus(pulled, v)
+            return pulled if corrected is None else plus(pulled, corrected(v), alpha=-1)
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
             return _Context(
                 v if needed.x else None,
                 _by_couplings(v, z) if needed.couplings else None,
-                None if corrected is None else corrected.by_weights(-v, needed.correction),
+                None if corrected is None else corrected.by_context(-v, needed.correction),
             )
 
         pullback = Pullback(by_state, by_context)
@@ -126,7 +126,8 @@ class DEQMeanFieldAttention(SiteCouplings):
             return pullback
 
         def remainder(v: Tensor) -> Tensor:
-            return corrected.minus(linear(v, feed_forward_slope(correction).mT), v)
+            linear_part = linear(v, feed_forward_slope(correction).mT)
+            return plus(linear_part, corrected(v), alpha=-1)
 
         return pullback._replace(remainder=remainder)
 
@@ -159,7 +160,8 @@ class DEQMeanFieldAttention(SiteCouplings):
 
         def remainder(z: Tensor) -> Tensor:
             """The update without J z, and of f what its slope leaves."""
-            return minus_feed_forward(plus(linear(z, slope), context.x), z, correction)
+            linear_part = plus(linear(z, slope), context.x)
+            return plus(linear_part, feed_forward(z, correction), alpha=-1)
 
         return apply._replace(remainder=remainder)
 

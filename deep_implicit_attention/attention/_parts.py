@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deq._linear_map import LinearMap
+from ..deq._linear_map import LinearMap, Pullback
 from ..deq._map import in_autocast
 from ..deq._state import full_precision
 from ..deq._watched import transformed, watched
@@ -23,7 +23,6 @@ from ._products import (
     linear_by_weight,
     linear_term,
     linear_times,
-    minus_linear,
 )
 
 
@@ -81,28 +80,11 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
 
-def minus_feed_forward(fresh: Tensor, x: Tensor, weights: Weights) -> Tensor:
-    """`fresh` − `feed_forward(x, weights)`, over `fresh`, which nobody else holds, if it may be."""
-    hidden = gelu_linear(x, weights.w_in, weights.b_in)
-    return minus_linear(fresh, hidden, weights.w_out, weights.b_out)
-
-
-class FeedForwardVJP(NamedTuple):
-    """The transposed Jacobian of f at a state."""
-
-    # (fresh, v) ↦ fresh − (∂f/∂z)ᵀ v, over `fresh` if it may be.
-    minus: Callable[[Tensor, Tensor], Tensor]
-    by_weights: Callable[[Tensor, Any], Weights]  # (∂f/∂θ)ᵀ v, of what is needed (`Pullback`)
-
-
-def feed_forward_vjp(z: Tensor, weights: Weights) -> FeedForwardVJP:
-    """Products with the derivatives of f at `z`, that of the GELU computed once."""
+def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
+    """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once; by the weights, too."""
     hidden = linear(z, weights.w_in, weights.b_in)
     slope = _gelu_slope(hidden)
     out, back = weights.w_out.mT, weights.w_in.mT
-
-    def minus(fresh: Tensor, v: Tensor) -> Tensor:
-        return minus_linear(fresh, linear_times(v, out, slope), back)
 
     def by_weights(v: Tensor, needed: Weights) -> Weights:
         by_hidden = linear_times(v, out, slope) if needed.w_in or needed.b_in else v
@@ -113,7 +95,7 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> FeedForwardVJP:
             linear_by_bias(v) if needed.b_out else None,
         )
 
-    return FeedForwardVJP(minus, by_weights)
+    return Pullback(lambda v: linear_term(linear_times(v, out, slope), back), by_weights)
 
 
 def feed_forward_at_zero(weights: Weights) -> Tensor:

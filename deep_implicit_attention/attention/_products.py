@@ -134,20 +134,6 @@ def plus(fresh: Tensor, other: Tensor, alpha: int = 1) -> Tensor:
     return torch.add(fresh, other, alpha=alpha)
 
 
-def minus_linear(fresh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`fresh` − (x Wᵀ + b), summed up by the product, over `fresh` where that may be."""
-    same = fresh.dtype == x.dtype == weight.dtype != torch.bfloat16
-    if not same or fresh.shape[:-1] != x.shape[:-1] or _slim(x, weight) or _fast(x, weight, bias):
-        return plus(fresh, linear_term(x, weight, bias), alpha=-1)
-    if watched(fresh, x, weight):
-        return fresh - F.linear(x, weight, bias)
-    if _spare():
-        rows = fresh.reshape(-1, len(weight))
-        total = rows.addmm_(x.reshape(-1, x.shape[-1]), weight.mT, alpha=-1)
-        return (total if bias is None else total.sub_(bias)).view(fresh.shape)
-    return _MinusLinear.apply(fresh, x, weight, bias)
-
-
 def _spare() -> bool:
     """Whether fresh results may be written over: there is no graph, and nothing is transformed.
 
@@ -249,27 +235,3 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             by_bias = linear_by_bias(g)
         return by_x, by_weight, by_bias
-
-
-class _MinusLinear(torch.autograd.Function):
-    """`minus_linear` with a graph, by the arithmetic it has without: a solve has steps of both."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, fresh: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        rows = fresh.reshape(-1, len(weight))
-        total = torch.addmm(rows, x.reshape(-1, x.shape[-1]), weight.mT, alpha=-1)
-        return (total if bias is None else total.sub_(bias)).view(fresh.shape)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        needed, minus = ctx.needs_input_grad, -g
-        return (
-            g,
-            linear(minus, weight.mT) if needed[1] else None,
-            linear_by_weight(minus, x) if needed[2] else None,
-            linear_by_bias(minus) if needed[3] else None,
-        )

@@ -20,7 +20,6 @@ from ._parts import (
     inverse_or_identity,
     linear_weights,
     merge_heads,
-    minus_feed_forward,
     normalized,
     normalized_vjp,
     split_heads,
@@ -157,29 +156,26 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
     def update(self, z: Tensor, context: _Context) -> Tensor:
         acting = self._acting(z.to(context.w_out.dtype))
         pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
-        field = self._driven(context, linear(pooled, context.w_out, context.b_out))
-        return hide(self._corrected(context, field, acting), context.mask)
+        response = linear(pooled, context.w_out, context.b_out)
+        correction = context.correction
+        f = None if correction is None else feed_forward(acting, correction)
+        return self._sum(context, response, f)
 
     def first_step(self, context: _Context) -> Tensor:
         """x + b_O − f(0), the update from z = 0, which needs no couplings."""
-        field = self._driven(context, context.b_out)
-        if context.correction is not None:
-            f = feed_forward_at_zero(context.correction)
-            field = plus(field, f if context.kept is None else context.kept[1] * f, alpha=-1)
+        correction = context.correction
+        f = None if correction is None else feed_forward_at_zero(correction)
+        return self._sum(context, context.b_out, f)
+
+    def _sum(self, context: _Context, response: Tensor, f: Tensor | None) -> Tensor:
+        """`response` + x − `f`; a `response` in the shape of x is written over if it may be."""
+        if context.kept is not None:
+            response = context.kept[0] * response
+        field = plus(response, context.x)
+        if f is not None:
+            f = f if context.kept is None else context.kept[1] * f
+            field = plus(field, f, alpha=-1)
         return hide(field, context.mask)
-
-    def _driven(self, context: _Context, response: Tensor) -> Tensor:
-        """`response` + x; a `response` in the shape of x is written over if it may be."""
-        return plus(response if context.kept is None else context.kept[0] * response, context.x)
-
-    def _corrected(self, context: _Context, field: Tensor, acting: Tensor) -> Tensor:
-        """`field` − f, over `field` if it may be."""
-        if context.correction is None:
-            return field
-        if context.kept is None:
-            return minus_feed_forward(field, acting, context.correction)
-        f = feed_forward(acting, context.correction)
-        return plus(field, context.kept[1] * f, alpha=-1)
 
     def vjp(self, z: Tensor, context: _Context) -> Pullback:
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
@@ -199,7 +195,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             _, response, corrected = parts(v)
             out = merge_heads(transposed(split_heads(linear(response, w_out), self.heads)))
             if correct is not None:
-                out = correct.minus(out, corrected)
+                out = plus(out, correct(corrected), alpha=-1)
             return out if back is None else back(out.to(z.dtype))
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
@@ -208,7 +204,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             pooled, by_couplings = context.couplings.pullback(heads, needed.couplings)
             by_pooled = split_heads(linear(response, w_out), self.heads)
             if correct is not None:
-                by_weights = correct.by_weights(-corrected, needed.correction)
+                by_weights = correct.by_context(-corrected, needed.correction)
                 needed = needed._replace(correction=by_weights)
             return needed._replace(
                 x=v if needed.x else None,
@@ -223,7 +219,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
         def remainder(v: Tensor) -> Tensor:
             v, _, corrected = parts(v)
-            return correct.minus(linear(v, feed_forward_slope(correction).mT), corrected)
+            linear_part = linear(v, feed_forward_slope(correction).mT)
+            return plus(linear_part, correct(corrected), alpha=-1)
 
         return pullback._replace(remainder=remainder)
 
@@ -275,8 +272,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
 
         def remainder(z: Tensor) -> Tensor:
             """The update less what the mean and the slope of f make of z, if sums are the mean."""
-            rest = self._corrected(context, self._driven(context, context.b_out), z)
-            return plus(linear(z, slope), hide(rest, context.mask))
+            rest = self._sum(context, context.b_out, feed_forward(z, correction))
+            return plus(linear(z, slope), rest)
 
         return linear_map._replace(remainder=remainder)
 

