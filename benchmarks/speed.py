@@ -49,8 +49,9 @@ MISSED = (
     "has couplings whose spectrum is a disc, for which plain iteration is optimal, so no solver "
     "saves evaluations, and over half of its forward time is bare products; of adaptive TAP (4, "
     "32, 8) a seventh of the time of forward and backward is one Cholesky factorisation. What "
-    "else there is there and in mean field (60, 17, 10) is many small operations of many kinds, "
-    "which among each other take two to four times as long as each in a loop of its own."
+    "else there is there, in mean field (60, 17, 10) and in softmax (32, 64, 16) is many small "
+    "operations of many kinds, which among each other take two to four times as long as each in a "
+    "loop of its own."
 )
 
 
