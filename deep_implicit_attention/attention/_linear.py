@@ -25,10 +25,10 @@ class Factor(NamedTuple):
         """A⁻¹ b for `b` `(n, r)`, or A⁻ᵀ b."""
         if self.inverse is not None:
             # Few right-hand sides, for which products with the matrix as it lies in memory, in
-            # rows, are the fast ones.
+            # rows, are the fast ones. So do those of the result, states of samples, in the end.
             rows, plain = b.mT.contiguous(), transposed and self.pivots is not None
             if better_as_columns(rows, self.inverse) and not plain:
-                return self.inverse @ rows.mT
+                return (self.inverse @ rows.mT).mT.contiguous().mT
             return (rows @ (self.inverse if plain or self.pivots is None else self.inverse.mT)).mT
         if self.pivots is None:
             return torch.cholesky_solve(b, self.matrix)

@@ -126,9 +126,9 @@ class DEQFixedPoint(nn.Module):
             return_solution: return the `Solution`, whose `value` is what this call would return
                 otherwise. It unpacks: ``z, solution = layer(x, return_solution=True)``.
             measure: False spares a fixed number of steps the evaluation that measures the residual
-                of the `Solution`, which is then NaN, as for a state that only starts another call.
-                A solve to tolerance has its residual anyway.
-            debug: print the first and the last residual.
+                of the `Solution`, which is then NaN: for states that only start another call. A
+                solve to tolerance has its residual anyway.
+            debug: print the first and the last residual, which are then measured.
             **overrides: ``steps``, ``adjoint`` (which replaces the constructor's ``solver_bwd_*``),
                 ``on_failure``, ``initial_state``, ``solver_fwd_NAME`` or ``solver_bwd_NAME`` for
                 this call only.

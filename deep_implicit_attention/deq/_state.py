@@ -36,7 +36,8 @@ def finite_samples(x: Tensor) -> Tensor:
     x = x.detach()
     if is_host(x) and not watched(x) and math.isfinite(float(x.sum())):
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    return torch.isfinite(x).flatten(1).all(dim=1)
+    finite = torch.isfinite(x)
+    return finite.flatten(1).all(dim=1) if x.dim() > 1 else finite
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Status(StrEnum):
     )
     FIXED_STEPS = (
         "fixed_steps",
-        "A fixed number of steps was asked for; the residual says how far equilibrium is.",
+        "A fixed number of steps was asked for; the residual, if measured, says how far "
+        "equilibrium is.",
     )
 
     @property
@@ -71,7 +72,8 @@ class Solution:
         value: the solution; `(B, n)` from a solver, the structure of `z0` from `fixed_point`.
         residual: `(B,)`, of exactly this `value` on the plain (undamped) map:
             ‖f(z) − z‖ / ‖f(z)‖ with ``stop_mode="rel"``, ‖f(z) − z‖ with ``"abs"``; for `gmres`
-            ‖b − A x‖ / ‖b‖. Infinite where the map was never finite.
+            ‖b − A x‖ / ‖b‖. Infinite where the map was never finite, NaN where that of a fixed
+            number of steps was not measured.
         steps: `(B,)`, iterates at which the map was evaluated until the sample was done (for
             `gmres`: Krylov vectors).
         converged: `(B,)`, boolean.

@@ -329,15 +329,17 @@ def test_few_rows_of_a_large_operator(batch, symmetric, monkeypatch):
             by_x = torch.autograd.grad(solution.value.sin().sum(), x)[0]
             found += [solution.value, by_x]
             assert solution.all_converged()
+            assert solution.value.is_contiguous()
             assert solution.residual.max() < 1e-14
     for value in found[2:]:
         expected = found[0] if value.requires_grad else found[1]
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(3, 5), (3, 8)])  # not of 64 bits, and of 64 bits
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_same_bits(dtype):
-    one = torch.randn(3, 5, dtype=dtype)
+def test_same_bits(dtype, size):
+    one = torch.randn(size, dtype=dtype)
     one[0, 0] = torch.nan
     assert same_bits(one, one.clone())
     assert same_bits(one.mT, one.mT.clone())

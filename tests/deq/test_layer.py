@@ -164,6 +164,7 @@ def test_finite_samples(dtype):
     assert finite_samples(x).tolist() == [False] * 3 + [True] * 2
     assert finite_samples(torch.ones(2, 3, dtype=dtype)).tolist() == [True] * 2
     assert finite_samples(x[:0]).tolist() == []
+    assert finite_samples(x[:, 1, 2]).tolist() == [False] * 3 + [True] * 2
     mapped = torch.func.vmap(lambda t: finite_samples(t))(x[:, None])
     assert mapped.flatten().tolist() == [False] * 3 + [True] * 2
 

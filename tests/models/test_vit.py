@@ -201,6 +201,22 @@ def test_equilibrium_is_the_limit_of_the_explicit_networks(attention: str) -> No
     assert explicit[1].residual.min() > solutions[1].residual.max()
 
 
+@pytest.mark.parametrize("solutions", [True, False])
+def test_steps_are_measured_only_if_solutions_are_asked_for(solutions: bool, monkeypatch) -> None:
+    model, calls = build().eval(), []
+    fun: Any = model.blocks[0].fun
+    update = type(fun).update
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return update(*given)
+
+    monkeypatch.setattr(type(fun), "update", counted)
+    with torch.no_grad():
+        model(images(), steps=3, return_solution=solutions)
+    assert len(calls) == 3 + solutions
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_gradient_is_that_of_a_long_unroll(attention: str) -> None:
     model = build(attention, depth=2)
