@@ -22,7 +22,7 @@ from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method
 from ._memory import same_bits
-from ._products import better_as_columns
+from ._products import linear_of_few
 from ._site_couplings import SiteCouplings, respond
 
 State = tuple[Tensor, Tensor]
@@ -194,13 +194,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         if not on_host:
             # Accelerators may round the factors of a product: P, which is large, stays out of it.
             operator = operator - block_diagonal(precision)
-        flat, b = z.flatten(1), x.flatten(1)
-        if better_as_columns(flat, operator):
-            change = torch.addmm(b.mT, operator, flat.mT, alpha=-1).mT
-        else:
-            # The fast product is that with the matrix as it lies in memory.
-            acting = operator if self.symmetric else operator.mT
-            change = torch.addmm(b, flat, acting, alpha=-1)
+        flat = z.flatten(1)
+        change = x.flatten(1) - linear_of_few(flat, operator, self.symmetric)
         asked = on_host and not watched(change, precision)
         if not (asked and torch.equal(precision, _ones(*precision.shape[:2], precision.dtype))):
             change = torch.linalg.solve_ex(precision, change.view_as(z).permute(1, 2, 0)).result

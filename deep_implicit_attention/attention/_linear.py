@@ -11,7 +11,7 @@ from torch import Tensor
 from ..deq._map import without_autocast
 from ..deq._watched import transformed, watched
 from ._memory import empty
-from ._products import better_as_columns
+from ._products import linear_of_few
 
 
 class Factor(NamedTuple):
@@ -24,12 +24,10 @@ class Factor(NamedTuple):
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """A⁻¹ b for `b` `(n, r)`, or A⁻ᵀ b."""
         if self.inverse is not None:
-            # Few right-hand sides, for which products with the matrix as it lies in memory, in
-            # rows, are the fast ones. So do those of the result, states of samples, in the end.
-            rows, plain = b.mT.contiguous(), transposed and self.pivots is not None
-            if better_as_columns(rows, self.inverse) and not plain:
-                return (self.inverse @ rows.mT).mT.contiguous().mT
-            return (rows @ (self.inverse if plain or self.pivots is None else self.inverse.mT)).mT
+            rows, symmetric = b.mT.contiguous(), self.pivots is None
+            if transposed and not symmetric:
+                return (rows @ self.inverse).mT
+            return linear_of_few(rows, self.inverse, symmetric).mT
         if self.pivots is None:
             return torch.cholesky_solve(b, self.matrix)
         return torch.linalg.lu_solve(self.matrix, self.pivots, b, adjoint=transposed)

@@ -1,4 +1,4 @@
-"""Memory for matrices between all sites, which can be most of what a solve touches."""
+"""Memory of matrices between all sites, most of what a solve can touch: had, kept and compared."""
 
 from __future__ import annotations
 

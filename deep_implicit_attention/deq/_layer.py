@@ -193,8 +193,7 @@ class DEQFixedPoint(nn.Module):
             poisoned = False
             # A bounded response to what is not finite may be finite. The sum is a first look.
             converged = solution.all_converged()
-            sound = converged or not bool((solution.codes == Status.NONFINITE.code).any())
-            if not (sound and math.isfinite(float(fields.detach().sum()))):
+            if not (converged and math.isfinite(float(fields.detach().sum()))):
                 broken = (solution.codes == Status.NONFINITE.code) | ~finite_samples(fields)
                 poisoned = bool(broken.any())
             if poisoned:
