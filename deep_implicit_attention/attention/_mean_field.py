@@ -87,6 +87,9 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def prepare(self, x: Tensor) -> _Context:
         correction = None if self.correction is None else self.correction.weights()
+        if self._overrides("coupling_matrix"):
+            shape = self.num_spins, self.dim, self.num_spins, self.dim
+            return _Context(x, self.coupling_matrix().view(shape), correction)
         return _Context(x, self.coupling_blocks(), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
@@ -184,7 +187,9 @@ def _inverse(feedback: Tensor) -> Tensor:
             if largest < _FOUR:
                 return terms
             return linear(terms, linear(two, two.mT).mT).add_(terms)
-    return inverse_or_identity(torch.eye(size).to(feedback) - feedback)
+    return inverse_or_identity(
+        torch.eye(size, dtype=feedback.dtype, device=feedback.device) - feedback
+    )
 
 
 def _matrix(couplings: Tensor) -> Tensor:

@@ -192,9 +192,11 @@ class _Normalized(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if not torch.is_grad_enabled():
             return _normalized_backward(g, x, mean, rstd, weight, bias, needed)
+        # Fresh aliases: x may come from the same weight, and that is not this layer's derivative.
+        inputs: Any = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+        x, weight, bias = inputs
         value = _written_out(x)
         value = value if weight is None else value * weight + bias
-        inputs: tuple[Any, ...] = x, weight, bias
         wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(value, wanted, g, create_graph=True))
         return tuple(next(found) if need else None for need in needed)

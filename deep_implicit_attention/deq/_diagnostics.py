@@ -138,7 +138,7 @@ def _ritz_values(
         return like.new_zeros(batch, 1, dtype=torch.complex64)
     generator = torch.Generator().manual_seed(seed)
     # One start for all samples: what a sample gets does not depend on its batch mates.
-    start = torch.randn(n, dtype=like.dtype, generator=generator).to(like.device)
+    start = torch.randn(n, dtype=like.dtype, generator=generator, device="cpu").to(like.device)
     basis = like.new_zeros(batch, size + 1, n)
     basis[:, 0] = start / torch.linalg.vector_norm(start)
     hessenberg = like.new_zeros(batch, size + 1, size)

@@ -158,7 +158,8 @@ def solve_and_attach(
     if not torch.is_grad_enabled() and plain is not None:
         with without_autocast(flat):
             solution = solve(untraced(f, layout, plain), flat)
-        return solution.with_value(layout.unpack(solution.value))
+        value = solution.value.clone()  # a map may return what it was given
+        return solution.with_value(layout.unpack(value))
     traced = TracedMap(f, layout, args)
     if dual(traced.tensors):
         raise RuntimeError(_FORWARD_MODE)

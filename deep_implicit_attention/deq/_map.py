@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
+from ..solvers._validate import check_unchanged, version
 from ._linear_map import Pullback, on_vectors
 from ._module import of_its_update
 from ._state import Layout, full_precision
@@ -250,10 +251,9 @@ def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tens
 
 
 def _flat_image(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
-    version = None if z.is_inference() else z._version
+    before = version(z)
     image = f(layout.unpack(z), *args)
-    if version is not None and z._version != version:
-        raise RuntimeError("f must not change its state in place: return a new tensor")
+    check_unchanged(z, before)
     layout.check_image(image)
     flat = layout.pack(image)
     return flat if flat.dtype == z.dtype else flat.to(z.dtype)

@@ -169,7 +169,8 @@ class _Weights:
             gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
             gamma = self._solved(gram, targets * scale)
             sound = xp.isfinite(gamma).all(-1)
-            return torch.as_tensor(xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma)))
+            found = xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma))
+            return torch.from_numpy(found) if self.on_host else found
 
     def _solved(self, gram: Any, target: Any) -> Any:
         """NaN for a sample whose matrix is singular."""
@@ -177,7 +178,7 @@ class _Weights:
             try:
                 return np.linalg.solve(gram, target[..., None])[..., 0]
             except np.linalg.LinAlgError:
-                gram, target = torch.as_tensor(gram), torch.as_tensor(target)
+                gram, target = torch.from_numpy(gram), torch.from_numpy(target)
         gamma, failed = torch.linalg.solve_ex(gram, target[..., None])
         gamma = torch.where(failed[:, None] == 0, gamma.squeeze(2), torch.nan)
         return gamma.numpy() if self.on_host else gamma

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._scale import is_host, norms
 from ._solution import Solution, Status, sound
-from ._validate import check_arguments, check_same_shape
+from ._validate import check_arguments, check_same_shape, check_unchanged, version
 
 Map = Callable[[Tensor], Tensor]
 # What of k, z, f(z), f(z) − z and its norms makes the next z.
@@ -95,12 +95,14 @@ def iterate(
     together = on_host and len(z) > 0
 
     for k in range(max_iter):
+        before = version(z)
         if first is not None and k + 1 < max_iter and some(first.serves):
             fz, exact = first(z), ~first.serves
             together = False
         else:
             fz, exact, first = f(z), True, None
             check_same_shape(fz, z, "the map")
+        check_unchanged(z, before)
         g = fz - z
         g_norm, f_norm = norms(g, fz)
         with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart

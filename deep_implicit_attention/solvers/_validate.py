@@ -82,6 +82,20 @@ def check_same_shape(out: Any, like: Tensor, what: str) -> None:
         )
 
 
+def version(z: Tensor) -> int:
+    """How often `z` was written to, as far as torch knows, to be handed to `check_unchanged`."""
+    return 0 if z.is_inference() else z._version
+
+
+def check_unchanged(z: Tensor, before: int) -> None:
+    """Raise if the map that was given `z` wrote to it, or to memory that it had returned before."""
+    if version(z) != before:
+        raise RuntimeError(
+            "f must not change its state in place, nor write its result where an earlier one is: "
+            "return a new tensor"
+        )
+
+
 def takes(solver: Callable, option: str) -> bool:
     """Whether `solver` has the keyword `option`."""
     known = _keywords(solver)

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from deep_implicit_attention.attention import DEQAdaTAPMeanFieldAttention, _adatap, _linear
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQMeanFieldAttention,
+    _adatap,
+    _linear,
+)
 from deep_implicit_attention.deq import DEQFixedPoint, fixed_point
 from deep_implicit_attention.spins import GaussianPrior
 
@@ -213,15 +218,17 @@ class TestClosedFormAsUsersMeetIt:
         torch.testing.assert_close(grad(solution.value, at, g), grad(expected, at, g))
 
     @pytest.mark.parametrize("name", ["coupling_matrix", "coupling_blocks", "weight"])
-    def test_other_couplings_are_those_of_the_system(self, name):
+    @pytest.mark.parametrize("kind", [DEQAdaTAPMeanFieldAttention, DEQMeanFieldAttention])
+    def test_other_couplings_are_those_of_the_system(self, kind, name):
         def weaker(self):
-            return 0.5 * getattr(DEQAdaTAPMeanFieldAttention, name)(self)
+            return 0.5 * getattr(kind, name)(self)
 
         torch.manual_seed(0)
-        kind = type("Weaker", (DEQAdaTAPMeanFieldAttention,), {name: weaker})
-        module, x = kind(4, 3).double(), torch.randn(2, 4, 3, dtype=torch.float64)
-        plain = DEQAdaTAPMeanFieldAttention(4, 3).double()
-        plain._weight.data = module._weight.detach() / 2
+        module = type("Weaker", (kind,), {name: weaker})(4, 3).double()
+        x = torch.randn(2, 4, 3, dtype=torch.float64)
+        plain = kind(4, 3).double()
+        plain.load_state_dict(module.state_dict())
+        plain._weight.data /= 2
         found, expected = DEQFixedPoint(module)(x), DEQFixedPoint(plain)(x)
         torch.testing.assert_close(found, expected)
         (by_weight,) = torch.autograd.grad(found.square().sum(), module._weight)

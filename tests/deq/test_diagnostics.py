@@ -46,6 +46,14 @@ def test_jacobian_norm_is_the_largest_singular_value(matrices):
     torch.testing.assert_close(jacobian_norm(linear(matrices), z), expected)
 
 
+@pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm])
+def test_what_is_found_does_not_depend_on_the_default_device(diagnostic, matrices):
+    z = torch.randn(5, 8, dtype=torch.float64)
+    expected = diagnostic(linear(matrices), z)
+    with torch.device("meta"):
+        assert torch.equal(diagnostic(linear(matrices), z), expected)
+
+
 def test_nonlinear_maps_and_tuple_states(matrices):
     def f(z):
         return torch.tanh(linear(matrices)(z[0]) + z[1]), z[0] * z[1]

@@ -402,6 +402,25 @@ def test_a_narrow_module_of_a_user_is_widened(rich, x, steps):
     assert {p.grad.dtype for p in narrow.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_returned_may_be_written_to(grad):
+    class Constant(DEQModule):
+        def __init__(self):
+            super().__init__()
+            self.answer = nn.Parameter(torch.ones(2, 3), requires_grad=False)
+
+        def update(self, z, context):
+            return self.answer if context.mean() > 1 else context
+
+    layer = DEQFixedPoint(Constant())
+    with torch.set_grad_enabled(grad):
+        for x in (torch.full((2, 3), 0.5), torch.full((2, 3), 2.0)):
+            before = x.clone()
+            layer(x).zero_()
+            assert torch.equal(x, before)
+    assert torch.equal(layer.fun.answer, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("steps", [None, 3])
 def test_a_state_changed_in_place_is_refused(x, steps):
     class InPlace(DEQModule):

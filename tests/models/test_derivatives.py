@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deep_implicit_attention.attention._parts import LayerNorm
 from deep_implicit_attention.models import (
@@ -92,6 +93,25 @@ def test_derivatives_are_those_of_the_loss(order, make):
     model, loss = make()
     mine, theirs = directional(loss, model, order, 3e-5)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_norm_that_is_used_twice_has_the_derivatives_of_torch():
+    torch.manual_seed(0)
+    norm = LayerNorm(5).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.uniform_(-1, 1)
+    inputs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), norm.weight, norm.bias
+
+    def derivatives(of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        value = of(1.3 * of(inputs[0]) + inputs[0])
+        first = torch.autograd.grad(value.pow(3).sum(), inputs, create_graph=True)
+        penalty = torch.stack([g.square().sum() for g in first]).sum()
+        return [*first, *torch.autograd.grad(penalty, inputs)]
+
+    found = derivatives(norm)
+    expected = derivatives(lambda t: F.layer_norm(t, (5,), norm.weight, norm.bias, norm.eps))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_layer_norm_is_that_of_torch():

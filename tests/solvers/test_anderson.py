@@ -50,6 +50,15 @@ def test_takes_the_steps_of_its_definition(m, ridge, damping, make_problem, reco
         torch.testing.assert_close(found[i], expected, rtol=1e-7, atol=1e-9)
 
 
+def test_states_stay_on_their_device_whatever_the_default_is(make_problem):
+    problem = make_problem(batch=3, n=12, norm=0.9)
+    expected = anderson(problem.f, problem.z0, tol=1e-10)
+    with torch.device("meta"):
+        found = anderson(problem.f, problem.z0, tol=1e-10)
+    assert expected.all_converged()
+    assert torch.equal(found.value, expected.value)
+
+
 def test_a_sample_that_settles_fast_by_itself_takes_picard_steps(make_problem, record):
     problem = make_problem(batch=3, n=12, norm=0.25)
     accelerated, plain = record(problem.f), record(problem.f)

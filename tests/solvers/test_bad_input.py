@@ -144,3 +144,16 @@ def test_error_inside_the_map_comes_through(any_solver):
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         any_solver(broken, START)
+
+
+@pytest.mark.parametrize("method", [picard, anderson])
+def test_a_map_that_writes_where_it_wrote_before(method):
+    """Its first result is the next state; overwritten, it would have residual 0."""
+    memory = torch.empty_like(START)
+    with pytest.raises(RuntimeError, match="nor write its result where an earlier one is"):
+        method(lambda z: torch.add(half(z), 1, out=memory), START)
+
+
+def test_a_map_that_writes_to_its_state(solver):
+    with pytest.raises(RuntimeError, match="must not change its state in place"):
+        solver(lambda z: z.mul_(0.5).add_(1), START)
