@@ -170,6 +170,22 @@ class Solution:
             residual_norm=put(self.residual_norm, second.residual_norm),
         )
 
+    def unless_better(self, other: Solution) -> Solution:
+        """The same steps, with the answer of `other` where its residual is smaller."""
+        better = other.residual < self.residual
+
+        def put(mine: Tensor, its: Tensor) -> Tensor:
+            return torch.where(better.view(-1, *[1] * (mine.dim() - 1)), its, mine)
+
+        return replace(
+            self,
+            value=_each(put, self.value, other.value),
+            residual=put(self.residual, other.residual),
+            converged=put(self.converged, other.converged),
+            codes=put(self.codes, other.codes),
+            residual_norm=put(self.residual_norm, other.residual_norm),
+        )
+
     def accepting(self, where: Tensor) -> Solution:
         """The samples in the boolean `where` `(B,)` counted as converged."""
         return replace(

@@ -49,7 +49,7 @@ class ExpectationPropagation(ConsistentMethod):
             ``"double loop"``: the free energy of expectation consistency is minimised, going
             downhill at every step (`Response.objective`), which solves a convex problem.
             ``"auto"``: at most 300 parallel updates, then the double loop for the samples on which
-            they failed.
+            they failed; of both answers that with the smaller residual.
         damping: part of the old terms kept in parallel and sequential updates.
         tol: relative residual of the equations of `AdaptiveTAP` at which a sample is solved. The
             default is for float64; in float32 residuals stop falling at 1e-7 or above: pass about
@@ -127,7 +127,8 @@ class _Schedule:
         failed = ~first.converged
         if schedule == "parallel" or not bool(failed.any()):
             return first
-        return first.followed_by(self._descend(f, z0, failed, tol, max_iter), failed)
+        second = self._descend(f, z0, failed, tol, max_iter)
+        return first.followed_by(second.unless_better(first.rows(failed)), failed)
 
     def _in_parallel(self, f: Map, z0: Tensor, tol: float, max_iter: int) -> Solution:
         h, V = self.cavities

@@ -84,6 +84,51 @@ class TestExact:
         entropy = -(p * (p * 2**6).log()).sum()
         torch.testing.assert_close(response.entropy, entropy)
 
+    @pytest.mark.parametrize("others", [0, 30])
+    def test_variances_of_saturated_spins_have_all_digits(self, others):
+        """Two spins, cov(s_1, s_2) = 4 (e^{2J} − e^{−2J}) / Z², var s_i = 4 p_i (1 − p_i)."""
+        J, x = 0.3, torch.tensor([15.0, -12.0], dtype=torch.float64)
+        # Up and up, up and down, down and down, down and up.
+        weights = torch.stack([J + x.sum(), -J + x[0] - x[1], J - x.sum(), -J - x[0] + x[1]]).exp()
+        p = weights / weights.sum()
+        one, two = 4 * (p[0] + p[1]) * (p[2] + p[3]), 4 * (p[0] + p[3]) * (p[1] + p[2])
+        both = 4 * (math.exp(2 * J) - math.exp(-2 * J)) / weights.sum() ** 2
+        system = SpinSystem(torch.tensor([[0.0, J], [J, 0.0]], dtype=torch.float64), IsingPrior())
+        fields = torch.cat([x[None], torch.zeros(others, 2).double()])
+        found = Exact()(system, fields).covariance[0]
+        torch.testing.assert_close(found.diagonal(), torch.stack([one, two]), rtol=1e-12, atol=0)
+        size = float(one * two) ** 0.5
+        torch.testing.assert_close(found[0, 1], both, rtol=0, atol=1e-12 * size)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("count", [3, 50])
+    def test_moments_are_possible_ones(self, count, dtype):
+        torch.manual_seed(0)
+        x = 30 * torch.randn(count, 8, dtype=dtype)
+        couplings = 0.5 * sherrington_kirkpatrick(8, 1.0)[0].to(dtype)
+        response = Exact()(SpinSystem(couplings, IsingPrior()), x)
+        assert response.magnetization.abs().max() <= 1
+        variances = response.covariance.diagonal(dim1=1, dim2=2)
+        assert (variances >= 0).all()
+        scale = variances.clamp_min(torch.finfo(dtype).tiny).rsqrt()
+        correlations = scale.unsqueeze(1) * response.covariance * scale.unsqueeze(2)
+        assert torch.linalg.eigvalsh(correlations).min() > -1e-5
+
+    def test_covariances_of_many_fields_have_derivatives(self):
+        torch.manual_seed(0)
+        x = torch.randn(5, 3, dtype=torch.float64)
+        x[1] *= 5  # saturated
+        upper = torch.randn(3, dtype=torch.float64)
+        inputs = x.requires_grad_(), upper.requires_grad_()
+
+        def covariance(x, upper):
+            couplings = x.new_zeros(3, 3).index_put(tuple(torch.triu_indices(3, 3, 1)), upper)
+            return Exact()(SpinSystem(couplings + couplings.T, IsingPrior()), x).covariance
+
+        few = torch.cat([covariance(one[None], upper) for one in x])
+        torch.testing.assert_close(covariance(*inputs), few)
+        assert torch.autograd.gradcheck(covariance, inputs)
+
     def test_gaussian_against_the_joint_density(self):
         prior = gaussian_prior(2)
         couplings = full_couplings(4, 2, 0.2)
