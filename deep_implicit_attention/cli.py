@@ -99,13 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
         through the relaxation steps.
 
         What is missing (no weights yet, data not there, settings of another version) is named in
-        the page, and the rest is shown.
+        the page, and the rest is shown. It takes some seconds, for adaptive TAP some minutes.
 
         Args:
             run: folder of the run
             out: where the page is written, by default report.html in the folder of the run
         """
-        path = recipes.report_run(run, out)
+        console = require("rich.console", "train").Console(stderr=True)
+        with console.status("reading the run") as status:
+            path = recipes.report_run(run, out, tell=lambda title: status.update(title))
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         return 0
 

@@ -19,7 +19,14 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[T
     Raises:
         ValueError: without prompts, or for one that is empty or not a sequence of integers.
     """
-    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    rows = []
+    for number, prompt in enumerate(prompts):
+        try:
+            rows.append(torch.as_tensor(prompt))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"prompt {number} must be a sequence of ids, got {prompt!r}"
+            ) from error
     if not rows:
         raise ValueError("prompts must hold at least one prompt")
     for number, row in enumerate(rows):

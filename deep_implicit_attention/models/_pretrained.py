@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 _WEIGHTS = "model.safetensors"
+# What may be the name of a repository: with more slashes, or a dot in front, it is a path.
+_REPOSITORY = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # What `from_pretrained` hands on for downloads; the last two by older versions of the mixin.
 _DOWNLOAD = (
     "revision", "cache_dir", "force_download", "local_files_only", "token",
@@ -30,6 +34,35 @@ class Pretrained(
     this class and of this config, all of them.
     """
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any
+    ) -> Any:
+        """The model saved in a folder, or in a repository of the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or ``owner/name`` of a repository.
+            **options: `map_location`, what `huggingface_hub.hf_hub_download` takes (`revision`,
+                `cache_dir`, `force_download`, `local_files_only`, `token`), and arguments of the
+                constructor that are to differ from the config.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, or config or weights are missing.
+            ValueError: for a damaged config, or one that makes no such model; if the weights are no
+                whole safetensors file, or those of another model or config.
+        """
+        given = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(given):
+            _check_config(Path(given) / "config.json")
+            return super().from_pretrained(given, **options)
+        if not _REPOSITORY.fullmatch(given):
+            raise FileNotFoundError(f"there is no folder {given} with a saved {cls.__name__}")
+        try:
+            return super().from_pretrained(given, **options)
+        except Exception as error:
+            error.add_note(f"There is no folder {given} here, so it was looked for on the Hub.")
+            raise
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         save_model(self, str(save_directory / _WEIGHTS), {"model": type(self).__name__})
@@ -38,12 +71,7 @@ class Pretrained(
     def _from_pretrained(
         cls, *, model_id: str, map_location: str | torch.device = "cpu", **rest: Any
     ) -> Any:
-        """`from_pretrained` after the config was read into `rest`.
-
-        Raises:
-            FileNotFoundError: if config or weights are missing.
-            ValueError: if the weights are no whole safetensors file, or those of another model.
-        """
+        """`from_pretrained` after the config was read into `rest`."""
         where = {name: rest.pop(name) for name in _DOWNLOAD if name in rest}
         where = {name: value for name, value in where.items() if value is not None}
         rest.pop("strict", None)  # always
@@ -55,10 +83,27 @@ class Pretrained(
         else:
             path = hf_hub_download(model_id, _WEIGHTS, **where)
         weights = _read(path, cls.__name__)
-        model = cls(**rest)
+        try:
+            model = cls(**rest)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the config of {model_id} makes no {cls.__name__}: {error}"
+            ) from error
         assert isinstance(model, nn.Module)
         _fill(model, weights, path)
         return model.to(map_location).eval()
+
+
+def _check_config(path: Path) -> None:
+    """Raise if there is a config that is no JSON object."""
+    if not path.is_file():
+        return  # said with the weights
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
 
 
 def _read(path: str, name: str) -> dict[str, Tensor]:

@@ -67,7 +67,9 @@ class SiteClassifier(ImageClassifier):
             check_count(name, size)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         if len(widths) != len(strides) or not widths:
-            raise ValueError(f"widths and strides must pair up, got {widths} and {strides}")
+            raise ValueError(
+                f"widths and strides must pair up, and be at least one, got {widths} and {strides}"
+            )
         if any(stride not in (1, 2) for stride in strides):
             raise ValueError(f"strides must be 1 or 2, got {strides}")
         layers: list[nn.Module] = []

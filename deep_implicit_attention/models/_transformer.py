@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -293,7 +294,16 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         return penalty_of(self.maps(ids, solutions, mask), generator)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token; targets of −100 do not count."""
+        """Mean cross-entropy in nats per token; targets of −100 do not count.
+
+        Raises:
+            ValueError: for more or fewer targets than ids.
+        """
+        if math.prod(logits.shape[:-1]) != targets.numel():
+            raise ValueError(
+                f"targets must have shape {tuple(logits.shape[:-1])} as the logits do, got "
+                f"{tuple(targets.shape)}"
+            )
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long())
 
     def count_params(self) -> int:

@@ -64,9 +64,11 @@ class Boltzmann:
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must be some, all different, got {' '.join(self.methods)}")
+            got = " ".join(self.methods) or "none"
+            raise ValueError(f"methods must be some of {', '.join(METHODS)}, each once, got {got}")
         if not self.l2 or not all(0 < value < math.inf for value in self.l2):
-            raise ValueError(f"l2 must be numbers above 0, got {' '.join(map(str, self.l2))}")
+            got = " ".join(map(str, self.l2)) or "none"
+            raise ValueError(f"l2 must be numbers above 0, at least one, got {got}")
         for name, least in (("num_hidden", 1), ("num_updates", 1), ("samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

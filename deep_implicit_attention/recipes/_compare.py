@@ -26,7 +26,10 @@ Answers = dict[str, "Answer"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says of a system; the numbers are NaN where it did not converge."""
+    """What a method says of a system; the numbers are NaN where it did not converge.
+
+    `note` is what a warning said of it.
+    """
 
     status: str
     steps: int | None
@@ -36,6 +39,7 @@ class Answer:
     covariance: Tensor
     log_partition: float
     sampling: Sampling | None = None
+    note: str = ""
 
     @property
     def sound(self) -> bool:
@@ -136,14 +140,16 @@ def _ask(method: Method, system: SpinSystem, x: Tensor) -> Answer:
                 covariance = response.covariance
             except torch.linalg.LinAlgError:  # type: ignore
                 failed, status = True, "singular"
-    seconds = time.perf_counter() - start
+    seconds, note = time.perf_counter() - start, ""
     for warning in said:
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
-        elif not failed:  # the response, or a method without a solution to tell of
-            failed, status = True, "not converged"
+        else:
+            note = str(warning.message)
+            if not failed:  # the response, or a method without a solution to tell of
+                failed, status = True, "not converged" if solution is None else "no covariance"
     finite = bool(torch.isfinite(m).all() & torch.isfinite(covariance).all())
     if not failed and not (finite and math.isfinite(log)):
         failed, status = True, str(Status.NONFINITE)
@@ -158,6 +164,7 @@ def _ask(method: Method, system: SpinSystem, x: Tensor) -> Answer:
         covariance=covariance,
         log_partition=log,
         sampling=response.sampling,
+        note=note,
     )
 
 
@@ -193,6 +200,8 @@ def _record(beta: float, name: str, answers: Answers) -> dict[str, Any]:
         "residual": answer.residual,
         "seconds": round(answer.seconds, 4),
     }
+    if answer.note:
+        record["note"] = answer.note
     if sampling is not None:
         record["r_hat"] = sampling.worst_r_hat.item()
         record["magnetization_standard_error"] = _noise(answer)
@@ -234,12 +243,16 @@ def _print(console: Any, recipe: Ising, answers: Answers) -> None:
     for line in (recipe.describe(size), *_about(size, next(iter(answers.values())))):
         console.print(line, soft_wrap=True)
     console.print(table)
-    if not all(answer.sound for name, answer in answers.items() if name != SAMPLED):
+    failed = {n: answer for n, answer in answers.items() if n != SAMPLED and not answer.sound}
+    if any(answer.status != "no covariance" for answer in failed.values()):
         console.print(
             "a method that did not converge has no numbers: for max_iter raise --max-iter or "
             "loosen --tol, for gibbs raise --samples, for anything else lower --beta",
             soft_wrap=True,
         )
+    for name, answer in failed.items():
+        if answer.status == "no covariance":
+            console.print(f"{name}: {answer.note}", soft_wrap=True)
 
 
 def _about(size: int, reference: Answer) -> list[str]:

@@ -25,7 +25,8 @@ class TrainingFlags:
     weight_decay: float
     """decoupled weight decay of AdamW"""
     tol: float
-    """relative residual at which a sample's equilibrium counts as found, forward and backward"""
+    """relative residual at which a sample's equilibrium counts as found, forward and backward;
+    float32 reaches nothing below about 1e-6 reliably"""
     max_iter: int
     """solver steps at most, forward and backward"""
     threads: int
@@ -61,7 +62,9 @@ class TrainingFlags:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
         # Under the names of the flags: the plan and the solvers have others.
         check_count("keep_checkpoints", self.keep_checkpoints)
-        check_number("tol", self.tol, minimum=0.0)
+        check_number("tol", self.tol)
+        if self.tol <= 0:
+            raise ValueError(f"tol must be above 0, got {self.tol}")
         check_count("max_iter", self.max_iter)
 
     def plan_options(self) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Ising:
     tol: float = 1e-10
     """relative residual at which a method's equations count as solved"""
     max_iter: int = 2000
-    """solver steps at most"""
+    """solver steps at most; expectation-propagation has two solvers, the second for what the first
+    leaves"""
     run_dir: Path = Path("runs/ising")
     """folder for metrics, answers and figure: new, empty, or an earlier run's to overwrite"""
     threads: int = 1

@@ -53,6 +53,7 @@ class Story:
         missing: sentences, shown at the top.
         data: what the moving part shows, or None.
         owns_files: whether pictures may be written into the folder of the run.
+        tell: called with the title of a section that is begun.
     """
 
     run: Run
@@ -61,6 +62,7 @@ class Story:
     missing: list[str] = field(default_factory=list)
     data: dict[str, Any] | None = None
     owns_files: bool = True
+    tell: Callable[[str], Any] | None = None
 
     @property
     def command(self) -> str | None:
@@ -102,6 +104,8 @@ class Story:
     def section(self, title: str, what: str, build: Callable[[Section], Any]) -> Section:
         """A section that `build` adds to; where it fails, what it added so far, and a sentence."""
         section = Section(title)
+        if self.tell:
+            self.tell(title)
         self.attempt(what, lambda: build(section))
         return section
 
@@ -118,14 +122,16 @@ class Story:
             section.add(beside(*filter(None, shown)))
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+def write_report(
+    folder: Path, out: Path | None = None, tell: Callable[[str], Any] | None = None
+) -> Path:
     """See `report_run`."""
     path = folder / REPORT if out is None else out
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         why = "that is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise ValueError(f"out must be a file in a folder that exists, got {out}: {why}")
     run = Run(folder)
-    story = Story(run, {}, owns_files=out is None)
+    story = Story(run, {}, owns_files=out is None, tell=tell)
     _read_config(story)
     story.records = story.attempt("The metrics cannot be read", lambda: _readable(story)) or []
     sections = _sections(story)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ def generate_run(folder: Path, prompt: str, **options: Any) -> str:
     return load_recipe(run).generate(run, prompt, **options)
 
 
-def report_run(folder: Path, out: Path | None = None) -> Path:
+def report_run(
+    folder: Path, out: Path | None = None, *, tell: Callable[[str], Any] | None = None
+) -> Path:
     """Write one self-contained HTML page on the run in `folder` to `out` (default: `report.html`
-    in it), and return where it is.
+    in it), and return where it is. `tell` is called with the title of each section that is begun.
 
     Results and evaluations are those of the metrics file; figures and the part that moves through
     the relaxation are computed from the best weights. What is not there (weights, data, metrics) or
@@ -108,7 +111,7 @@ def report_run(folder: Path, out: Path | None = None) -> Path:
     """
     from ._report_page import write_report  # matplotlib takes a second to import
 
-    return write_report(folder, out)
+    return write_report(folder, out, tell)
 
 
 def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:

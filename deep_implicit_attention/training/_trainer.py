@@ -146,7 +146,7 @@ class Trainer:
                 f"the training loss is not finite in step {course.step} ({self._where()}): "
                 f"{self.task.advice}"
             )
-        self._heed(self.watch.step(found["loss"], found.get("failed", 0.0)))
+        self._heed(self.watch.step(found["loss"], found.get("failed", 0.0), course.residual))
 
     def _evaluate(self) -> None:
         """Measure the model, see whether it is the best so far or the last, log it."""

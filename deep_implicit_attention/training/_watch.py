@@ -40,8 +40,12 @@ class Watch:
     LARGEST_FAILED = 0.5
     LARGEST_RADIUS = 0.98
 
-    def step(self, loss: float, failed: float) -> str | None:
-        """Take in a step; a sentence if there is a sign of divergence."""
+    def step(self, loss: float, failed: float, residual: float | None = None) -> str | None:
+        """Take in a step; a sentence if there is a sign of divergence.
+
+        `residual`, the worst of late, goes into the sentence on failed solves: where it is
+        rounding, the tolerance is to be changed.
+        """
         self.count += 1
         if self.count == 1:
             self.start = loss
@@ -52,10 +56,11 @@ class Watch:
             self.first = self.lowest = self.loss
         self.lowest = min(self.lowest, self.loss)
         if self.count >= self.FIRST_STEPS and self.failed > self.LARGEST_FAILED:
+            largest = "" if residual is None else f" (residuals up to {residual:.1e})"
             return self._tell(
                 "failed",
                 f"{self.failed:.0%} of the equilibria of the last "
-                f"{min(self.count, self.MEMORY)} steps were not found to the tolerance",
+                f"{min(self.count, self.MEMORY)} steps were not found to the tolerance{largest}",
             )
         if loss - self.start > (self.LARGEST_JUMP - 1) * abs(self.start):
             return self._tell(

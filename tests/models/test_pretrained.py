@@ -107,6 +107,37 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
         config.write_text(json.dumps(written))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config\.json is damaged: "),
+        ("[1]", r"config\.json must hold a JSON object, got list"),
+        ('{"max_seq_len": 6, "dim": 8}', "makes no DeepImplicit.* argument: 'num_tokens'"),
+        ('{"num_tokens": 7, "max_seq_len": 6, "dim": 8, "foo": 1}', "makes no .* option 'foo'"),
+        ('{"num_tokens": 7, "max_seq_len": 6, "dim": -8}', "makes no DeepImplicit.* dim must be"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    build().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none"), "./none", "some/where/none", "~/none"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+            DeepImplicitAttentionTransformer.from_pretrained(name)
+    with pytest.raises(OSError) as raised:  # noqa: PT011 (its kind is huggingface_hub's)
+        DeepImplicitAttentionTransformer.from_pretrained(
+            "runs/none", local_files_only=True, cache_dir=tmp_path
+        )
+    assert raised.value.__notes__ == [
+        "There is no folder runs/none here, so it was looked for on the Hub."
+    ]
+
+
 def test_missing_files_and_pickles_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
         DeepImplicitAttentionTransformer.from_pretrained(tmp_path)

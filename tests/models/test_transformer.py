@@ -528,9 +528,16 @@ def test_wrong_prompts() -> None:
         model.generate(ids, 0)
     with pytest.raises(ValueError, match="from 0 to 10, got 11"):
         model.generate(torch.tensor([[11]]), 2)
-    for prompts, message in (([], "at least one"), ([[1], []], "prompt 1"), ([[0.5]], "prompt 0")):
+    for prompts, message in (
+        ([], "at least one"),
+        ([[1], []], "prompt 1"),
+        ([[0.5]], "prompt 0"),
+        (["ab"], "prompt 0 must be a sequence of ids, got 'ab'"),
+    ):
         with pytest.raises(ValueError, match=message):
             left_pad(prompts)
+    with pytest.raises(ValueError, match=r"targets must have shape \(2, 4\) .* got \(2, 3\)"):
+        model.loss(torch.zeros(2, 4, 11), torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_narrow_models_generate() -> None:

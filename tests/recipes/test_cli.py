@@ -284,7 +284,8 @@ def test_settings_out_of_range(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--tol -1", "tol must be at least 0, got -1.0"),
+        ("--tol -1", "tol must be above 0, got -1.0"),
+        ("--tol 0", "tol must be above 0, got 0.0"),
         ("--max-iter 0", "max_iter must be at least 1, got 0"),
         ("--keep-checkpoints 0", "keep_checkpoints must be at least 1, got 0"),
     ],

@@ -290,6 +290,21 @@ def test_warnings_become_marks(where: str, ising: Command, monkeypatch: pytest.M
     assert rows(run.out)["odd"][:3] == ["-", "-", "-"]
     assert "not converged" in " ".join(rows(run.out)["odd"])
     assert rows(run.out)["tap"][5] == "converged"
+    (odd,) = (r for r in records(run.folder) if r["method"] == "odd")
+    assert odd["note"] == ("adjoint" if where == "response" else "solve")
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_a_solution_without_covariance_says_why(ising: Command) -> None:
+    """Without fields m = 0 solves the naive equations; at β = 1 it is no maximum of the bound."""
+    run = ising("--field", "0", "--methods", "naive", "tap", "--betas")
+    table, at = rows(run.out), {r["method"]: r for r in records(run.folder)}
+    assert table["naive"][:5] == ["-", "-", "-", "1", "0.0e+00"]
+    assert at["naive"]["status"] == "no covariance"
+    assert "not stable, its covariance has the negative eigenvalue" in at["naive"]["note"]
+    assert f"naive: {at['naive']['note']}" in run.out
+    assert at["tap"]["status"] == "converged"
+    assert "note" not in at["tap"]
 
 
 @pytest.mark.usefixtures("no_figure")

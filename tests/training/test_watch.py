@@ -72,6 +72,13 @@ def test_more_than_half_of_the_solves_fail() -> None:
     assert "67% of the equilibria of the last 3 steps" in sign
 
 
+def test_failed_solves_are_told_with_their_residual() -> None:
+    watch = Watch()
+    told = [watch.step(2.0, 1.0, residual) for residual in (3e-7, 4e-7, 5e-7)]
+    assert told[:2] == [None, None]
+    assert str(told[2]).endswith("not found to the tolerance (residuals up to 5.0e-07)")
+
+
 @pytest.mark.parametrize(
     ("radius", "told"), [(0.7, False), (0.97, False), (0.99, True), (3.0, True), (math.nan, True)]
 )
