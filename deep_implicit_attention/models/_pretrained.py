@@ -48,15 +48,16 @@ class Pretrained(
 
         Raises:
             FileNotFoundError: if there is no such folder, or config or weights are missing.
-            ValueError: for a damaged config, or one that makes no such model; if the weights are no
-                whole safetensors file, or those of another model or config.
+            TypeError, ValueError: for a config that makes no such model with the arguments given.
+            ValueError: for a damaged config in a folder; if the weights are no whole safetensors
+                file, or those of another model or config.
         """
         given = os.fspath(pretrained_model_name_or_path)
         if os.path.isdir(given):
             _check_config(Path(given) / "config.json")
             return super().from_pretrained(given, **options)
         if not _REPOSITORY.fullmatch(given):
-            raise FileNotFoundError(f"there is no folder {given} with a saved {cls.__name__}")
+            raise FileNotFoundError(f"there is no folder {given!r} with a saved {cls.__name__}")
         try:
             return super().from_pretrained(given, **options)
         except Exception as error:
@@ -86,8 +87,10 @@ class Pretrained(
         try:
             model = cls(**rest)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"the config of {model_id} makes no {cls.__name__}: {error}"
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"the config of {model_id}, with the arguments given beside it, makes no "
+                f"{cls.__name__}: {error}"
             ) from error
         assert isinstance(model, nn.Module)
         _fill(model, weights, path)

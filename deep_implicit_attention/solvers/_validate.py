@@ -88,11 +88,11 @@ def version(z: Tensor) -> int:
 
 
 def check_unchanged(z: Tensor, before: int) -> None:
-    """Raise if the map that was given `z` wrote to it, or to memory that it had returned before."""
+    """Raise if the map that was given `z` wrote to it, or to a tensor that `z` is a view of."""
     if version(z) != before:
         raise RuntimeError(
-            "f must not change its state in place, nor write its result where an earlier one is: "
-            "return a new tensor"
+            "f must not change its state in place, nor write to a tensor that an earlier result "
+            "is, or is a part of: return a new tensor"
         )
 
 

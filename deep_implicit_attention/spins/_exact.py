@@ -20,8 +20,6 @@ from ._system import SpinSystem, check_system
 
 # Entries of the tables, of states and fields or states and pairs, that are worked on at a time.
 _TABLE = 2**22
-# Second moments less squared means lose more than three digits of a variance below this.
-_LOST = 1e-3
 
 
 class Exact:
@@ -110,48 +108,40 @@ class Exact:
             p = torch.exp(exponent - log[:, None])
             return p.sum(dim=1), p @ states, p @ own
 
-        def pairs(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor]:
+        def pairs(first: int, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+            """Of all pairs of components, how probable it is that both, none and the first only
+            have the upper of their two values."""
             states, _, exponent = weights(first, x, matrix)
-            both = (states.unsqueeze(2) * states.unsqueeze(1)).flatten(1)
             p = torch.exp(exponent - log[:, None])
-            return ((p @ both).unflatten(1, matrix.shape),)
+            up = (states == levels.max()).to(p)
+            down = 1 - up
+            three = (up, up), (down, down), (up, down)
+            if len(x) < len(matrix):
+                return tuple(torch.einsum("bk,ki,kj->bij", p, a, b) for a, b in three)
+            # Products of all pairs once for all fields, which are more than components.
+            tables = ((a.unsqueeze(2) * b.unsqueeze(1)).flatten(1) for a, b in three)
+            return tuple((p @ table).unflatten(1, matrix.shape) for table in tables)
 
-        def spread(first: int, x: Tensor, matrix: Tensor, m: Tensor, log: Tensor) -> tuple[Tensor]:
-            states, _, exponent = weights(first, x, matrix)
-            found = []
-            for one, centre in zip(torch.exp(exponent - log[:, None]), m, strict=True):
-                centred = states - centre
-                found.append((one[:, None] * centred).mT @ centred)
-            return (torch.stack(found),)
-
-        def over_all(part: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> list[Tensor]:
-            graph = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        def over_all(part: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+            graph = torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)
             out: list[Tensor] = []
             for first in range(0, count, chunk):
                 if graph:
-                    more = checkpoint(part, first, *given, use_reentrant=False)
+                    more = checkpoint(part, first, x, matrix, use_reentrant=False)
                 else:  # the first checkpoint of a process takes seconds of imports
-                    more = part(first, *given)
+                    more = part(first, x, matrix)
                 out = [a + b for a, b in zip(out, more, strict=True)] if out else list(more)
             return out
 
-        total, mean, own = over_all(sums, x, matrix)
+        total, mean, own = over_all(sums)
         m = (mean / total[:, None]).clamp(
             levels.min(), levels.max()
         )  # beyond them by rounding only
 
         def covariance() -> Tensor:
-            lost = torch.ones_like(total, dtype=torch.bool)
-            found = total.new_zeros(len(x), *matrix.shape)
-            if len(x) > len(matrix):
-                # Products of all pairs of components once for all fields, which are more.
-                second = over_all(pairs, x, matrix)[0]
-                found = second / total[:, None, None] - m.unsqueeze(2) * m.unsqueeze(1)
-                lost = found.diagonal(dim1=1, dim2=2).amin(dim=1) < _LOST
-            if not bool(lost.any()):
-                return found
-            centred = over_all(spread, x[lost], matrix, m[lost], log[lost])[0]
-            return found.index_put((lost,), centred / total[lost, None, None])
+            # Not second moments less squared means, which leave nothing of a small variance.
+            both, none, first = (part / total[:, None, None] for part in over_all(pairs))
+            return (levels.max() - levels.min()) ** 2 * (both * none - first * first.mT)
 
         energy = -own / total - (x * m).sum(dim=1)
         return log + total.log(), m, energy, Later(covariance, x, matrix)

@@ -135,7 +135,8 @@ class Trainer:
         """Add the statistics of a step to those since the last evaluation."""
         course = self.course
         course.batches += 1
-        course.residual = worst_of(course.residual, found.pop("residual", 0.0))
+        residual = found.pop("residual", 0.0)
+        course.residual = worst_of(course.residual, residual)
         for name, value in found.items():
             course.sums[name] = course.sums.get(name, 0.0) + value
         if self.progress:
@@ -146,7 +147,7 @@ class Trainer:
                 f"the training loss is not finite in step {course.step} ({self._where()}): "
                 f"{self.task.advice}"
             )
-        self._heed(self.watch.step(found["loss"], found.get("failed", 0.0), course.residual))
+        self._heed(self.watch.step(found["loss"], found.get("failed", 0.0), residual))
 
     def _evaluate(self) -> None:
         """Measure the model, see whether it is the best so far or the last, log it."""

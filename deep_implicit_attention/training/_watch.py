@@ -43,8 +43,8 @@ class Watch:
     def step(self, loss: float, failed: float, residual: float | None = None) -> str | None:
         """Take in a step; a sentence if there is a sign of divergence.
 
-        `residual`, the worst of late, goes into the sentence on failed solves: where it is
-        rounding, the tolerance is to be changed.
+        `residual`, the step's worst, goes into the sentence on failed solves: where it is rounding,
+        the tolerance is to be changed.
         """
         self.count += 1
         if self.count == 1:
@@ -56,7 +56,7 @@ class Watch:
             self.first = self.lowest = self.loss
         self.lowest = min(self.lowest, self.loss)
         if self.count >= self.FIRST_STEPS and self.failed > self.LARGEST_FAILED:
-            largest = "" if residual is None else f" (residuals up to {residual:.1e})"
+            largest = "" if residual is None else f" (the last with residuals up to {residual:.1e})"
             return self._tell(
                 "failed",
                 f"{self.failed:.0%} of the equilibria of the last "

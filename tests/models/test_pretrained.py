@@ -120,14 +120,22 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_config_is_refused(tmp_path: Path, content: str, message: str) -> None:
     build().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
         DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(raised.value)
 
 
+def test_arguments_beside_the_config(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    other = DeepImplicitAttentionTransformer.from_pretrained(tmp_path, solver_fwd_tol=1e-2)
+    assert "solver_fwd_tol=0.01" in repr(other.blocks[0])
+    with pytest.raises(TypeError, match=r"with the arguments given .* unknown option 'foo'"):
+        DeepImplicitAttentionTransformer.from_pretrained(tmp_path, foo=1)
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "./none", "some/where/none", "~/none"):
-        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
             DeepImplicitAttentionTransformer.from_pretrained(name)
     with pytest.raises(OSError) as raised:  # noqa: PT011 (its kind is huggingface_hub's)
         DeepImplicitAttentionTransformer.from_pretrained(

@@ -150,7 +150,7 @@ def test_error_inside_the_map_comes_through(any_solver):
 def test_a_map_that_writes_where_it_wrote_before(method):
     """Its first result is the next state; overwritten, it would have residual 0."""
     memory = torch.empty_like(START)
-    with pytest.raises(RuntimeError, match="nor write its result where an earlier one is"):
+    with pytest.raises(RuntimeError, match="nor write to a tensor that an earlier result is"):
         method(lambda z: torch.add(half(z), 1, out=memory), START)
 
 

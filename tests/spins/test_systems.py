@@ -84,9 +84,23 @@ class TestExact:
         entropy = -(p * (p * 2**6).log()).sum()
         torch.testing.assert_close(response.entropy, entropy)
 
+    @pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
     @pytest.mark.parametrize("others", [0, 30])
-    def test_variances_of_saturated_spins_have_all_digits(self, others):
-        """Two spins, cov(s_1, s_2) = 4 (e^{2J} − e^{−2J}) / Z², var s_i = 4 p_i (1 − p_i)."""
+    @pytest.mark.parametrize("field", [8.0, 20.0, 40.0])
+    def test_variances_of_saturated_spins_have_all_digits(self, field, others, dtype, digits):
+        """1/cosh² of its field, of a spin without couplings beside others, not saturated."""
+        couplings = torch.zeros(8, 8, dtype=dtype)
+        couplings[1:, 1:] = sherrington_kirkpatrick(7, 0.8)[0]
+        torch.manual_seed(0)
+        x = torch.randn(1 + others, 8, dtype=dtype)
+        x[0, 0] = field
+        found = Exact()(SpinSystem(couplings, IsingPrior()), x).covariance[0]
+        assert float(found[0, 0]) == pytest.approx(math.cosh(field) ** -2, rel=digits)
+        size = (found[0, 0] * found.diagonal()[1:]).sqrt()
+        assert (found[0, 1:].abs() < digits * size).all()
+
+    def test_two_saturated_spins(self):
+        """cov(s_1, s_2) = 4 (e^{2J} − e^{−2J}) / Z², var s_i = 4 p_i (1 − p_i)."""
         J, x = 0.3, torch.tensor([15.0, -12.0], dtype=torch.float64)
         # Up and up, up and down, down and down, down and up.
         weights = torch.stack([J + x.sum(), -J + x[0] - x[1], J - x.sum(), -J - x[0] + x[1]]).exp()
@@ -94,8 +108,7 @@ class TestExact:
         one, two = 4 * (p[0] + p[1]) * (p[2] + p[3]), 4 * (p[0] + p[3]) * (p[1] + p[2])
         both = 4 * (math.exp(2 * J) - math.exp(-2 * J)) / weights.sum() ** 2
         system = SpinSystem(torch.tensor([[0.0, J], [J, 0.0]], dtype=torch.float64), IsingPrior())
-        fields = torch.cat([x[None], torch.zeros(others, 2).double()])
-        found = Exact()(system, fields).covariance[0]
+        found = Exact()(system, x).covariance
         torch.testing.assert_close(found.diagonal(), torch.stack([one, two]), rtol=1e-12, atol=0)
         size = float(one * two) ** 0.5
         torch.testing.assert_close(found[0, 1], both, rtol=0, atol=1e-12 * size)
@@ -113,6 +126,13 @@ class TestExact:
         scale = variances.clamp_min(torch.finfo(dtype).tiny).rsqrt()
         correlations = scale.unsqueeze(1) * response.covariance * scale.unsqueeze(2)
         assert torch.linalg.eigvalsh(correlations).min() > -1e-5
+
+    def test_covariances_of_no_fields_have_a_graph(self):
+        x = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
+        covariance = Exact()(SpinSystem(ferromagnet(3), IsingPrior()), x).covariance
+        covariance.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == (0, 3)
 
     def test_covariances_of_many_fields_have_derivatives(self):
         torch.manual_seed(0)

@@ -76,7 +76,9 @@ def test_failed_solves_are_told_with_their_residual() -> None:
     watch = Watch()
     told = [watch.step(2.0, 1.0, residual) for residual in (3e-7, 4e-7, 5e-7)]
     assert told[:2] == [None, None]
-    assert str(told[2]).endswith("not found to the tolerance (residuals up to 5.0e-07)")
+    assert str(told[2]).endswith(
+        "not found to the tolerance (the last with residuals up to 5.0e-07)"
+    )
 
 
 @pytest.mark.parametrize(
