@@ -25,6 +25,9 @@ from ._memory import empty
 _FUSED = 1024
 # From here on no matrix is made at all.
 _LONG = 2048
+# States of so many components a head, of fewer sites than these, are faster as they stand.
+_NARROW = 16
+_WIDE = 128
 
 
 class Couplings(NamedTuple):
@@ -123,7 +126,14 @@ class Couplings(NamedTuple):
 
 
 def _times(transposed: Tensor, z: Tensor) -> Tensor:
-    """J z, given Jᵀ: the states as rows of a few components each, four times as fast as columns."""
+    """J z, given Jᵀ: by zᵀ Jᵀ, states of a few components as rows, or as it stands.
+
+    Measured with 64 sites in float32: as rows 4 components take a third of the time, and 32 take
+    1.2 times as long. In float64 rows are always the faster.
+    """
+    sites, width = z.shape[-2:]
+    if transposed.dtype == torch.float32 and width >= _NARROW and sites < _WIDE:
+        return transposed.mT @ z.to(transposed.dtype)
     return (z.mT.to(transposed.dtype).contiguous() @ transposed).mT
 
 
