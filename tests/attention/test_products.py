@@ -13,6 +13,7 @@ from deep_implicit_attention.attention import (
     DEQVanillaSoftmaxAttention,
     _products,
 )
+from deep_implicit_attention.attention._pooling import couple
 from deep_implicit_attention.attention._products import gelu_linear, linear, linear_term
 from deep_implicit_attention.deq import DEQFixedPoint
 
@@ -309,3 +310,26 @@ def test_gradients_by_couplings_that_lie_apart():
     with torch.no_grad():
         found = module.vjp(z, context)(v)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sites", [5, 127, 128])
+@pytest.mark.parametrize("width", [1, 15, 16, 32])
+def test_couplings_act_as_their_matrix_does(width, sites, dtype):
+    """States are multiplied as rows or as they stand, as is faster; also for derivatives."""
+    torch.manual_seed(0)
+    q, k, z, g = torch.randn(4, 2, 3, sites, width, dtype=dtype)
+    z = z.transpose(1, 2).contiguous().transpose(1, 2)  # as heads are split
+    inputs = [t.requires_grad_() for t in (q, k, z)]
+    coupled = couple(q, k, width, 0.3, None, True)
+    hidden = torch.ones(sites, sites).triu(1).bool()
+    matrix = (0.3 * q @ k.mT).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    expected = torch.einsum("bhij,bhjk->bhik", matrix, z)
+    found = coupled.act(z)
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(coupled.act(z), found)
+        transposed = torch.einsum("bhij,bhik->bhjk", matrix, g)
+        torch.testing.assert_close(coupled.transposed()(g), transposed)
+    mine, theirs = (torch.autograd.grad(value, inputs, g) for value in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
