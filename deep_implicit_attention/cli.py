@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         through the relaxation steps.
 
         What is missing (no weights yet, data not there, settings of another version) is named in
-        the page, and the rest is shown. It takes some seconds, for adaptive TAP some minutes.
+        the page, and the rest is shown. It takes some seconds, for adaptive TAP a minute or more.
 
         Args:
             run: folder of the run

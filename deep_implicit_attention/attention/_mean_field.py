@@ -87,10 +87,8 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def prepare(self, x: Tensor) -> _Context:
         correction = None if self.correction is None else self.correction.weights()
-        if self._overrides("coupling_matrix"):
-            shape = self.num_spins, self.dim, self.num_spins, self.dim
-            return _Context(x, self.coupling_matrix().view(shape), correction)
-        return _Context(x, self.coupling_blocks(), correction)
+        shape = self.num_spins, self.dim, self.num_spins, self.dim
+        return _Context(x, self.coupling_matrix().view(shape), correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
         couplings = context.couplings

@@ -83,7 +83,7 @@ def check_same_shape(out: Any, like: Tensor, what: str) -> None:
 
 
 def version(z: Tensor) -> int:
-    """How often `z` was written to, as far as torch knows, to be handed to `check_unchanged`."""
+    """How often `z` was written to, as far as torch counts: of inference tensors it does not."""
     return 0 if z.is_inference() else z._version
 
 

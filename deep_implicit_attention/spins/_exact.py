@@ -134,14 +134,13 @@ class Exact:
             return out
 
         total, mean, own = over_all(sums)
-        m = (mean / total[:, None]).clamp(
-            levels.min(), levels.max()
-        )  # beyond them by rounding only
+        low, high = levels.aminmax()
+        m = (mean / total[:, None]).clamp(low, high)  # beyond them by rounding only
 
         def covariance() -> Tensor:
             # Not second moments less squared means, which leave nothing of a small variance.
             both, none, first = (part / total[:, None, None] for part in over_all(pairs))
-            return (levels.max() - levels.min()) ** 2 * (both * none - first * first.mT)
+            return (high - low) ** 2 * (both * none - first * first.mT)
 
         energy = -own / total - (x * m).sum(dim=1)
         return log + total.log(), m, energy, Later(covariance, x, matrix)

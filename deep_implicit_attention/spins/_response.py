@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution
+from ..solvers._validate import version
 from ._mcmc import Sampling
 
 
@@ -81,8 +82,7 @@ class Later:
     def __init__(self, compute: Callable[[], Tensor], *inputs: Tensor) -> None:
         self.compute = compute
         self.graph = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        # Changes of inference tensors are not counted.
-        self.inputs = [(t, t._version) for t in inputs if not t.is_inference()]
+        self.inputs = [(t, version(t)) for t in inputs]
         self.kept: dict[bool, Tensor] = {}
 
     def __call__(self) -> Tensor:
@@ -90,7 +90,7 @@ class Later:
         if graph not in self.kept and True in self.kept:
             return self.kept[True].detach()
         if graph not in self.kept:
-            if any(t._version != version for t, version in self.inputs):
+            if any(version(t) != before for t, before in self.inputs):
                 raise RuntimeError(
                     "couplings, fields or parameters of the prior were changed in place after the "
                     "response was computed, which reads them when covariance or susceptibility is "
