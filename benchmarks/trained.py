@@ -131,7 +131,7 @@ def main() -> None:
         if folder:
             kept += measure(kind, folder, flags.turns)
     kept.sort(key=lambda found: (list(runs).index(found["model"]), -found["tolerance"]))
-    command = "python -m benchmarks.trained"
+    command = "python -m benchmarks.trained --vit RUN --shakespeare RUN"
     write_section(
         flags.out,
         TITLE,
