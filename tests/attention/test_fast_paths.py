@@ -286,6 +286,7 @@ class _Response(_Matrix):
         return respond(operator, b, factorise(operator, symmetric))
 
 
+@pytest.mark.quick("symmetries[03]-*")
 @pytest.mark.parametrize("scale", [0.2, 4.0])  # positive definite or not
 @pytest.mark.parametrize("symmetries", [(True, True), (True, False), (False, True), (False, False)])
 def test_the_response_of_a_gaussian_prior(scale, symmetries):

@@ -202,6 +202,7 @@ class TestGradients:
         parameters = [p.detach().clone().requires_grad_() for p in case.module.parameters()]
         return (x.requires_grad_(), *parameters)
 
+    @pytest.mark.quick("*-True", "mean-field-False", "softmax-causal-False")
     @pytest.mark.parametrize("training", [True, False])
     def test_first_order(self, case, x, training):
         case.module.train(training)
@@ -242,6 +243,7 @@ class TestGradients:
             for a, b in zip(mine, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.quick("mean-field", "softmax-causal", "mixer", "vector-spin", "adatap")
     def test_third_order(self, case, x):
         assert_third_order(DEQFixedPoint(case.module, anderson, **TIGHT), x, case.inputs)
 
@@ -253,6 +255,7 @@ class TestGradients:
             assert parameter.grad.norm() > 0, name
             assert bool(parameter.grad.isfinite().all()), name
 
+    @pytest.mark.quick("mean-field", "softmax-masked", "mixer", "adatap", "vector-spin")
     def test_bytes_saved_do_not_depend_on_steps(self, case, x):
         def saved(steps):
             total = 0

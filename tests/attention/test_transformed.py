@@ -106,7 +106,7 @@ MODULES = {
 }
 
 
-@pytest.mark.quick("small-True-mean-field", "small-True-softmax", "small-False-mean-field")
+@pytest.mark.quick("small-True-mean-field", "small-False-softmax")
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_explicit_steps_compile_as_one_graph(name, grad_enabled):

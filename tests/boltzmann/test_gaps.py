@@ -282,6 +282,7 @@ def extrapolating(sure: float) -> np.ndarray:
     return X
 
 
+@pytest.mark.quick("options0-*", "options[12]-tap")
 @pytest.mark.parametrize("method", RESPONSES)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"max_iter": 2000}, {"pseudocount": 0.1, "l2": 0.01}])
@@ -293,6 +294,10 @@ def test_means_that_regressions_take_beyond_one_are_refused_by_name(
     said = rf"the mean of columns to ±1 or beyond: {column} \([12]\.\d+\)\."
     with pytest.raises(ValueError, match=said):
         BoltzmannMachine(method, **options).fit(holes[:, 1 - column :])
+
+
+def test_the_likelihood_has_a_maximum_where_regressions_go_beyond_one() -> None:
+    holes = np.c_[np.ones(4000), extrapolating(0.97)]
     assert np.isfinite(BoltzmannMachine("exact").fit(holes[:, 1:]).couplings_).all()
 
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from deep_implicit_attention.boltzmann import BoltzmannMachine
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -92,16 +86,3 @@ def test_too_many_spins_to_enumerate() -> None:
     X = np.where(np.random.default_rng(0).normal(size=(60, 21)) > 0, 1, -1)
     with pytest.raises(ValueError, match="up to 20 spins"):
         BoltzmannMachine("exact").fit(X)
-
-
-def test_without_scikit_learn_the_line_that_installs_it() -> None:
-    program = (
-        "import sys; sys.modules['sklearn'] = None\n"
-        "import deep_implicit_attention.spins, deep_implicit_attention.recipes\n"
-        "import deep_implicit_attention.boltzmann"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert "pip install 'deep-implicit-attention[boltzmann]'" in done.stderr.splitlines()[-1]

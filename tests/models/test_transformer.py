@@ -354,6 +354,7 @@ def test_plain_iteration_converges_as_initialised(attention: str, positions: str
         model(torch.randint(65, (4, 33)))
 
 
+@pytest.mark.quick("4-1-*", "8-2-*", "32-4-rotary")
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize(("dim", "heads"), [(4, 1), (8, 2), (16, 2), (32, 4)])
 def test_narrow_models_converge_from_every_seed(positions: str, dim: int, heads: int) -> None:

@@ -386,7 +386,7 @@ def test_maps_are_the_steps_of_the_blocks(attention: str) -> None:
     assert len(pairs) == 2
 
 
-@pytest.mark.quick("mean-field", "mlp-mixer")
+@pytest.mark.quick("mean-field")
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_spectral_radius_and_penalty_against_the_jacobian(attention: str) -> None:
     model = build(attention, depth=2, dim=6).eval()

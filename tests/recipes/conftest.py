@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -126,14 +128,34 @@ def saved(tmp_path: Path) -> Callable[[Any, Any], list[str]]:
 PHRASE = "the quick brown fox jumps over the lazy dog.\n"
 
 
+def made_once(
+    name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder that `make` fills: for all processes of the tests, by the first that asks."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "runs" / name
+    folder.parent.mkdir(exist_ok=True)
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run on the digits, with four checkpoints, and its report."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    flags = ("--epochs", "4", "--keep-checkpoints", "4", "--seed", "1", "--batch-size", "64")
-    assert call(folder, "digits", *flags).status == 0
-    assert invoke(folder, "report", str(folder)).status == 0
-    return folder
+
+    def make(folder: Path) -> None:
+        flags = ("--epochs", "4", "--keep-checkpoints", "4", "--seed", "1", "--batch-size", "64")
+        assert call(folder, "digits", *flags).status == 0
+        assert invoke(folder, "report", str(folder)).status == 0
+
+    return made_once("digits", make, tmp_path_factory)
 
 
 @pytest.fixture
@@ -145,27 +167,32 @@ def copy(run: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run on a text, with three checkpoints, and its report."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "text.txt").write_text(20 * PHRASE)
     flags = (
         "--dim 8 --heads 2 --length 12 --batch-size 4 --iterations 6 --warmup 2 --evaluate-every 2 "
         "--sample 14 --evaluate-windows 3 --max-iter 200 --jacobian-penalty 0 --depth 2 "
         "--keep-checkpoints 3"
     )
-    own = ["--text", str(folder / "text.txt"), "--run-dir", str(folder / "run")]
-    outcome = invoke(folder / "run", "train", "shakespeare", *flags.split(), *own)
-    assert outcome.status == 0, outcome.err
-    report_run(folder / "run")
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        text = folder.with_name("text.txt")
+        text.write_text(20 * PHRASE)
+        own = ["--text", str(text), "--run-dir", str(folder)]
+        outcome = invoke(folder, "train", "shakespeare", *flags.split(), *own)
+        assert outcome.status == 0, outcome.err
+        report_run(folder)
+
+    return made_once("shakespeare", make, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of machines on digits."""
-    folder = tmp_path_factory.mktemp("runs") / "boltzmann"
-    flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
-    assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
-    return folder
+
+    def make(folder: Path) -> None:
+        flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
+        assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
+
+    return made_once("boltzmann", make, tmp_path_factory)
 
 
 # --- pictures ---------------------------------------------------------------------------------

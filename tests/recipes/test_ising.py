@@ -125,6 +125,7 @@ def test_the_table_shows_the_errors_of_the_methods(ising: Command) -> None:
     assert f"mean |m| {abs(exact[0]).mean():.4g}" in run.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figure")
 def test_the_table_of_the_theory_page(tmp_path: Path) -> None:
     """N = 12, β = 0.5, medians over seeds 0 to 7, to the two digits given there."""

@@ -125,12 +125,6 @@ def test_looking_changes_nothing(run: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_it_tells_what_it_is_at(said: Path, tmp_path: Path) -> None:
-    told: list[str] = []
-    page = Page(report_run(said, tmp_path / "other.html", tell=told.append))
-    assert {"Watch it settle", "Training", "Convergence"} <= set(told) <= set(page.titles)
-
-
 def test_where_the_page_cannot_be_written(run: Path, tmp_path: Path) -> None:
     for out, why in ((tmp_path / "none" / "x.html", "no folder"), (tmp_path, "is a folder")):
         complaint = invoke(run, "report", str(run), "--out", str(out)).complaint()

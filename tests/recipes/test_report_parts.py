@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deep_implicit_attention.recipes import report_run
 from deep_implicit_attention.recipes._report_page import Story
 from deep_implicit_attention.training import Run
 
 from .conftest import Outcome
-from .reports import configure, reported, rescale
+from .reports import Page, configure, reported, rescale
 
 
 def test_text_of_strangers_is_not_markup(copy: Path) -> None:
@@ -38,6 +39,12 @@ def test_a_text_that_is_gone(said: Path, tmp_path: Path) -> None:
     (tmp_path / "gone.txt").write_text("another text, " * 20)
     page = reported(copy)
     assert any("not the one" in notice for notice in page.notices)
+
+
+def test_it_tells_what_it_is_at(said: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    page = Page(report_run(said, tmp_path / "other.html", tell=told.append))
+    assert {"Watch it settle", "Training", "Convergence"} <= set(told) <= set(page.titles)
 
 
 def test_parts_of_a_text_run(said: Path, tmp_path: Path) -> None:

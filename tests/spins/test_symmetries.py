@@ -109,7 +109,6 @@ def priors(kind: str, random: Random) -> tuple[Prior, Prior, Tensor]:
     "gaussian-scalar-[!t]*",
     "sphere-naive",
     "sphere-adaptive",
-    "sphere-ep",
     "*-self-averaging",
 )
 @pytest.mark.parametrize(("kind", "name"), CASES)
