@@ -137,7 +137,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer by names of parameters, `weight/exp_avg`, whole and on the CPU."""
     found = {
-        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None

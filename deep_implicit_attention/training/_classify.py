@@ -112,12 +112,12 @@ class Classification(Task):
     def __init__(self, data: ImageData, schedule: Schedule) -> None:
         self.data, self.schedule = data, schedule
         self.batches = schedule.batches(len(data.train))
-        self._order = torch.empty(0, dtype=torch.long)
+        self._order = torch.empty(0, dtype=torch.long, device="cpu")
 
     def batch(self, epoch: int, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images `(batch_size, 1, H, W)` and labels; what is left of an epoch is not used."""
         if index == 0:
-            self._order = torch.randperm(len(self.data.train), generator=generator)
+            self._order = torch.randperm(len(self.data.train), generator=generator, device="cpu")
         size = self.schedule.batch_size
         part = self.data.train[self._order[index * size : (index + 1) * size]]
         images = augment(part.images, self.schedule, self.data.background, generator)
@@ -248,7 +248,7 @@ def augment(
     if not (schedule.shift or schedule.rotation or schedule.zoom):
         return images
     batch, size = len(images), images.shape[-1]
-    angle, zoom, dx, dy = (torch.rand(4, batch, generator=generator) * 2 - 1).unbind()
+    angle, zoom, dx, dy = (torch.rand(4, batch, generator=generator, device="cpu") * 2 - 1).unbind()
     angle = angle * math.radians(schedule.rotation)
     zoom = 1 + zoom * schedule.zoom
     shift = 2 * schedule.shift / size  # grid_sample counts from −1 to 1

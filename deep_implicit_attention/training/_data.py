@@ -59,12 +59,12 @@ def digits(validation: float, seed: int) -> ImageData:
     datasets = require("sklearn.datasets", "train")
     selection = require("sklearn.model_selection", "train")
     raw = datasets.load_digits()
-    images = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(raw.target, dtype=torch.long)
+    images = torch.from_numpy(raw.images).float()[:, None] / 16
+    labels = torch.from_numpy(raw.target).long()
     rest, test = selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=raw.target
     )
-    return _split(images, labels, torch.tensor(rest), torch.tensor(test), validation, seed)
+    return _split(images, labels, rest, test, validation, seed)
 
 
 def mnist(
@@ -89,19 +89,26 @@ def mnist(
     return _split(
         torch.from_numpy(every_image)[:, None].float() / 255,
         torch.from_numpy(every_label).long(),
-        torch.arange(n),
-        torch.arange(n, len(every_label)),
+        np.arange(n),
+        np.arange(n, len(every_label)),
         validation,
         seed,
     )
 
 
 def _split(
-    images: Tensor, labels: Tensor, rest: Tensor, test: Tensor, validation: float, seed: int
+    images: Tensor,
+    labels: Tensor,
+    rest: np.ndarray,
+    test: np.ndarray,
+    validation: float,
+    seed: int,
 ) -> ImageData:
     """Standardise by the mean and deviation of all that is not test, and draw the validation."""
     mean, std = images[rest].mean(), images[rest].std()
-    order = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+    known = torch.from_numpy(rest)
+    generator = torch.Generator().manual_seed(seed)
+    order = known[torch.randperm(len(rest), generator=generator, device="cpu")]
     cut = round(validation * len(rest)) if math.isfinite(validation) else 0
     if not 0 < cut < len(rest):
         raise ValueError(
@@ -109,7 +116,7 @@ def _split(
             f"got {validation}"
         )
     data = Split((images - mean) / std, labels)
-    return ImageData(data[order[cut:]], data[order[:cut]], data[test], (-mean / std).item())
+    return ImageData(data[order[cut:]], data[order[:cut]], data[torch.from_numpy(test)], (-mean / std).item())
 
 
 def _mnist_folder(data_dir: Path | None, download: bool) -> Path:

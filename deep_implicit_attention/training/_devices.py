@@ -127,8 +127,10 @@ class Devices:
         names = list(statistics[0])
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         table = torch.tensor(
-            [[part[name] for name in names] for part in statistics], dtype=dtype
-        ).to(self.device)
+            [[part[name] for name in names] for part in statistics],
+            dtype=dtype,
+            device=self.device,
+        )
         table = self.accelerator.gather(table).cpu()
         return {
             name: (column.max() if name == "residual" else column.mean()).item()

@@ -79,7 +79,8 @@ class Language(Task):
         check_parts(data, length)
         inputs, targets = windows(data.validation, length)
         count = min(evaluate_windows, len(inputs))
-        chosen = torch.linspace(0, len(inputs) - 1, count, dtype=torch.float64).round().long()
+        last = len(inputs) - 1
+        chosen = torch.linspace(0, last, count, dtype=torch.float64, device="cpu").round().long()
         self.inputs, self.targets = inputs[chosen], targets[chosen]
         self.data, self.length, self.batch_size = data, length, batch_size
         self.relax, self.learn, self.jacobian_penalty = relax, learn, jacobian_penalty
@@ -90,7 +91,7 @@ class Language(Task):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets, and the steps to relax, the same for all rows."""
         inputs, targets = random_batch(self.data.train, self.length, self.batch_size, generator)
-        relax = torch.randint(self.relax + 1, (1,), generator=generator)
+        relax = torch.randint(self.relax + 1, (1,), generator=generator, device="cpu")
         return inputs, targets, relax.expand(self.batch_size)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Outcome:

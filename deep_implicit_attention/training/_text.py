@@ -47,11 +47,11 @@ class Vocabulary:
             raise ValueError(
                 f"unknown characters {''.join(unknown)!r}: the vocabulary is {self.characters!r}"
             )
-        return torch.tensor([ids[character] for character in text], dtype=torch.long)
+        return torch.tensor([ids[character] for character in text], dtype=torch.long, device="cpu")
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of `ids` `(n,)`."""
-        numbers = torch.as_tensor(ids).flatten().tolist()
+        numbers = torch.as_tensor(ids, device="cpu").flatten().tolist()
         return "".join(self.characters[number] for number in numbers)
 
 
@@ -84,9 +84,9 @@ def random_batch(
     """`batch_size` random stretches of `ids` and what follows each id, both `(B, length)`."""
     _check_length(ids, length)
     check_count("batch_size", batch_size)
-    starts = torch.randint(len(ids) - length, (batch_size,), generator=generator)
     # On the CPU, where a seed means the same everywhere.
-    stretches = ids[starts[:, None] + torch.arange(length + 1)]
+    starts = torch.randint(len(ids) - length, (batch_size,), generator=generator, device="cpu")
+    stretches = ids[starts[:, None] + torch.arange(length + 1, device="cpu")]
     return stretches[:, :-1], stretches[:, 1:]
 
 
