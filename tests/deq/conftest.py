@@ -6,6 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deep_implicit_attention.deq import DEQModule
+
+TIGHT = {
+    "solver_fwd_tol": 1e-13,
+    "solver_fwd_max_iter": 300,
+    "solver_bwd_tol": 1e-13,
+    "solver_bwd_max_iter": 300,
+}
+
 
 def tanh_map(z: Tensor, w: Tensor, x: Tensor) -> Tensor:
     return torch.tanh(z @ w.T + x)
@@ -26,6 +35,33 @@ class TanhModule(nn.Module):
 
     def update(self, z: Tensor, context: Tensor) -> Tensor:
         return self(z, context)
+
+
+class Rich(DEQModule):
+    """Parameters of a submodule, a frozen one, a buffer, and a context made of one of them."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.frozen = nn.Parameter(torch.full((4,), 0.7), requires_grad=False)
+        self.register_buffer("shift", torch.tensor([0.1, -0.2, 0.3, 0.0]))
+
+    def prepare(self, x):
+        return {"field": x, "gain": self.inner[0].bias}
+
+    def update(self, z, context):
+        pulled = self.inner(z) * self.frozen + self.shift
+        return 0.5 * pulled + context["field"] * (1 + context["gain"])
+
+
+def reference(module: DEQModule, x: Tensor, steps: int = 300) -> Tensor:
+    context = module.prepare(x)
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = module.update(z, context)
+    return z
 
 
 def unroll(w: Tensor, x: Tensor, steps: int = 500) -> Tensor:
@@ -57,3 +93,9 @@ def problem():
         unrolled = staticmethod(unroll)
 
     return Problem
+
+
+@pytest.fixture
+def rich() -> Rich:
+    torch.manual_seed(0)
+    return Rich().double()

@@ -1,0 +1,130 @@
+"""What a call takes and returns: starts, scales, numbers that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import grad
+
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQMeanFieldAttention,
+)
+from deep_implicit_attention.deq import (
+    ConvergenceError,
+    ConvergenceWarning,
+    DEQFixedPoint,
+    Implicit,
+    OneStep,
+)
+from deep_implicit_attention.solvers import anderson, gmres
+
+
+class TestWarmStart:
+    @pytest.fixture
+    def layer(self):
+        torch.manual_seed(0)
+        return DEQFixedPoint(DEQMeanFieldAttention(5, 4)).double()
+
+    def test_gets_no_gradient(self, layer):
+        x = torch.randn(2, 5, 4, dtype=torch.float64)
+        z = layer(x)
+        z.sum().backward()
+        for steps in (None, 2):
+            layer(x, state=z, steps=steps).sum().backward()
+
+    def test_samples_that_are_not_finite_start_afresh(self, layer):
+        x = torch.randn(3, 5, 4, dtype=torch.float64)
+        bad = x.clone()
+        bad[1] = torch.nan
+        with pytest.warns(ConvergenceWarning):
+            previous = layer(bad)
+        solution = layer(x, state=previous, return_solution=True)
+        assert bool(solution.converged.all())
+        torch.testing.assert_close(solution.value, layer(x), rtol=1e-3, atol=1e-3)
+
+
+class TestScales:
+    @pytest.mark.parametrize("scale", [1e-25, 1e-21, 1.0, 1e20])
+    @pytest.mark.parametrize("adjoint", [None, Implicit(gmres)])
+    def test_loss_scaling_does_not_change_the_gradient(self, scale, adjoint):
+        torch.manual_seed(0)
+        layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
+        x = torch.randn(2, 5, 4)
+        gradients = [
+            grad((layer(x, adjoint=adjoint) * factor).sum(), layer.fun._weight)[0] / factor
+            for factor in (scale, 1.0)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+    def test_solver_options_may_be_positional_or_numpy(self, rich, x):
+        import numpy as np
+
+        def mine(f, z0, tol=1e-3, max_iter=10, m=3):
+            return anderson(f, z0, tol=tol, max_iter=max_iter, m=m)
+
+        layer = DEQFixedPoint(rich, mine, solver_fwd_m=2, solver_fwd_max_iter=np.int64(60))
+        assert bool(layer(x, return_solution=True).converged.all())
+
+
+class TestNonfinite:
+    def test_a_batch_of_nothing_else_leaves_finite_gradients_if_left_out(self):
+        torch.manual_seed(0)
+        layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
+        x = torch.full((1, 5, 4), torch.nan)
+        with pytest.warns(ConvergenceWarning):
+            z = layer(x)
+        (z[:0].sum() + layer(torch.randn(1, 5, 4)).sum()).backward()
+        assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+    def test_a_fixed_horizon_reports_them_too(self):
+        layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4), steps=3)
+        x = torch.randn(2, 5, 4)
+        x[0] = torch.inf
+        with pytest.warns(ConvergenceWarning, match="1 of 2 samples.*nonfinite"):
+            layer(x)
+        with pytest.raises(ConvergenceError):
+            layer(x, on_failure="raise")
+
+
+def test_an_adjoint_for_one_call_replaces_the_backward_options():
+    layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4), solver_bwd_tol=1e-6)
+    layer(torch.randn(2, 5, 4), adjoint=OneStep()).sum().backward()
+
+
+def test_a_solution_is_a_warm_start(rich, x):
+    layer = DEQFixedPoint(rich, solver_fwd_tol=1e-8)
+    solution = layer(x, return_solution=True)
+    for start in (solution, (solution,), solution.value):
+        assert torch.equal(layer(x, state=start), solution.value)
+    with pytest.raises(TypeError, match="state element 0 must be a tensor, got list"):
+        layer(x, state=[[1.0, 2.0]])
+
+
+def test_a_solve_cannot_be_exported():
+    layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
+    with pytest.raises(RuntimeError, match="steps=K"):
+        torch.export.export(layer, (torch.randn(2, 5, 4),))
+
+
+def test_a_parametrisation_is_evaluated_once_a_call():
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight
+
+    for module in (DEQMeanFieldAttention(5, 4), DEQAdaTAPMeanFieldAttention(5, 4)):
+        nn.utils.parametrize.register_parametrization(module, "_weight", Counting())
+        calls.clear()
+        DEQFixedPoint(module)(torch.randn(2, 5, 4)).sum().backward()
+        assert len(calls) == 1
+
+
+def test_warnings_point_at_the_caller():
+    layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4), solver_fwd_max_iter=1)
+    with pytest.warns(ConvergenceWarning) as caught:
+        layer(torch.randn(2, 5, 4))
+    assert caught[0].filename == __file__
