@@ -255,7 +255,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         log = 0.5 * (b * z).sum(dim=1) - 0.5 * log_determinant(context.operator, factor)
         log = log + 0.5 * torch.linalg.slogdet(context.precision).logabsdet.sum()
         if isinstance(self.prior, GaussianPrior):
-            location, precision = self.prior.location, self.prior.precision()
+            location, precision = self.prior.location.to(b), self.prior.precision().to(b)
             if self._frozen is not None:
                 location, precision = location.detach(), precision.detach()
             log = log - 0.5 * self.num_spins * location @ precision @ location
@@ -286,7 +286,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
                 self._frozen = self._frozen._replace(holders=left) if left else None
 
     def _freeze(self) -> _Frozen:
-        with torch.no_grad(), without_autocast(self._weight):
+        # A call with gradients may be another holder: nothing may be a tensor of inference mode.
+        off = torch.inference_mode(False)
+        with off, torch.no_grad(), without_autocast(self._weight):
             nothing = full_precision(self._weight).new_zeros(1, self.num_spins, self.dim)
             # Not a subclass's: what that adds to the fields, every call adds anew.
             context = DEQAdaTAPMeanFieldAttention.prepare(self, nothing)

@@ -16,6 +16,7 @@ from ._parts import (
     check_positive,
     check_sources,
     feed_forward,
+    gelu_slope,
 )
 
 
@@ -68,10 +69,7 @@ class DEQMLPMixerAttention(DEQModule):
         """
         x = self.sources(full_precision(x))
         g = self.sum_over_couplings.weights()
-        hidden = (x.mT @ g.w_in.mT + g.b_in).detach().requires_grad_()
-        with torch.enable_grad():
-            activation = torch.nn.functional.gelu(hidden).sum()
-            (slope,) = torch.autograd.grad(activation, hidden)
+        slope = gelu_slope(x.mT @ g.w_in.mT + g.b_in)
         jacobian = torch.einsum("ih,bch,hj->bcij", g.w_out, slope, g.w_in)
         return torch.linalg.vector_norm(jacobian, dim=1, keepdim=True)
 

@@ -45,34 +45,72 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(width, dim)
 
     def weights(self) -> Weights:
-        """The parameters, each touched once and with gradients."""
+        """The parameters, each touched once and with gradients, for an action on the state."""
+        _check_hooks(self)
         return Weights(*linear_weights(self.expand), *linear_weights(self.contract))
 
     def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.weights()).contiguous()
+        """The network called, as one that acts on the sources only is."""
+        layers = self.expand, self.contract
+        if all(map(_is_plain, layers)):
+            (w_in, b_in), (w_out, b_out) = map(linear_weights, layers)
+            return feed_forward(x, Weights(w_in, b_in, w_out, b_out)).contiguous()
+        return _call(self.contract, F.gelu(_call(self.expand, x)))
 
 
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer that acts on the state, for the context.
 
-    During a solve the layer is not called, so hooks on it would silently do nothing.
+    During a solve the layer is not called, so hooks and a `forward` of its own would silently do
+    nothing.
     """
-    hooked = layer._forward_pre_hooks or layer._forward_hooks
-    if hooked or layer._backward_pre_hooks or layer._backward_hooks:
+    _check_hooks(layer)
+    if not _is_linear(layer):
         raise RuntimeError(
-            f"{layer} acts inside a solve, where its hooks are not called: use "
-            "torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
+            f"{layer} acts inside a solve by its weight and bias, where its own `forward` is not "
+            "called: use torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
         )
     return full_precision(layer.weight), full_precision(layer.bias)
 
 
-def project(layer: nn.Linear, x: Tensor) -> Tensor:
+def project(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, in full precision; for layers without bias that act on the sources only."""
-    weight = full_precision(layer.weight)  # read once: a parametrisation may stand behind it
-    hooked = layer._forward_pre_hooks or layer._forward_hooks
-    if isinstance(layer, nn.Linear) and not hooked:
-        return linear(x, weight)
-    return layer(x)
+    if _is_plain(layer):
+        return linear(x, full_precision(layer.weight))  # type: ignore[arg-type]
+    return _call(layer, x)
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` of a layer that may be narrow, in full precision."""
+    return full_precision(layer(x.to(next(layer.parameters(), x).dtype)))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether to call the layer is to multiply by its weight."""
+    return _is_linear(layer) and not _is_hooked(layer)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether `forward` is that of `nn.Linear`."""
+    return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def _check_hooks(module: nn.Module) -> None:
+    if _is_hooked(module):
+        name = module if isinstance(module, nn.Linear) else type(module).__name__
+        raise RuntimeError(
+            f"{name} acts inside a solve, where its hooks are not called: use "
+            "torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
+        )
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
@@ -83,7 +121,7 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
 def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
     """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once; by the weights, too."""
     hidden = linear(z, weights.w_in, weights.b_in)
-    slope = _gelu_slope(hidden)
+    slope = gelu_slope(hidden)
     out, back = weights.w_out.mT, weights.w_in.mT
 
     def by_weights(v: Tensor, needed: Weights) -> Weights:
@@ -106,7 +144,7 @@ def feed_forward_at_zero(weights: Weights) -> Tensor:
 
 def feed_forward_slope(weights: Weights) -> Tensor:
     """∂f/∂z `(d, d)` where the hidden units are at their biases, as they are at z = 0."""
-    slope = _gelu_slope(_double(weights.b_in)).to(weights.b_in.dtype)
+    slope = gelu_slope(_double(weights.b_in)).to(weights.b_in.dtype)
     return (weights.w_out * slope) @ weights.w_in
 
 
@@ -115,7 +153,8 @@ def _double(bias: Tensor) -> Tensor:
     return bias.double() if bias.is_cpu else bias
 
 
-def _gelu_slope(h: Tensor) -> Tensor:
+def gelu_slope(h: Tensor) -> Tensor:
+    """GELU′(h)."""
     return torch.ops.aten.gelu_backward(torch.ones_like(h), h)
 
 

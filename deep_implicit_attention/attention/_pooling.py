@@ -159,21 +159,22 @@ def softmax_couplings(
 
     Rows sum to one, or to zero where a query sees no key at all.
     """
+    # Where nothing is allowed it is the lowest number, not −inf: a row without keys must not become
+    # 0/0. It becomes zero in the end; only a key mask can leave such rows.
     allowed = _allowed(q, mask, causal)
-    # The lowest number, not −inf: a row without keys must not become 0/0. It becomes zero in the
-    # end; only a key mask can leave such rows.
-    lowest = torch.finfo(q.dtype).min
     if watched(q, k) or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         logits = (q * scale) @ k.mT
         if allowed is None:
             return logits.softmax(dim=-1)
+        lowest = torch.finfo(logits.dtype).min
         weights = logits.masked_fill(~allowed, lowest).softmax(dim=-1)
         return weights if mask is None else weights.masked_fill(~allowed, 0.0)
     # In place: fresh memory for matrices of this size costs more than the exponentials.
     logits = torch.matmul(q * scale, k.mT, out=empty(*q.shape[:-1], k.shape[-2], like=q))
     if allowed is None:
         return torch.softmax(logits, dim=-1, out=logits)
-    torch.softmax(logits.masked_fill_(~allowed, lowest), dim=-1, out=logits)
+    logits.masked_fill_(~allowed, torch.finfo(logits.dtype).min)
+    torch.softmax(logits, dim=-1, out=logits)
     return logits if mask is None else logits.masked_fill_(~allowed, 0.0)
 
 
@@ -214,10 +215,10 @@ class _Pooled(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         q, k, z, matrix, mask = ctx.saved_tensors
         needed, g = ctx.needs_input_grad[:3], g.to(q.dtype)
-        if torch.is_grad_enabled() or matrix is None:
-            return *_by_autograd(ctx, q, k, z, mask, g), None, None
         by_q = by_k = by_z = None
         with without_autocast(g):
+            if torch.is_grad_enabled() or matrix is None:
+                return *_by_autograd(ctx, q, k, z, mask, g), None, None
             if needed[2]:
                 by_z = _times(matrix, g)
             if needed[0] or needed[1]:

@@ -1,4 +1,7 @@
-"""Numbers that say how well a map contracts at a state, for each sample."""
+"""Numbers that say how well a map contracts at a state, for each sample.
+
+In the precision of the state, as solves are: autocast has no effect.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from ..solvers import Solution, _arnoldi
 from ..solvers._validate import check_count, check_number
+from ._map import without_autocast
 from ._state import Layout, State, widen
 
 
@@ -24,7 +28,8 @@ def spectral_radius(
     `max_iter` states. `seed` is that of the vector. Raises `RuntimeError` in inference mode.
     """
     flat, product = _linearise(f, z)
-    ritz = _ritz_values(product, flat, max_iter, seed)
+    with without_autocast(flat):
+        ritz = _ritz_values(product, flat, max_iter, seed)
     return ritz.abs().amax(dim=1)
 
 
@@ -38,7 +43,7 @@ def jacobian_norm(
     mode.
     """
     flat, product = _linearise(f, z)
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(flat):
         dummy = torch.zeros_like(flat, requires_grad=True)
         image = product(dummy, create_graph=True)
 
@@ -48,7 +53,8 @@ def jacobian_norm(
         (forward,) = torch.autograd.grad(image, dummy, v, retain_graph=True)
         return product(forward)
 
-    ritz = _ritz_values(both, flat, max_iter, seed)
+    with without_autocast(flat):
+        ritz = _ritz_values(both, flat, max_iter, seed)
     return ritz.real.amax(dim=1).clamp_min(0).sqrt()
 
 
@@ -75,6 +81,7 @@ def jacobian_penalty(
     with torch.enable_grad():
         flat = layout.pack(z)
         flat = flat.view_as(flat) if flat.requires_grad else flat.detach().requires_grad_()
+    with torch.enable_grad(), without_autocast(flat):
         image = layout.pack(f(layout.unpack(flat)))
         total = flat.new_zeros(flat.shape[0])
         for _ in range(samples):
@@ -111,8 +118,9 @@ def _linearise(f: Callable[[State], State], z: State) -> tuple[Tensor, Callable[
     _need_gradients()
     z = widen(z)
     layout = Layout.of(z)
-    with torch.enable_grad():
-        flat = layout.pack(z).detach().requires_grad_()
+    flat = layout.pack(z).detach()
+    with torch.enable_grad(), without_autocast(flat):
+        flat = flat.requires_grad_()
         image = layout.pack(f(layout.unpack(flat)))
 
     def product(v: Tensor, create_graph: bool = False) -> Tensor:

@@ -72,7 +72,8 @@ def _solved(layer: DEQFixedPoint, fields: Tensor, context: Any, overrides: Any) 
     with without_autocast(fields):
         solution = layer._solve(fields, context, None, settings, evidence=True)
     name = type(layer.fun).__name__
-    report(solution, settings.on_failure, name, settings.tol, stacklevel=4)
+    stacklevel = 5  # past `torch.no_grad` as well
+    report(solution, settings.on_failure, name, settings.tol, stacklevel=stacklevel)
     parts = solution.value
     value = parts[0] if len(parts) == 1 else tuple(parts)
     return StateCache(layer, context, solution.with_value(value))

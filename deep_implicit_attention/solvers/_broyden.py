@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._iterate import Map, iterate
+from ._scale import power_of_two
 from ._solution import Solution
 from ._validate import check_count
 
@@ -91,6 +92,9 @@ class _Inverse:
             self.used = 0
         delta_z, delta_g = z - self.z, g - self.g
         self.z, self.g = z, g
+        # H is the same in any unit, and in this one squares are neither lost nor too large.
+        unit = power_of_two(delta_z)
+        delta_z, delta_g = delta_z / unit, delta_g / unit
         v = self._product(delta_z, self.u, self.v)
         denominator = (v * delta_g).sum(dim=1, keepdim=True)
         scale = torch.linalg.vector_norm(v, dim=1) * torch.linalg.vector_norm(delta_g, dim=1)

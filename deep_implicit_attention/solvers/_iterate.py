@@ -159,7 +159,7 @@ def iterate(
         best = select(lost, torch.full_like(best, torch.nan), best)
     codes = steps * 0 + _CONVERGED
     if not on_host or some(~converged):
-        grown = last_norm > _GROWTH * first_norm
+        grown = last_norm / _GROWTH > first_norm  # the product might overflow
         failed = xp.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
         failed = xp.where(broken & ~grown, Status.NONFINITE.code, failed)
         codes = xp.where(converged, codes, failed)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._gmres import gmres
 from ._iterate import Map, iterate
+from ._scale import norm_column
 from ._solution import Solution
 from ._validate import check_count, check_number, check_same_shape
 
@@ -93,7 +94,7 @@ class _LineSearch:
         self.norm = torch.full_like(z[:, :1], torch.inf)
 
     def next(self, z: Tensor, fz: Tensor, g: Tensor, newton_step: Callable) -> Tensor:
-        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        norm = norm_column(g)
         # A step of a thousandth that still does not help: take what there is and go on.
         fell = (norm < (1 - 1e-4 * self.length) * self.norm) | (self.length < 1e-3)
         delta = newton_step(z, fz, g, fell.squeeze(1))
@@ -110,8 +111,7 @@ def _difference(f: Map, z: Tensor, fz: Tensor, v: Tensor) -> Tensor:
     The step is longer than the one with the least error: an inexact Newton step forgives the
     curvature, while rounding, divided by the step, would make answers depend on how f was batched.
     """
-    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    size = torch.linalg.vector_norm(torch.cat([z, fz], dim=1), dim=1, keepdim=True)
+    norm, size = norm_column(v), norm_column(torch.cat([z, fz], dim=1))
     size = torch.where(size > 0, size, 1)
     step = torch.finfo(z.dtype).eps ** (1 / 3) * size / torch.where(norm > 0, norm, 1)
     return (f(z + step * v) - fz) / step

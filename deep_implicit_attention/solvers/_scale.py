@@ -16,8 +16,8 @@ def is_host(z: Tensor) -> bool:
 
 
 def norms(*vectors: Tensor) -> list[Any]:
-    """‖v‖ `(B,)` of each; on the host as numpy's arrays, and also where squares are too small for
-    their type.
+    """‖v‖ `(B,)` of each; on the host as numpy's arrays, and also where squares are too small or
+    too large for their type.
 
     On an accelerator it would take a look, or twice the time, to find out.
     """
@@ -27,10 +27,16 @@ def norms(*vectors: Tensor) -> list[Any]:
     least = _least(vectors[0].dtype)
     for i, v in enumerate(vectors):
         found[i] = norm = found[i].numpy()
-        small = norm < least
-        if np.count_nonzero(small):
-            found[i] = _of_small(v, norm, small)
+        lost = (norm < least) | (norm == np.inf)
+        if np.count_nonzero(lost):
+            found[i] = _anew(v, norm, lost)
     return found
+
+
+def norm_column(v: Tensor) -> Tensor:
+    """`norms` of one, `(B, 1)`, as a tensor."""
+    (norm,) = norms(v)
+    return (torch.from_numpy(norm) if is_host(v) else norm)[:, None]
 
 
 def relative(change: Tensor, image: Tensor, asked: bool) -> tuple[Tensor, Tensor]:
@@ -52,11 +58,11 @@ def relative(change: Tensor, image: Tensor, asked: bool) -> tuple[Tensor, Tensor
     return norm / size.clamp_min(torch.finfo(size.dtype).tiny), norm
 
 
-def _of_small(v: Tensor, norm: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """`norm` of `v` with that of the rows that are `small` made anew."""
+def _anew(v: Tensor, norm: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """`norm` of `v` with that of the rows whose squares are `lost` made anew."""
     unit = power_of_two(v)
     scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
-    return np.where(small, scaled.numpy(), norm)
+    return np.where(lost, scaled.numpy(), norm)
 
 
 def _moderate(norms: Tensor) -> bool:

@@ -195,7 +195,10 @@ def _root(covariance: Tensor) -> Tensor:
         return covariance.clamp_min(limits.tiny).sqrt()
     k = covariance.shape[-1]
     identity = torch.eye(k, dtype=covariance.dtype, device=covariance.device)
-    return torch.linalg.cholesky_ex(covariance + limits.eps * identity).L
+    # That of Potts spins is singular. What is added is small beside it, however small it is.
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    least = limits.eps * trace + limits.tiny**0.75
+    return torch.linalg.cholesky_ex(covariance + least[..., None, None] * identity).L
 
 
 def _rows(left: Tensor, matrix: Tensor) -> Tensor:
@@ -271,7 +274,7 @@ def _exact(system: SpinSystem, prior: GaussianPrior, fields: Tensor, method: str
     answer = Exact()(system, fields)
     n, d = system.num_spins, system.event_shape[0]
     flat = answer.covariance.reshape(-1, n * d, n * d)
-    V = prior.precision() - torch.linalg.inv(diagonal_blocks(flat, n))
+    V = prior.precision().to(flat) - torch.linalg.inv(diagonal_blocks(flat, n))
     return Response(
         magnetization=answer.magnetization,
         log_partition=answer.log_partition,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Size, Tensor
 
 from ..solvers._validate import check_count
-from ._prior import Prior
+from ._prior import Prior, with_derivatives
 
 
 class PottsPrior(Prior):
@@ -35,14 +35,28 @@ class PottsPrior(Prior):
         return f"num_states={self.event_shape[0]}"
 
     def log_partition(self, field: Tensor, V: Tensor | None = None) -> Tensor:
-        return self._effective(field, V).logsumexp(dim=-1) - math.log(self.event_shape[0])
+        field = self._effective(field, V)
+        likeliest, others = _apart(field)
+        largest = field.gather(-1, likeliest).squeeze(-1)
+        return largest + torch.log1p(others.sum(dim=-1)) - math.log(self.event_shape[0])
 
     def mean(self, field: Tensor, V: Tensor | None = None) -> Tensor:
-        return self._effective(field, V).softmax(dim=-1)
+        field = self._effective(field, V)
+
+        def differing() -> Tensor:
+            likeliest, others = _apart(field)
+            sum_of_others = others.sum(dim=-1, keepdim=True)
+            return others.scatter(-1, likeliest, -sum_of_others) / (1 + sum_of_others)
+
+        # torch's derivative of softmax has m (1 − m), which is lost where m is almost 1.
+        return with_derivatives(field.softmax(dim=-1), differing, field)
 
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         mean = self.mean(field, V)
-        return torch.diag_embed(mean) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        apart = 1 - torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        pairs = mean.unsqueeze(-1) * mean.unsqueeze(-2) * apart
+        # The variance m_a Σ_b≠a m_b: the difference m − m² is lost where m is almost 1.
+        return torch.diag_embed(pairs.sum(dim=-1)) - pairs
 
     def _effective(self, field: Tensor, V: Tensor | None) -> Tensor:
         self.check_field(field)
@@ -59,3 +73,10 @@ class PottsPrior(Prior):
     def supports(self, spins: Tensor) -> Tensor:
         bits = ((spins == 0) | (spins == 1)).all(dim=-1)
         return bits & (spins.sum(dim=-1) == 1)
+
+
+def _apart(field: Tensor) -> tuple[Tensor, Tensor]:
+    """Which state is the likeliest, `(..., 1)`, and exp(h_a − h) over its h: 0 in its place."""
+    likeliest = field.detach().argmax(dim=-1, keepdim=True)
+    ratios = torch.exp(field - field.gather(-1, likeliest))
+    return likeliest, ratios.scatter(-1, likeliest, 0.0)

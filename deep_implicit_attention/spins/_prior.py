@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Generator, Size, Tensor, nn
+
+from ..deq._watched import transformed
 
 
 class Prior(nn.Module):
@@ -49,3 +54,16 @@ class Prior(nn.Module):
                 f"field must have shape (..., {', '.join(map(str, self.event_shape))}), "
                 f"got {tuple(field.shape)}"
             )
+
+
+def with_derivatives(value: Tensor, differing: Callable[[], Tensor], field: Tensor) -> Tensor:
+    """`value`, a function of `field`, with the derivatives of `differing()`.
+
+    That is the same function but for a constant and rounding, and is asked for if there are
+    derivatives. Without them and with them the value has the same bits.
+    """
+    wanted = field.requires_grad and torch.is_grad_enabled()
+    if not (wanted or transformed(field)):
+        return value
+    same = differing()
+    return value.detach() + (same - same.detach())

@@ -116,7 +116,9 @@ def _split(
             f"got {validation}"
         )
     data = Split((images - mean) / std, labels)
-    return ImageData(data[order[cut:]], data[order[:cut]], data[torch.from_numpy(test)], (-mean / std).item())
+    return ImageData(
+        data[order[cut:]], data[order[:cut]], data[torch.from_numpy(test)], (-mean / std).item()
+    )
 
 
 def _mnist_folder(data_dir: Path | None, download: bool) -> Path:

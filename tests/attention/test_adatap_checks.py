@@ -88,6 +88,17 @@ class TestFreeEnergy:
                 frozen = module.free_energy(x)
         torch.testing.assert_close(frozen, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("name", PRIORS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_of_a_narrow_module_it_is_in_full_precision(self, name, dtype, fields):
+        module, x = make(name).to(dtype), fields.to(dtype)
+        found = module.free_energy(x)
+        assert found.dtype == torch.float32
+        with module.frozen():
+            torch.testing.assert_close(module.free_energy(x), found, rtol=1e-4, atol=1e-5)
+        widened = module.float().free_energy(x.float())
+        torch.testing.assert_close(found, widened, rtol=1e-4, atol=1e-5)
+
     def test_what_is_not_finite_is_named(self, fields):
         module = make("default")
         module.spin_prior_inv_var[0, 0, 0] = torch.nan
@@ -100,6 +111,22 @@ class TestFreeEnergy:
 
 
 class TestFrozen:
+    @pytest.mark.parametrize("name", PRIORS)
+    def test_a_holder_without_gradients_leaves_them_to_others(self, name, fields):
+        """Entered in inference mode first, as another thread may."""
+        layer = DEQFixedPoint(make(name), solver_fwd_tol=1e-6)
+        x = fields.requires_grad_()
+        with layer.fun.frozen():
+            expected = grad(layer(x).square().sum(), x)[0]
+        outer = layer.fun.frozen()
+        with torch.inference_mode():
+            outer.__enter__()
+            layer(fields.detach())
+        with layer.fun.frozen():
+            found = grad(layer(x).square().sum(), x)[0]
+        outer.__exit__(None, None, None)
+        torch.testing.assert_close(found, expected)
+
     @staticmethod
     def swap(module):
         flat = module._weight.data.view(-1)

@@ -420,3 +420,22 @@ def test_all_zero_sources_converge(case, x, dtype):
     layer = DEQFixedPoint(case.module, on_failure="raise")
     solution = layer(torch.zeros_like(x, dtype=dtype), *case.inputs, return_solution=True)
     assert bool(solution.value.isfinite().all())
+
+
+def test_couplings_of_the_mixer_have_gradients_of_all_they_depend_on():
+    torch.manual_seed(0)
+    module = DEQMLPMixerAttention(3, 2).double()
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    mixing = module.sum_over_couplings
+    depends_on = (
+        x.requires_grad_(),
+        mixing.expand.weight,
+        mixing.expand.bias,
+        mixing.contract.weight,
+    )
+    assert gradcheck(lambda *_: module.couplings(x), depends_on)
+    expected = module.couplings(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(module.couplings(x.detach().clone()), expected)
+    by_sample = torch.func.vmap(lambda one: module.couplings(one[None])[0])(x.detach())
+    torch.testing.assert_close(by_sample.detach(), expected)

@@ -10,6 +10,7 @@ from torch.autograd import grad
 from deep_implicit_attention.attention import (
     DEQAdaTAPMeanFieldAttention,
     DEQMeanFieldAttention,
+    DEQVanillaSoftmaxAttention,
 )
 from deep_implicit_attention.deq import (
     ConvergenceError,
@@ -17,6 +18,7 @@ from deep_implicit_attention.deq import (
     DEQFixedPoint,
     Implicit,
     OneStep,
+    StateCache,
 )
 from deep_implicit_attention.solvers import anderson, gmres
 
@@ -57,6 +59,20 @@ class TestScales:
             for factor in (scale, 1.0)
         ]
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("power", [-80, 70, 110])
+    def test_fields_of_any_size_have_a_response(self, power):
+        """Squares of such numbers are none of float32. Of a linear map only the unit changes."""
+        torch.manual_seed(0)
+        layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4, lin_response=False))
+        x = torch.randn(2, 5, 4, requires_grad=True)
+        results = []
+        for unit in (1.0, 2.0**power):
+            solution = layer(unit * x, return_solution=True)
+            assert bool(solution.converged.all())
+            z = solution.value / unit
+            results.append((z.detach(), grad(z.square().sum(), x)[0]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
     def test_solver_options_may_be_positional_or_numpy(self, rich, x):
         import numpy as np
@@ -128,3 +144,13 @@ def test_warnings_point_at_the_caller():
     with pytest.warns(ConvergenceWarning) as caught:
         layer(torch.randn(2, 5, 4))
     assert caught[0].filename == __file__
+
+
+def test_warnings_of_cached_states_point_at_the_caller():
+    module = DEQVanillaSoftmaxAttention(4, 4, causal=True)
+    layer = DEQFixedPoint(module, solver_fwd_max_iter=1, solver_fwd_tol=1e-9)
+    with pytest.warns(ConvergenceWarning) as caught:
+        cache = StateCache.start(layer, torch.randn(2, 3, 4))
+    with pytest.warns(ConvergenceWarning) as later:
+        cache.append(torch.randn(2, 1, 4))
+    assert {warning.filename for warning in [*caught, *later]} == {__file__}

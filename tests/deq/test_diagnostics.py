@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
+    DEQVanillaSoftmaxAttention,
+)
 from deep_implicit_attention.deq import (
+    DEQFixedPoint,
     error_bound,
     fixed_point,
     jacobian_norm,
@@ -13,12 +18,17 @@ from deep_implicit_attention.deq import (
     spectral_radius,
 )
 from deep_implicit_attention.solvers import picard
+from deep_implicit_attention.spins import PottsPrior
 
 
 @pytest.fixture
 def matrices():
     torch.manual_seed(0)
     return torch.randn(5, 8, 8, dtype=torch.float64)
+
+
+def penalty(f, z):
+    return jacobian_penalty(f, z, generator=torch.Generator().manual_seed(0))
 
 
 def linear(matrices):
@@ -135,3 +145,24 @@ def test_error_bound_holds_and_is_infinite_without_contraction():
     assert bool(error_bound(solution, 1.0).isinf().all())
     with pytest.raises(ValueError, match="contraction"):
         error_bound(solution, -0.1)
+
+
+@pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm, penalty])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DEQAdaTAPMeanFieldAttention(4, 3, prior=PottsPrior(3)),
+        lambda: DEQAdaTAPMeanFieldAttention(4, 3),
+        lambda: DEQVanillaSoftmaxAttention(4, 3, causal=True),
+    ],
+)
+def test_autocast_has_no_effect(make, diagnostic):
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(2, 4, 3)
+    parts = len(module.initial_state(x)) if isinstance(module, DEQAdaTAPMeanFieldAttention) else 1
+    layer = DEQFixedPoint(module, output_elements=tuple(range(parts)))
+    with torch.no_grad():
+        z = layer(x)
+    expected = diagnostic(layer.map(x), z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(diagnostic(layer.map(x), z), expected)

@@ -191,14 +191,6 @@ def test_each_failure_has_its_status(failure, status, steps):
     assert int(solution.steps) == steps
 
 
-def test_an_image_whose_norm_overflows_is_no_solution(solver):
-    """Its relative residual would be 0 whatever the residual is."""
-    huge = torch.full((2, 12), 3e19)
-    huge[1] = 1.0
-    solution = solver(lambda z: huge.clone(), huge + 1.0, tol=1e-3, max_iter=9)
-    assert solution.converged.tolist() == [False, True]
-
-
 @pytest.mark.parametrize("bad_value", [torch.nan, torch.inf])
 def test_gmres_flags_a_sample_with_a_non_finite_right_hand_side(bad_value, dtype, make_problem):
     problem = make_problem(batch=4, n=6, dtype=dtype)

@@ -368,3 +368,44 @@ def test_ising_derivatives_work_in_transforms_and_for_no_dimensions():
     hessian = torch.func.vmap(torch.func.hessian(prior.log_partition))(field)
     torch.testing.assert_close(hessian, prior.covariance(field))
     assert prior.log_partition(field[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 3e-6), (torch.float64, 3e-15)])
+@pytest.mark.parametrize("h", [0.0, 0.3, 5.0, 9.0, 18.0, 25.0, 40.0])
+def test_derivatives_of_the_mean_have_all_digits_in_strong_fields(h, dtype, close):
+    """Of tanh and softmax they are differences of almost equal numbers."""
+    field = torch.tensor([h, -h], dtype=dtype, requires_grad=True)
+    mean = IsingPrior().mean(field)
+    assert torch.equal(mean, field.detach().tanh())
+    first = grad(mean.sum(), field, create_graph=True)[0]
+    second = grad(first.sum(), field)[0]
+    exact = field.detach().double()
+    torch.testing.assert_close(first.detach().double(), exact.cosh() ** -2, rtol=close, atol=0)
+    ratio = (second / first.detach()).double()
+    torch.testing.assert_close(ratio, -2 * exact.tanh(), rtol=close, atol=close)
+
+    field, prior = torch.tensor([h, 0.1, -0.2], dtype=dtype), PottsPrior(3)
+    assert torch.equal(prior.mean(field.clone().requires_grad_()), field.softmax(dim=0))
+    with mpmath.workdps(60):
+        weights = [mpmath.exp(float(value)) for value in field]
+        m = [weight / sum(weights) for weight in weights]
+        expected = torch.tensor(
+            [[float(m[a] * ((a == b) - m[b])) for b in range(3)] for a in range(3)],
+            dtype=torch.float64,
+        )
+    for found in (
+        prior.covariance(field),
+        torch.autograd.functional.jacobian(prior.mean, field),
+        torch.autograd.functional.hessian(prior.log_partition, field),
+        torch.func.jacfwd(prior.mean)(field),
+        torch.func.jacrev(prior.mean)(field),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=close, atol=0)
+
+
+def test_states_that_are_excluded_have_no_part_in_potts_spins():
+    field = torch.tensor([0.5, -torch.inf, 0.1], dtype=torch.float64, requires_grad=True)
+    for function in (PottsPrior(3).mean, PottsPrior(3).log_partition):
+        (gradient,) = grad(function(field)[..., None][:1].sum(), field)
+        assert bool(gradient.isfinite().all())
+        assert gradient[1] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from deep_implicit_attention.spins import (
     AdaptiveTAP,
     Exact,
     ExpectationPropagation,
+    GaussianPrior,
     IsingPrior,
     NaiveMeanField,
     PottsPrior,
@@ -156,3 +159,31 @@ def test_derivatives_are_finite_beside_a_strong_field(kind):
     for value in (value.sum() for value in values):
         for derivative in grad(value, (couplings, x), retain_graph=True):
             assert bool(torch.isfinite(derivative).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("h", [18.0, 25.0, 40.0])
+@pytest.mark.parametrize(
+    "method", [NaiveMeanField, TAP, AdaptiveTAP, ExpectationPropagation], ids=lambda m: m.__name__
+)
+@pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3)], ids=["ising", "potts"])
+def test_spins_that_are_almost_frozen_keep_the_digits_of_their_response(prior, method, h, dtype):
+    """And are stable: there is no warning. Their interaction adds to the field and no more."""
+    couplings = torch.tensor([[0.0, 0.1], [0.1, 0.0]], dtype=dtype)
+    x = torch.zeros(2, *prior.event_shape, dtype=dtype)
+    x.view(2, -1)[:, 0] = h
+    response = method(tol=1e-5)(SpinSystem(couplings, prior), x)
+    e = math.exp(-h - 0.1)
+    expected = [2 * e, e] if prior.event_shape else [4 * e**2]
+    for chi in (response.covariance, response.susceptibility):
+        own = chi.view(2, len(x[0].view(-1)), 2, -1)[0, :, 0].diagonal()
+        assert own.tolist()[: len(expected)] == pytest.approx(expected, rel=1e-3, abs=0)
+
+
+def test_a_prior_of_another_precision_leaves_that_of_the_fields():
+    prior = GaussianPrior(torch.zeros(2).double(), 0.7 * torch.eye(2).double())
+    couplings = 0.1 * (1 - torch.eye(3))
+    for method in (AdaptiveTAP(tol=1e-5), ExpectationPropagation(tol=1e-5)):
+        response = method(SpinSystem(couplings, prior), torch.randn(2, 3, 2))
+        assert response.magnetization.dtype == torch.float32
+        assert response.cavity_variance.dtype == torch.float32
