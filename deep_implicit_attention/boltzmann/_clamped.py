@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..deq._failure import OnFailure
+from ..deq import ConvergenceWarning
 from ..solvers import picard
 from ..spins import (
     TAP,
@@ -25,6 +25,7 @@ from ..spins import (
 )
 from ._data import Data
 from ._parameters import rows_with_one, unpack
+from ._warnings import warn
 
 Kind = Literal["exact", "naive", "tap", "adaptive_tap"]
 
@@ -50,11 +51,11 @@ class Means:
 
     m: Tensor
     covariance: Callable[[], Tensor] | None
-    converged: bool = True
+    failed: int = 0  # rows whose iteration did not converge
 
 
 def clamp(
-    kind: Kind, theta: Tensor, spins: Tensor, free: Tensor, on_failure: OnFailure = "warn"
+    kind: Kind, theta: Tensor, spins: Tensor, free: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Means]]:
     """The response of the spins `free` `(B, N)` to the others in `spins` `(B, N)`, in parts.
 
@@ -72,14 +73,14 @@ def clamp(
             inner = J[sites][:, sites]
             for part in rows.split(max(1, _NUMBERS // max(len(sites), 1) ** 2)):
                 x = (h + torch.where(free[part], 0.0, spins[part]) @ J)[:, sites]
-                yield part, sites, means(kind, inner, x, on_failure)
+                yield part, sites, means(kind, inner, x)
         return
     sites = torch.arange(len(h), device=J.device)
     # Above every field that the others and the Onsager term can make, by far.
     strong = 40 + h.abs() + J.abs().sum(dim=0) + J.square().sum(dim=0)
     for part in torch.arange(len(free), device=J.device).split(max(1, _NUMBERS // len(h) ** 2)):
         x = torch.where(free[part], h, strong * spins[part])
-        yield part, sites, means(kind, J, x, on_failure)
+        yield part, sites, means(kind, J, x)
 
 
 def patterns_of(free: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +90,7 @@ def patterns_of(free: Tensor) -> tuple[Tensor, Tensor]:
     return torch.unique(free, dim=0, return_inverse=True)
 
 
-def means(
-    kind: Kind, J: Tensor, x: Tensor, on_failure: OnFailure, start: Tensor | None = None
-) -> Means:
+def means(kind: Kind, J: Tensor, x: Tensor, start: Tensor | None = None) -> Means:
     """The response of spins with couplings `J` `(n, n)` in fields `x` `(B, n)`."""
     if not bool(J.any()):
         return Means(torch.tanh(x), None)
@@ -99,40 +98,40 @@ def means(
     if kind == "exact":
         response = Exact()(system, x)
         return Means(response.magnetization, lambda: response.covariance)
-    m, V, converged = _iterate(kind, system, x, on_failure, start)
+    m, V, failed = _iterate(kind, system, x, start)
     if kind == "naive":
-        return Means(m, lambda: covariance(-J, m), converged)
+        return Means(m, lambda: covariance(-J, m), failed)
     if kind == "adaptive_tap":
-        return Means(m, lambda: covariance(torch.diag_embed(V) - J, m), converged)
+        return Means(m, lambda: covariance(torch.diag_embed(V) - J, m), failed)
 
     def by_tap() -> Tensor:
         echo = 2 * J.square() * m.unsqueeze(2) * m.unsqueeze(1)
         return covariance(torch.diag_embed(V) - J - echo, m)
 
-    return Means(m, by_tap, converged)
+    return Means(m, by_tap, failed)
 
 
 def _iterate(
-    kind: Kind, system: SpinSystem, x: Tensor, on_failure: OnFailure, start: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
-    """m and V `(B, n)`, and whether all converged; those that do not are given more damping."""
+    kind: Kind, system: SpinSystem, x: Tensor, start: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """m and V `(B, n)`, and how many did not converge, with more damping neither."""
     method = _METHODS[kind]
     quick = method(on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER)
     response = quick(system, x, start=start)
     m, V = response.magnetization, _or_zero(response.cavity_variance, x)
     assert response.solution is not None
     failed = ~response.solution.converged
-    converged = True
+    count = 0
     if bool(failed.any()):
         slow = method(
-            on_failure=on_failure, tol=_TOL, max_iter=_MAX_ITER, solver=picard, damping=_DAMPING
+            on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER, solver=picard, damping=_DAMPING
         )
         again = slow(system, x[failed])
         assert again.solution is not None
-        converged = bool(again.solution.converged.all())
+        count = int((~again.solution.converged).sum())
         m, V = m.clone(), V.clone()
         m[failed], V[failed] = again.magnetization, _or_zero(again.cavity_variance, x[failed])
-    return m, V, converged
+    return m, V, count
 
 
 def _or_zero(V: Tensor | None, like: Tensor) -> Tensor:
@@ -149,21 +148,27 @@ def covariance(K: Tensor, m: Tensor) -> Tensor:
     return c.unsqueeze(2) * torch.linalg.inv(inner) * c.unsqueeze(1)
 
 
-def filled(kind: Kind, theta: Tensor, data: Data, on_failure: OnFailure = "warn") -> Tensor:
+def filled(kind: Kind, theta: Tensor, data: Data) -> Tensor:
     """The spins of `data` with conditional magnetizations where entries are missing, `(M, N)`."""
     if data.observed is None:
         return data.spins
     spins = data.spins.clone()
     broken = (~data.observed).any(dim=1).nonzero().flatten()
-    part = clamp(kind, theta, data.spins[broken], ~data.observed[broken], on_failure)
-    for rows, sites, response in part:
+    failed = 0
+    for rows, sites, response in clamp(kind, theta, data.spins[broken], ~data.observed[broken]):
         spins[broken[rows][:, None], sites] = response.m
+        failed += response.failed
+    if failed:
+        warn(
+            f"of {len(broken)} rows with missing entries {failed} have no converged response by "
+            f"{kind}: the couplings are too strong for it. Complete them by a machine of method "
+            "'exact', or learn with a larger l2 or pseudocount.",
+            ConvergenceWarning,
+        )
     return torch.where(data.observed, data.spins, spins)
 
 
-def clamped_moments(
-    kind: Kind, theta: Tensor, data: Data, on_failure: OnFailure = "ignore"
-) -> Tensor:
+def clamped_moments(kind: Kind, theta: Tensor, data: Data) -> Tensor:
     """Σ_rows w ⟨s sᵀ⟩ / Σ w given what is observed, `(N+1, N+1)`; the spins are those of `theta`.
 
     What the columns of `data` are short of, hidden units, is free in every row.
@@ -179,7 +184,7 @@ def clamped_moments(
     broken = free.any(dim=1)
     rows = broken.nonzero().flatten()
     if len(rows):
-        for part, sites, response in clamp(kind, theta, spins[rows], free[rows], on_failure):
+        for part, sites, response in clamp(kind, theta, spins[rows], free[rows]):
             where = rows[part]
             spins[where[:, None], sites] = response.m
             if response.covariance is not None:

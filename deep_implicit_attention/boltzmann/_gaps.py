@@ -17,6 +17,7 @@ one that maximising matches, and inflates couplings.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -232,8 +233,12 @@ def report_unsettled(change: float) -> None:
     """Warn if the rounds ended before the moments settled."""
     if change <= FILLED:
         return
+    if change < math.inf:
+        said = f"still change by {change:.1e} after the last round of filling them in"
+    else:
+        said = "were filled in one round only"
     warn(
-        f"the conditional means of missing entries still change by {change:.1e} after the last "
-        "round of filling them in: raise max_iter, or set l2 or pseudocount.",
+        f"the conditional means of missing entries {said}: raise max_iter, or set l2 or "
+        "pseudocount.",
         ConvergenceWarning,
     )

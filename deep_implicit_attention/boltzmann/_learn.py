@@ -102,7 +102,9 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
         second = clamped_moments(kind, theta, data)
         second = second * (data.total() / count)
         second.diagonal().fill_(1.0)
-        change = torch.inf if old is None else (second - old).abs().max().item()
+        # Without couplings the rows that are filled in do not depend on each other.
+        first = 0.0 if settings.method == "independent" else torch.inf
+        change = first if old is None else (second - old).abs().max().item()
         last = change <= FILLED or step == settings.max_iter - 1
         moments = Moments(second[0, 1:], second[1:, 1:], count)
         with warnings.catch_warnings():
@@ -179,14 +181,14 @@ class _Response:
 
     def __call__(self, theta: Tensor) -> Tensor | None:
         J, h = unpack(theta)
-        response = means(self.kind, J, h[None], "ignore", self.m)
+        response = means(self.kind, J, h[None], self.m)
         self.m = response.m
         m = response.m[0]
         second = torch.outer(m, m)
         if response.covariance is not None:
             chi = response.covariance()[0]
             _, unstable = torch.linalg.cholesky_ex(chi)
-            if not response.converged or int(unstable):
+            if response.failed or int(unstable):
                 return None
             second = second + chi
         second = pack(second, m)

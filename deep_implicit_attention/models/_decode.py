@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,14 @@ def sample(
     """Ids `(B, 1)` from softmax(`logits` / temperature) over the `top_k` likeliest.
 
     The likeliest itself at temperature 0.
+
+    Raises:
+        FloatingPointError: for logits that are not finite.
     """
+    if not math.isfinite(float(logits.detach().sum())) and not bool(logits.isfinite().all()):
+        raise FloatingPointError(
+            "the logits of the next token are not finite: look at the weights of the model"
+        )
     if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1, keepdim=True)
     logits = full_precision(logits)

@@ -60,10 +60,18 @@ def starts_of(state: Sequence[Any] | None, blocks: nn.ModuleList) -> list[Any]:
 
 
 def penalty_of(
-    maps: Iterable[tuple[Callable[[State], State], State]], generator: torch.Generator | None
+    maps: Iterable[tuple[Callable[[State], State], State]],
+    generator: torch.Generator | None,
+    share: Tensor | float = 1.0,
 ) -> Tensor:
-    """Mean over samples and blocks of ‖∂F/∂z‖_F² per component, from pairs of map and state."""
-    parts = [jacobian_penalty(f, z, generator=generator) / sum(Layout.of(z).sizes) for f, z in maps]
+    """Mean over samples and blocks of ‖∂F/∂z‖_F² per component, from pairs of map and state.
+
+    `share` `(B,)` is the part of the components that counts.
+    """
+    parts = [
+        jacobian_penalty(f, z, generator=generator) / (share * sum(Layout.of(z).sizes))
+        for f, z in maps
+    ]
     return torch.stack(parts).mean()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
@@ -29,10 +31,15 @@ class Pretrained(
 ):
     """Gives a model `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
-    The arguments of the constructor are the config, so they must be plain numbers, strings and
-    booleans. Weights are read from safetensors only, never from a pickle, and must be those of
-    this class and of this config, all of them.
+    The arguments of the constructor are the config, so they must be numbers, strings and booleans,
+    or lists of them; numbers of other libraries are saved as Python's. Weights are read from
+    safetensors only, never from a pickle, and must be those of this class and of this config, all
+    of them.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        # The mixin records what it is given here, and leaves out what JSON does not know.
+        return super().__new__(cls, *args, **{k: _plain(v) for k, v in options.items()})
 
     @classmethod
     def from_pretrained(
@@ -97,6 +104,17 @@ class Pretrained(
         return model.to(map_location).eval()
 
 
+def _plain(value: Any) -> Any:
+    """A number as one of Python's own, also in a list or tuple; all else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def _check_config(path: Path) -> None:
     """Raise if there is a config that is no JSON object."""
     if not path.is_file():
@@ -137,4 +155,9 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
         )
     for key, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(weights[key].dtype)
+    # What is not saved, because it can be computed, has the precision of the first weight.
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    for name, buffer in model.named_buffers():
+        if name not in weights and buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
     model.load_state_dict(weights)

@@ -70,6 +70,8 @@ class SiteClassifier(ImageClassifier):
             raise ValueError(
                 f"widths and strides must pair up, and be at least one, got {widths} and {strides}"
             )
+        for width in widths:
+            check_count("widths", width)
         if any(stride not in (1, 2) for stride in strides):
             raise ValueError(f"strides must be 1 or 2, got {strides}")
         layers: list[nn.Module] = []
@@ -99,7 +101,7 @@ class SiteClassifier(ImageClassifier):
         """The fields `(B, sites, dim)` that an image applies."""
         self.check_images(images)
         patches = self.stem(images).flatten(2).mT
-        x = torch.cat([self.token.expand(len(images), -1, -1), patches], dim=1)
+        x = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return self.norm(x) / math.sqrt(self.dim)
 
     def forward(self, images: Tensor, *, return_solution: bool = False, **overrides: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -289,17 +288,21 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
     ) -> Tensor:
         """Mean over samples and blocks of ‖∂F/∂z‖_F² per component: a term for the loss.
 
-        Hutchinson's estimate with one vector (see `deq.jacobian_penalty`).
+        Hutchinson's estimate with one vector (see `deq.jacobian_penalty`). Padding has no
+        components.
         """
-        return penalty_of(self.maps(ids, solutions, mask), generator)
+        maps = self.maps(ids, solutions, mask)
+        if mask is None:
+            return penalty_of(maps, generator)
+        return penalty_of(maps, generator, mask.sum(dim=1).clamp_min(1) / mask.shape[1])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token; targets of −100 do not count.
 
         Raises:
-            ValueError: for more or fewer targets than ids.
+            ValueError: for targets of another shape than the ids.
         """
-        if math.prod(logits.shape[:-1]) != targets.numel():
+        if logits.shape[:-1] != targets.shape:
             raise ValueError(
                 f"targets must have shape {tuple(logits.shape[:-1])} as the logits do, got "
                 f"{tuple(targets.shape)}"

@@ -207,7 +207,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         self.check_images(images)
         x = self.stem(images).flatten(2).mT
         if self.token is not None:
-            x = torch.cat([self.token.expand(len(x), -1, -1).to(x), x], dim=1)
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1).to(x), x], dim=1)
         return x if self.positions is None else x + self.positions
 
     def fields(self, z: Tensor, block: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..solvers._validate import check_seed
 from ..training import Run, digits, require
+from ._settings import check_threads
 
 PARAMETERS, COMPLETIONS, SAMPLES = "machine.npz", "completions.png", "samples.png"
 SIDE, SHOWN = 8, 12
@@ -72,13 +73,8 @@ class Boltzmann:
         for name, least in (("num_hidden", 1), ("num_updates", 1), ("samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        cores = os.cpu_count() or 1
-        if not 0 <= self.threads <= cores:
-            raise ValueError(
-                f"threads must be from 0 to {cores}, the CPU cores here, got {self.threads}"
-            )
+        check_seed(self.seed)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

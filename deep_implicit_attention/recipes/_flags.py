@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_number, check_seed
 from ..training import Device, OnDivergence, Precision
+from ._settings import check_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,8 @@ class TrainingFlags:
 
     def check(self) -> None:
         """Raise `ValueError` for settings out of range that nothing else looks at."""
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be at least 0, got {self.threads}")
+        check_seed(self.seed)
+        check_threads(self.threads)
         # Under the names of the flags: the plan and the solvers have others.
         check_count("keep_checkpoints", self.keep_checkpoints)
         check_number("tol", self.tol)

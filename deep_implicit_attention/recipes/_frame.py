@@ -87,7 +87,15 @@ def run_recipe(recipe: Recipe, prepare: Callable[[Recipe], Work]) -> dict[str, A
 def _conclude(work: Work, run: Run, progress: Progress, ending: str) -> dict[str, Any]:
     """Test the best weights, draw, and log the last line of metrics."""
     if run.saved_epoch() is None:
-        progress.say(f"no {work.unit} was finished; {run.folder} holds the configuration only")
+        if ending != "interrupted":
+            told = "no evaluation had a finite loss, so there are no weights to test; metrics and "
+            told += f"checkpoints are in {run.folder}"
+        elif run.checkpoints.steps():
+            told = f"no {work.unit} was finished; {run.folder} holds a checkpoint, from which "
+            told += "--resume goes on"
+        else:
+            told = f"no {work.unit} was finished; {run.folder} holds the configuration only"
+        progress.say(told)
         raise SystemExit(130 if ending == "interrupted" else 1)
     if ending in _SAID:
         progress.say(_SAID[ending].format(unit=work.unit))

@@ -70,7 +70,7 @@ def _report(recipe: ImageRecipe, result: dict[str, Any], images: int) -> list[st
         f"{result['best_epoch']}, {result['training_seconds']:.0f} s of training; mean solver "
         f"steps {result['test_solver_steps']:.1f}, worst residual {result['test_residual']:.1e}"
     ]
-    if result["test_residual"] > recipe.tol:
+    if not result["test_residual"] <= recipe.tol:  # NaN is no equilibrium
         lines.append(
             f"not every test image reached equilibrium (tolerance {recipe.tol:g}): raise "
             "--max-iter, or lower --coupling-rate"

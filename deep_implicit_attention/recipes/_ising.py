@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..solvers._validate import check_seed
 from ..spins import (
     TAP,
     AdaptiveTAP,
@@ -29,6 +29,7 @@ from ..spins import (
     lattice,
     sherrington_kirkpatrick,
 )
+from ._settings import check_threads
 
 Method = Callable[[SpinSystem, Tensor], Response]
 Ensemble = Literal["sk", "ferromagnet", "hopfield", "lattice"]
@@ -119,8 +120,7 @@ class Ising:
             raise ValueError(f"patterns must be at least 1, got {self.patterns}")
         if not 0 <= self.field < math.inf:
             raise ValueError(f"field must be at least 0 and finite, got {self.field}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_seed(self.seed)
         for name, values in (("beta", (self.beta,)), ("betas", self.betas)):
             for value in values:
                 if not 0 < value < math.inf:
@@ -134,11 +134,7 @@ class Ising:
             raise ValueError(f"samples must be at least 4, got {self.samples}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must differ, got {' '.join(self.methods)}")
-        cores = os.cpu_count() or 1
-        if not 0 <= self.threads <= cores:
-            raise ValueError(
-                f"threads must be from 0 to {cores}, the CPU cores here, got {self.threads}"
-            )
+        check_threads(self.threads)
 
     def _refuse(self, what: str, *names: str) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(Ising)}

@@ -90,7 +90,7 @@ def _report(recipe: Shakespeare, result: dict[str, Any]) -> list[str]:
         f"steps {result['validation_solver_steps']:.1f}, mean residual "
         f"{result['validation_residual']:.1e}, worst {result['validation_worst_residual']:.1e}"
     ]
-    if result["validation_worst_residual"] > recipe.tol:
+    if not result["validation_worst_residual"] <= recipe.tol:  # NaN is no equilibrium
         lines.append(
             f"not every window reached equilibrium (tolerance {recipe.tol:g}): raise --max-iter, "
             "or add --jacobian-penalty"

@@ -68,7 +68,7 @@ def load_recipe(run: Run) -> Any:
     )
 
 
-def evaluate_run(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def evaluate_run(folder: str | Path) -> tuple[dict[str, float], dict[str, float]]:
     """The test metrics of a finished run: measured again from its weights, and as logged."""
     run = Run(folder)
     recipe = load_recipe(run)
@@ -79,10 +79,13 @@ def evaluate_run(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
             "with its settings goes on"
         )
     measured = recipe.evaluate(run)
-    return measured, {name: result[name] for name in measured}
+    missing = [name for name in measured if name not in result]
+    if missing:
+        raise ValueError(f"the last line of metrics in {folder} lacks {', '.join(missing)}")
+    return measured, {name: _number(result[name]) for name in measured}
 
 
-def generate_run(folder: Path, prompt: str, **options: Any) -> str:
+def generate_run(folder: str | Path, prompt: str, **options: Any) -> str:
     """A continuation of `prompt` by the language model of a run, from its best weights.
 
     Asks the run's recipe for `generate(run, prompt, **options)`; `ValueError` where it has none.
@@ -97,7 +100,7 @@ def generate_run(folder: Path, prompt: str, **options: Any) -> str:
 
 
 def report_run(
-    folder: Path, out: Path | None = None, *, tell: Callable[[str], Any] | None = None
+    folder: str | Path, out: str | Path | None = None, *, tell: Callable[[str], Any] | None = None
 ) -> Path:
     """Write one self-contained HTML page on the run in `folder` to `out` (default: `report.html`
     in it), and return where it is. `tell` is called with the title of each section that is begun.
@@ -111,16 +114,22 @@ def report_run(
     """
     from ._report_page import write_report  # matplotlib takes a second to import
 
-    return write_report(folder, out, tell)
+    return write_report(Path(folder), None if out is None else Path(out), tell)
 
 
 def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
     """Whether two measurements are the same, but for the last digits of another machine."""
     return all(
         math.isclose(value, logged[name], rel_tol=1e-4, abs_tol=1e-9)
+        or (math.isnan(value) and math.isnan(logged[name]))
         for name, value in measured.items()
         if not name.endswith("residual")
     )
+
+
+def _number(value: float | None) -> float:
+    """A number of the metrics, where what is not finite is null."""
+    return math.nan if value is None else value
 
 
 def _recipe_of(run: Run) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from .. import training
 from ..models import DeepImplicitAttentionTransformer
-from ..solvers._validate import check_count
+from ..solvers._validate import check_count, check_seed
 from ..training import Device, Language, LanguagePlan, Run, TextData, Vocabulary
 from ..training._files import write_whole
 from ..training._text import check_parts
@@ -90,6 +90,8 @@ class Shakespeare(TrainingFlags):
                 f"{self.warmup}"
             )
         check_count("length", self.length)
+        if self.text is not None and self.data_dir is not None:
+            raise ValueError("--data-dir is where Tiny Shakespeare is; with --text it has no use")
         if self.learn < 0:
             raise ValueError(f"learn must be at least 0, got {self.learn}")
         if self.sample < 1:
@@ -168,6 +170,7 @@ class Shakespeare(TrainingFlags):
     ) -> str:
         """`prompt` continued by a run's best weights; needs the run's folder only."""
         vocabulary = load_vocabulary(run)
+        check_seed(seed)
         if not prompt:
             raise ValueError("prompt must hold at least one character")
         ids = vocabulary.encode(prompt)[None]

@@ -76,6 +76,7 @@ def iterate(
     some: Any = np.count_nonzero if on_host else torch.any
     sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
     tiny = torch.finfo(z0.dtype).tiny
+    huge = torch.finfo(z0.dtype).max ** 0.5
 
     z = z0.detach().clone()
     best = z
@@ -107,6 +108,10 @@ def iterate(
         g_norm, f_norm = norms(g, fz)
         with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart
             now = g_norm / (f_norm + tiny) if stop_mode == "rel" else 1.0 * g_norm
+        if on_host and some(f_norm > huge):
+            # Who comes here by growing runs away; who began here is large, and no more.
+            away = (f_norm > huge) & (g_norm / _GROWTH > first_norm) if k else broken
+            f_norm = xp.where(away, np.inf, f_norm)
         if k == 0:
             first_norm = last_norm = g_norm
             residual = residual_norm = xp.full_like(g_norm, torch.inf)

@@ -71,6 +71,13 @@ def check_count(name: str, value: int, minimum: int = 1) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise unless `seed` is what all generators take."""
+    check_count("seed", seed, minimum=-(2**64))  # that it is an integer
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+
+
 def check_same_shape(out: Any, like: Tensor, what: str) -> None:
     """Raise unless the map returned a tensor of the shape and dtype it was given."""
     if not isinstance(out, Tensor):

@@ -134,6 +134,14 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
         target.copy_(_like(target, tensors[name]))
 
 
+@torch.no_grad()
+def load_like(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors to those of the same names that there are, sharded or not."""
+    for name, target in targets.items():
+        if name in tensors:
+            target.copy_(_like(target, tensors[name]))
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer by names of parameters, `weight/exp_avg`, whole and on the CPU."""
     found = {

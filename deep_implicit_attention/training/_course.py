@@ -16,6 +16,7 @@ class Course:
 
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # of steps that gave the name
     batches: int = 0
     residual: float = 0.0
     seconds: float = 0.0
@@ -28,4 +29,20 @@ class Course:
 
     def start_anew(self) -> None:
         """Forget what belongs to the steps before an evaluation."""
-        self.sums, self.batches, self.residual, self.seconds, self.signs = {}, 0, 0.0, 0.0, []
+        self.sums, self.counts, self.signs = {}, {}, []
+        self.batches, self.residual, self.seconds = 0, 0.0, 0.0
+
+    def add(self, found: dict[str, float]) -> None:
+        """Take in the means of a step."""
+        for name, value in found.items():
+            # An earlier version counted steps, all of which gave the same names.
+            before = self.counts.get(name, self.batches if name in self.sums else 0)
+            self.counts[name] = before + 1
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.batches += 1
+
+    def means(self) -> dict[str, float]:
+        """Over the steps that gave a name."""
+        return {
+            name: total / self.counts.get(name, self.batches) for name, total in self.sums.items()
+        }

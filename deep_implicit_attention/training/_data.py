@@ -68,7 +68,7 @@ def digits(validation: float, seed: int) -> ImageData:
 
 
 def mnist(
-    data_dir: Path | None, validation: float, seed: int, *, download: bool = True
+    data_dir: str | Path | None, validation: float, seed: int, *, download: bool = True
 ) -> ImageData:
     """MNIST: 60,000 images of 28×28 pixels to learn from, 10,000 to test.
 
@@ -121,11 +121,11 @@ def _split(
     )
 
 
-def _mnist_folder(data_dir: Path | None, download: bool) -> Path:
-    if data_dir is None and "DIA_DATA" in os.environ:
-        data_dir = Path(os.environ["DIA_DATA"])
+def _mnist_folder(data_dir: str | Path | None, download: bool) -> Path:
+    data_dir = os.environ.get("DIA_DATA") if data_dir is None else data_dir
     if data_dir is None:
         return _cached(download)
+    data_dir = Path(data_dir)
     for folder in (data_dir, data_dir / "mnist"):
         if all(_find(folder, name) for name in _MNIST):
             return folder

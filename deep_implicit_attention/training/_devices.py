@@ -125,6 +125,9 @@ class Devices:
     def combine(self, statistics: list[dict[str, float]]) -> dict[str, float]:
         """Means over the parts of a batch, on all processes; of "residual" the largest."""
         names = list(statistics[0])
+        if any(part.keys() != statistics[0].keys() for part in statistics):
+            known = "; ".join(", ".join(part) for part in statistics)
+            raise ValueError(f"all parts of a batch must give means of the same names, got {known}")
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         table = torch.tensor(
             [[part[name] for name in names] for part in statistics],

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..deq._state import full_precision
+
 
 class MovingAverage:
     """e ← d_n e + (1 − d_n) θ after step n of the optimizer, with d_n = min(d, n / (9 + n)).
@@ -16,7 +18,9 @@ class MovingAverage:
     forgets the weights of the start.
 
     θ are the parameters and the buffers of real numbers, such as the running statistics of batch
-    normalisation: those of other weights would not fit the averaged ones. Holds a copy of each.
+    normalisation: those of other weights would not fit the averaged ones. Holds a copy of each, in
+    float32 where the model is narrower: of bfloat16 weights a small part of the way to others is
+    lost in rounding, and the average would stand still.
     Works on sharded parameters, too, which `torch.optim.swa_utils.AveragedModel`, a deep copy of
     the model, does not.
 
@@ -26,9 +30,10 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        buffers = (buffer for buffer in model.buffers() if buffer.is_floating_point())
-        self._live = [*model.parameters(), *buffers]
-        self._average = [t.detach().clone() for t in self._live]
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        live = {name: t for name, t in tensors if t.is_floating_point() or t.requires_grad}
+        self._names, self._live = list(live), list(live.values())
+        self._average = [full_precision(t.detach()).clone() for t in self._live]
         self.decay = decay
 
     @torch.no_grad()
@@ -36,7 +41,7 @@ class MovingAverage:
         """Take in the model as it is after `step` steps, counted from 1."""
         decay = min(self.decay, step / (9 + step))
         for average, live in zip(self._average, self._live, strict=True):
-            average.lerp_(live, 1 - decay)
+            average.lerp_(live.to(average.dtype), 1 - decay)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -48,9 +53,17 @@ class MovingAverage:
         finally:
             self._fill(own)
 
+    def wide(self) -> dict[str, Tensor]:
+        """By name what has more digits here than in the model."""
+        return {
+            name: average
+            for name, average, live in zip(self._names, self._average, self._live, strict=True)
+            if average.dtype != live.dtype
+        }
+
     @torch.no_grad()
     def assign(self) -> None:
-        """Make the model, as it is, the average."""
+        """Make the model, as it is, the average; for the digits it lacks there is `wide`."""
         for average, live in zip(self._average, self._live, strict=True):
             average.copy_(live)
 

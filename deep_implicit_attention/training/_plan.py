@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_number, check_seed
 
 Precision = Literal["no", "bf16", "fp16"]
 """Autocast of all but the solves: none, or the narrower type."""
@@ -60,8 +60,9 @@ class Plan:
         for name in ("patience", "checkpoint_every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_seed(self.seed)
+        if isinstance(self.trackers, str):
+            raise TypeError(f"trackers must be a tuple of names, got the string {self.trackers!r}")
         check_number("warmup", self.warmup, minimum=0.0, below=1.0)
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be above 0 and finite, got {self.clip}")

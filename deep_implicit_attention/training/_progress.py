@@ -99,4 +99,8 @@ class Progress:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """After each epoch: its line of the table."""
         self._bar.reset(self._task)
-        self.say("  ".join(pattern.format(record[name]) for name, pattern, _ in self._columns))
+        cells = []
+        for name, pattern, _ in self._columns:
+            cell = pattern.format(record.get(name, 0))
+            cells.append(cell if name in record else "-".rjust(len(cell)))
+        self.say("  ".join(cells))

@@ -33,9 +33,9 @@ class Run:
     needs to go on. A file appears whole or not at all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
     def start(self, config: dict[str, Any]) -> None:
         """Make the folder anew: the configuration, and none of the metrics, weights, checkpoints

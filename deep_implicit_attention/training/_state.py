@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checkpoint import (
     Checkpoint,
+    load_like,
     load_model,
     load_optimizer,
     optimizer_tensors,
@@ -27,6 +28,9 @@ Parts = dict[str, dict[str, Tensor]]
 
 # A training that is resumed with others is another training.
 _FIXED = ("steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience")
+_FIXED += ("precision",)
+# Options of optimizers with which they keep another state.
+_KEPT = ("amsgrad", "centered", "momentum")
 
 
 def pack(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
@@ -42,6 +46,7 @@ def pack(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
     if trainer.average:
         with trainer.average.in_model():
             parts["average"] = whole_tensors(model.state_dict())
+        parts["wide average"] = whole_tensors(trainer.average.wide())
     trainer.course.metrics_size = trainer.run.metrics_size()
     scaler = devices.accelerator.scaler
     state = {
@@ -57,7 +62,7 @@ def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put back what `pack` gathered; `ValueError` for other settings or another model."""
     path, parts, state = checkpoint.path, checkpoint.parts, checkpoint.state
     for name, value in _fixed(trainer).items():
-        before = state["fixed"].get(name)
+        before = state["fixed"].get(name, value)  # earlier versions wrote fewer
         if before != value:
             raise ValueError(
                 f"{path} was written with {name} {before}, now it is {value}: resume with the "
@@ -67,6 +72,7 @@ def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if trainer.average:
         load_model(model, parts["average"], path)
         trainer.average.assign()
+        load_like(trainer.average.wide(), parts.get("wide average", {}))
     load_model(model, parts["model"], path)
     load_optimizer(model, trainer.plain_optimizer, parts.get("optimizer", {}), path)
     trainer.course, trainer.watch = Course(**state["course"]), Watch(**state["watch"])
@@ -94,4 +100,7 @@ def weights(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _fixed(trainer: Trainer) -> dict[str, Any]:
     fixed = {name: getattr(trainer.plan, name) for name in _FIXED}
-    return {**fixed, "learning rates": trainer.rates}
+    optimizer = trainer.plain_optimizer
+    having = [name for name in _KEPT if optimizer.defaults.get(name)]
+    kind = " with ".join([type(optimizer).__name__, *[", ".join(having)] * bool(having)])
+    return {**fixed, "learning rates": trainer.rates, "optimizer": kind}

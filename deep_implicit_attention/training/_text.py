@@ -113,7 +113,7 @@ def check_parts(data: TextData, length: int) -> None:
     _check_length(data.validation, length, "a validation part")
 
 
-def shakespeare(data_dir: Path | None = None, *, download: bool = True) -> TextData:
+def shakespeare(data_dir: str | Path | None = None, *, download: bool = True) -> TextData:
     """Tiny Shakespeare: 1,115,394 characters, the last tenth for validation.
 
     Reads ``tinyshakespeare.txt`` from `data_dir` (or its folder ``text``), else from the folder
@@ -132,9 +132,8 @@ def shakespeare(data_dir: Path | None = None, *, download: bool = True) -> TextD
     return text_data(content.decode())
 
 
-def _shakespeare_file(data_dir: Path | None, download: bool) -> Path:
-    if data_dir is None and "DIA_DATA" in os.environ:
-        data_dir = Path(os.environ["DIA_DATA"])
+def _shakespeare_file(data_dir: str | Path | None, download: bool) -> Path:
+    data_dir = os.environ.get("DIA_DATA") if data_dir is None else data_dir
     if data_dir is None:
         pooch = require("pooch", "train")
         folder = Path(pooch.os_cache("deep-implicit-attention")) / "text"
@@ -146,6 +145,7 @@ def _shakespeare_file(data_dir: Path | None, download: bool) -> Path:
         if not download:
             return folder / _SHAKESPEARE
         return Path(pooch.retrieve(_SHAKESPEARE_URL, None, _SHAKESPEARE, folder))
+    data_dir = Path(data_dir)
     for folder in (data_dir, data_dir / "text"):
         if (folder / _SHAKESPEARE).is_file():
             return folder / _SHAKESPEARE

@@ -134,14 +134,11 @@ class Trainer:
     def _note(self, found: dict[str, float]) -> None:
         """Add the statistics of a step to those since the last evaluation."""
         course = self.course
-        course.batches += 1
         residual = found.pop("residual", 0.0)
         course.residual = worst_of(course.residual, residual)
-        for name, value in found.items():
-            course.sums[name] = course.sums.get(name, 0.0) + value
+        course.add(found)
         if self.progress:
-            means = {name: total / course.batches for name, total in course.sums.items()}
-            self.progress.batch(self._round(), means, course.residual)
+            self.progress.batch(self._round(), course.means(), course.residual)
         if not math.isfinite(found["loss"]):
             raise FloatingPointError(
                 f"the training loss is not finite in step {course.step} ({self._where()}): "
@@ -155,7 +152,10 @@ class Trainer:
         with self._aside():
             found = {k: float(v) for k, v in self.task.evaluate(self.plain).items()}
             measured = self.devices.agree(found)
-            sample = self.task.sample(self.plain)
+            sound = math.isfinite(
+                measured.get(name, math.nan)
+            )  # else there is nothing to draw from
+            sample = self.task.sample(self.plain) if sound else None
         if name not in measured:
             known = ", ".join(measured)
             raise ValueError(f"the evaluation must give {name!r}, the monitor; it gave {known}")
@@ -175,7 +175,7 @@ class Trainer:
         """A line of metrics for the steps since the last evaluation and what was measured."""
         course = self.course
         self._clock()
-        means = {name: total / course.batches for name, total in course.sums.items()}
+        means = course.means()
         record: dict[str, Any] = {"epoch": self._epoch(), "step": course.step}
         record |= {k if k in _SOLVER else f"train_{k}": value for k, value in means.items()}
         record |= {"residual": course.residual, **measured, "seconds": round(course.seconds, 3)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import numpy as np
@@ -309,3 +310,31 @@ def test_means_that_the_data_have_are_not_refused(scale: float, X: np.ndarray) -
     weights = np.full(500, scale)
     weights[0] *= 1e-3  # its share of the mean is far less than that of an observation
     assert np.isfinite(BoltzmannMachine().fit(X, sample_weight=weights).couplings_).all()
+
+
+def test_rows_without_a_response_are_counted_where_complete_was_called() -> None:
+    rng = np.random.default_rng(0)
+    couplings = np.triu(rng.normal(size=(10, 10)), 1) * 4 / 10**0.5
+    machine = BoltzmannMachine("adaptive_tap", l2=0.1).fit(
+        np.where(rng.uniform(size=(300, 10)) < 0.5, 1, -1)
+    )
+    machine.couplings_ = couplings + couplings.T
+    rows = np.where(rng.uniform(size=(60, 10)) < 0.5, 1.0, -1.0)
+    rows[rng.uniform(size=rows.shape) < 0.5] = np.nan
+    with pytest.warns(ConvergenceWarning) as caught:
+        machine.complete(rows)
+    (warning,) = caught
+    assert warning.filename == __file__
+    gaps = np.isnan(rows).any(axis=1).sum()
+    assert re.search(rf"of {gaps} rows with missing entries \d+ have no", str(warning.message))
+
+
+@pytest.mark.parametrize("method", ["exact", "independent"])
+def test_one_round_of_filling_in(method: str, X: np.ndarray) -> None:
+    X[::3, 1] = np.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        BoltzmannMachine(method, max_iter=1).fit(X)
+    said = [str(warning.message) for warning in caught]
+    assert sum("filled in one round only" in text for text in said) == (method == "exact")
+    assert not any("change by inf" in text for text in said)

@@ -7,11 +7,15 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deep_implicit_attention.models import DeepImplicitAttentionTransformer
+from deep_implicit_attention.models import (
+    DeepImplicitAttentionTransformer,
+    DeepImplicitAttentionViT,
+)
 from deep_implicit_attention.models._pretrained import Pretrained
 
 
@@ -185,3 +189,47 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(
     build().push_to_hub("someone/model")
     assert uploaded["someone/model"] >= {"config.json", "model.safetensors"}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in uploaded["someone/model"])
+
+
+def test_numbers_of_other_libraries_are_saved_as_numbers(tmp_path: Path) -> None:
+    changes = {
+        "heads": np.int64(4), "rotary_base": np.float32(100), "positions": "rotary",
+        "dim": np.uint8(16), "depth": np.int32(2), "weight_norm": np.bool_(True),
+        "dropout": np.float64(0.25), "solver_fwd_tol": np.float64(1e-4),
+    }  # fmt: skip
+    model = build(**changes).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config[name] for name in changes} == {
+        "heads": 4,
+        "rotary_base": 100.0,
+        "positions": "rotary",
+        "dim": 16,
+        "depth": 2,
+        "weight_norm": True,
+        "dropout": 0.25,
+        "solver_fwd_tol": 1e-4,
+    }
+    again = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    ids = torch.randint(7, (2, 6))
+    torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=0)
+
+
+def test_lists_of_such_numbers_too(tmp_path: Path) -> None:
+    options = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 6, "channels": 1}
+    widths = tuple(np.array([4, 6]))
+    DeepImplicitAttentionViT(**options, stem="convolution", widths=widths).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["widths"] == [4, 6]
+    assert DeepImplicitAttentionViT.from_pretrained(tmp_path).stem[0].out_channels == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_computed_and_not_saved_has_the_precision_of_the_weights(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = build(positions="sinusoidal").to(dtype).eval()
+    model.save_pretrained(tmp_path)
+    again = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    assert again.positions.dtype == dtype
+    ids = torch.randint(7, (2, 6))
+    torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=1e-6)

@@ -559,7 +559,46 @@ def test_narrow_models_generate() -> None:
 def test_exports_at_a_horizon() -> None:
     model = build(steps=3).eval()
     ids = tokens()
-    program = torch.export.export(model, (ids,))
-    other = tokens(seed=9)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Alone(model), (ids,), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(other), model(other))
+        for other in (tokens(seed=9), tokens(batch=1, seed=9), tokens(batch=5, seed=9)):
+            torch.testing.assert_close(program(other), model(other))
+
+
+class Alone(torch.nn.Module):
+    """A model with one input, as an exporter wants it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def test_padding_has_no_part_in_the_penalty() -> None:
+    model = build(depth=1).eval()
+    ids = tokens(2, 4)
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
+    mask = torch.arange(9) >= torch.tensor([[5], [5]])
+
+    def mean(*inputs: Any) -> float:
+        where = inputs[0] if len(inputs) == 1 else inputs
+        solutions = model(*inputs, return_solution=True)[1]
+        given = (inputs[0], solutions, *inputs[1:])
+        generator = torch.Generator().manual_seed(0)
+        draws = [model.jacobian_penalty(*given, generator=generator) for _ in range(400)]
+        assert where is not None
+        return torch.stack(draws).mean().item()
+
+    assert mean(padded, mask) == pytest.approx(mean(ids), rel=0.05)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float) -> None:
+    model = build().eval()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="logits of the next token are not finite"):
+        model.generate(tokens(), 2, temperature)

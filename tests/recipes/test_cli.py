@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -270,6 +271,8 @@ def test_a_download_that_fails(
         "--dim 0",
         "--strides 3",
         "--widths 4 4",
+        "--widths 0",
+        "--threads 100000",
         "--threads -1",
     ],
 )
@@ -435,3 +438,25 @@ def test_mnist_from_a_folder(dia: Dia, tmp_path: Path, monkeypatch: pytest.Monke
     again = dia("mnist", *flags.split())
     assert again.status == 0
     assert metrics(again.folder)[0]["train_loss"] == first
+
+
+def test_settings_out_of_range_leave_an_earlier_run_as_it_was(dia: Dia) -> None:
+    folder = dia("digits", "--epochs", "1").folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "widths must be at least 1, got 0" in dia("digits", "--widths", "0").complaint()
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_a_run_without_a_finite_loss_says_what_it_leaves(dia: Dia) -> None:
+    run = dia("digits", "--epochs", "1", "--learning-rate", "1e38", "--batch-size", "120")
+    assert run.status == 1
+    assert "no evaluation had a finite loss" in run.out
+    assert "metrics and checkpoints are in" in run.out
+    assert {"metrics.jsonl", "checkpoints"} <= run.files()
+
+
+def test_a_residual_that_is_no_number_is_no_equilibrium() -> None:
+    result = {"test_accuracy": 0.5, "best_epoch": 1, "training_seconds": 1.0}
+    result |= {"test_solver_steps": 3.0, "test_residual": math.nan}
+    lines = recipes._images._report(recipes.Digits(), result, 360)
+    assert any("not every test image reached equilibrium" in line for line in lines)

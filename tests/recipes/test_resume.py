@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -331,3 +332,26 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     assert kills == 20  # the run is long enough for all of them
     finish(tmp_path / "run", [*flags, "--resume"])
     assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_evaluate_reads_what_is_not_finite(finished: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+    *lines, last = (folder / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(last)
+    for change, said in (
+        ({"test_residual": None}, ""),
+        ({"test_loss": None}, "do not do what its metrics say"),
+        ({"test_loss": ...}, "the last line of metrics in .* lacks test_loss"),
+    ):
+        changed = {k: v for k, v in {**record, **change}.items() if v is not ...}
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(changed)]) + "\n")
+        run = invoke(folder, "evaluate", str(folder))
+        assert run.status == bool(said)
+        assert re.search(said, run.err)
+        assert "Traceback" not in run.err
+
+
+def test_folders_may_be_strings(finished: Any) -> None:
+    measured, logged = recipes.evaluate_run(str(finished.folder))
+    assert recipes.agree(measured, logged)
+    assert Run(str(finished.folder)).folder == finished.folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deep_implicit_attention.solvers import Status, picard
+
 
 @pytest.mark.parametrize(
     ("power", "dtype"),
@@ -22,6 +24,16 @@ def test_another_unit_gives_the_same_steps(solver, power, dtype):
     assert scaled.steps.tolist() == plain.steps.tolist()
     torch.testing.assert_close(scaled.value / unit, plain.value, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scaled.residual_norm / unit, plain.residual_norm, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("growth", [3.0, -3.0])
+def test_what_runs_away_ends_where_squares_do(growth):
+    """And not only with the last number there is; what comes before may still be of use."""
+    start = torch.zeros(1, 4)
+    solution = picard(lambda z: growth * z + 1, start, tol=1e-5, max_iter=100)
+    assert solution.status == (Status.DIVERGED,)
+    assert solution.value.norm() < 2e19
+    assert int(solution.steps) < 50
 
 
 def test_an_image_without_a_finite_norm_is_no_solution(solver):

@@ -81,3 +81,19 @@ def test_assign_starts_the_average_anew() -> None:
         model.weight.zero_()
     with average.in_model():
         assert torch.equal(model.weight, now)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_narrow_weights_moves(dtype: torch.dtype) -> None:
+    """Each step by less than their resolution."""
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    nn.init.constant_(model.weight, 1.0)
+    average = MovingAverage(model, 0.999)
+    nn.init.constant_(model.weight, 1.5)
+    for step in range(10_000, 18_000):
+        average.update(step)
+    assert average.wide()["weight"].item() == pytest.approx(1.5, abs=1e-3)
+    with average.in_model():
+        assert model.weight.dtype == dtype
+        assert model.weight.item() == 1.5
+    assert not MovingAverage(nn.Linear(1, 1), 0.9).wide()

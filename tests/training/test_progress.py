@@ -116,3 +116,13 @@ def test_other_columns_and_a_resumed_epoch(
     shown = capsys.readouterr().out
     for part in ("round 2/4", "13/30", "bits 1.25", "perplexity", "60        7.53"):
         assert part in shown
+
+
+def test_columns_that_a_task_does_not_give_are_empty(capsys: pytest.CaptureFixture) -> None:
+    with Progress() as progress:
+        progress.start(2, 3)
+        progress.epoch({"epoch": 1, "train_loss": 0.5, "seconds": 1.0})
+    head, line = capsys.readouterr().out.splitlines()[:2]
+    assert len(line) == len(head)
+    assert "0.5" in line
+    assert line.split().count("-") == len(Progress.COLUMNS) - 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deep_implicit_attention.training import Checkpoints, Run, Trainer
+from deep_implicit_attention.training import Checkpoints, Plan, Run, Trainer
 
 Build = Callable[..., Any]
 
@@ -204,6 +204,7 @@ def test_the_newest_is_damaged_and_deleted(
         {"patience": 3},
         {"evaluate_every": 4},
         {"warmup": 0.2},
+        {"precision": "bf16"},
     ],
 )
 def test_other_settings(change: dict[str, Any], regression: Build, trainer: Build) -> None:
@@ -233,3 +234,45 @@ def test_metrics_that_are_lost(regression: Build, trainer: Build, tmp_path: Path
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl has 0 bytes, fewer than"):
         trainer(regression()).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (torch.optim.RMSprop, {}, "AdamW, now it is RMSprop"),
+        (torch.optim.AdamW, {"amsgrad": True}, "AdamW, now it is AdamW with amsgrad"),
+        (torch.optim.SGD, {"momentum": 0.9}, "AdamW, now it is SGD with momentum"),
+    ],
+)
+def test_another_optimizer(
+    kind: type, options: dict[str, Any], said: str, regression: Build, trainer: Build,
+    network: Build, tmp_path: Path,
+) -> None:  # fmt: skip
+    trainer(regression()).train()
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.02, **options)
+    plan = Plan(steps=12, evaluate_every=3, device="cpu")
+    other = Trainer(model, optimizer, regression(), plan, Run(tmp_path))
+    with pytest.raises(ValueError, match=f"with optimizer {said}: resume"):
+        other.train(resume=True)
+
+
+def test_the_average_of_narrow_weights_is_resumed_with_all_its_digits(
+    regression: Build, trainer: Build, network: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(regression):  # type: ignore[valid-type, misc]
+        def batch(self, *given: Any) -> dict[str, Any]:
+            return {name: value.bfloat16() for name, value in super().batch(*given).items()}
+
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            return {"validation_loss": 1.0}
+
+    whole = trainer(Narrow(), network().bfloat16(), ema=0.9)
+    whole.train()
+    expected = {name: value.clone() for name, value in whole.average.wide().items()}
+    assert any((value != value.bfloat16()).any() for value in expected.values())
+    again = trainer(Narrow(), network(3).bfloat16(), ema=0.9)
+    again.train(resume=True)
+    assert again.average.wide().keys() == expected.keys()
+    for name, value in again.average.wide().items():
+        assert torch.equal(value, expected[name]), name

@@ -402,3 +402,42 @@ def test_a_resumed_training_goes_on_in_its_wandb_run(
     trainer(regression(), trackers=("wandb",)).train()  # anew, in the same folder
     assert asked[2]["id"] != first["id"]
     assert logged[asked[2]["id"]] == [3, 6, 9, 12]
+
+
+def test_means_are_over_the_steps_that_gave_them(
+    regression: Build, trainer: Build, tmp_path: Path
+) -> None:
+    class Sometimes(regression):  # type: ignore[valid-type, misc]
+        count = 0
+
+        def loss(self, model: nn.Module, batch: Any) -> Outcome:
+            self.count += 1
+            outcome = super().loss(model, batch)
+            return Outcome(outcome.loss, {"odd": float(self.count)} if self.count % 2 else {})
+
+    trainer(Sometimes()).train()
+    records = Run(tmp_path).metrics()
+    assert [record["train_odd"] for record in records] == [2.0, 5.0, 8.0, 11.0]
+    with pytest.raises(ValueError, match=r"must give means of the same names, got loss.*; loss"):
+        trainer(Sometimes(), accumulate=2).train()
+
+
+def test_a_model_that_is_lost_is_logged_and_not_sampled(
+    regression: Build, trainer: Build, tmp_path: Path
+) -> None:
+    class Lost(regression):  # type: ignore[valid-type, misc]
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            return {"validation_loss": math.nan}
+
+        def sample(self, model: nn.Module) -> str:
+            pytest.fail("asked of a model that is lost")
+
+    trainer(Lost()).train()
+    assert [record["validation_loss"] for record in Run(tmp_path).metrics()] == [None] * 4
+
+
+def test_trackers_are_names_in_a_tuple() -> None:
+    with pytest.raises(TypeError, match="trackers must be a tuple of names, got the string"):
+        Plan(steps=1, evaluate_every=1, trackers="tensorboard")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        Plan(steps=1, evaluate_every=1, seed=1.5)  # type: ignore[arg-type]
