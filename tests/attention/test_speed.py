@@ -3,8 +3,6 @@
 Times are compared only where a rival takes several times as long, by the least of several.
 """
 
-import subprocess
-import sys
 import time
 
 import pytest
@@ -86,6 +84,7 @@ def test_no_matrix_between_many_sites_forward_or_backward(causal):
     assert largest.elements <= 8 * x.numel()
 
 
+@pytest.mark.quick("mean-field", "softmax")
 @pytest.mark.parametrize(
     ("index", "least"), [(2, 1.6), (3, 2.0), (6, 8.0)], ids=["mean-field", "softmax", "adatap"]
 )
@@ -101,25 +100,3 @@ def test_literal_equations_take_several_times_as_long(index, least):
                 run()
                 taken.append(time.process_time() - started)
         assert min(times[rival]) >= least * min(times[ours])
-
-
-def test_importing_brings_nothing_heavy():
-    """What takes time to import is torch; the rest comes when it is used."""
-    heavy = (
-        "transformers",
-        "accelerate",
-        "matplotlib",
-        "sklearn",
-        "scipy",
-        "pandas",
-        "torchvision",
-        "torch._dynamo",
-    )
-    program = (
-        "import sys, deep_implicit_attention.models, deep_implicit_attention.spins\n"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert said.stdout.strip() == "[]"

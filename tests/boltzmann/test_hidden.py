@@ -27,7 +27,7 @@ def means(machine: BoltzmannMachine, n: int) -> np.ndarray:
 # --- batches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("*-exact")
+@pytest.mark.quick("20-exact")
 @pytest.mark.parametrize("method", ["exact", "pcd"])
 @pytest.mark.parametrize("size", [1, 20])
 def test_batches_see_rows_as_often_as_their_weights_say(

@@ -588,11 +588,11 @@ def test_padding_has_no_part_in_the_penalty() -> None:
         solutions = model(*inputs, return_solution=True)[1]
         given = (inputs[0], solutions, *inputs[1:])
         generator = torch.Generator().manual_seed(0)
-        draws = [model.jacobian_penalty(*given, generator=generator) for _ in range(400)]
+        draws = [model.jacobian_penalty(*given, generator=generator) for _ in range(60)]
         assert where is not None
         return torch.stack(draws).mean().item()
 
-    assert mean(padded, mask) == pytest.approx(mean(ids), rel=0.05)
+    assert mean(padded, mask) == pytest.approx(mean(ids), rel=0.15)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -189,7 +189,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of machines on digits."""
 
     def make(folder: Path) -> None:
-        flags = ["--methods", "tap", "--l2", "0.01", "0.1", "--samples", "3"]
+        flags = ["--methods", "tap", "pseudolikelihood", "--l2", "0.01", "0.1", "--samples", "3"]
         assert invoke(folder, "boltzmann", "--run-dir", str(folder), *flags).status == 0
 
     return made_once("boltzmann", make, tmp_path_factory)

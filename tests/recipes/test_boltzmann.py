@@ -12,14 +12,10 @@ from sklearn.datasets import load_digits
 from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import Boltzmann, _boltzmann
 
-FEW = ["--methods", "tap", "pseudolikelihood", "--l2", "0.01", "0.1", "--samples", "0"]
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "boltzmann"
-    assert main(["boltzmann", "--run-dir", str(folder), *FEW]) == 0
-    return folder
+def run(machines: Path) -> Path:
+    return machines
 
 
 def rows(folder: Path) -> dict[str, dict]:
@@ -29,7 +25,13 @@ def rows(folder: Path) -> dict[str, dict]:
 
 def test_what_a_run_leaves(run: Path) -> None:
     files = {path.name for path in run.iterdir() if path.is_file()}
-    assert files == {"config.json", "metrics.jsonl", "machine.npz", "completions.png"}
+    assert files == {
+        "config.json",
+        "metrics.jsonl",
+        "machine.npz",
+        "completions.png",
+        "samples.png",
+    }
     assert json.loads((run / "config.json").read_text())["recipe"] == "boltzmann"
 
 

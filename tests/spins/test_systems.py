@@ -220,6 +220,7 @@ class TestDerivatives:
         off = ~torch.eye(n, dtype=torch.bool)
         torch.testing.assert_close(both[off], expected.detach()[off], rtol=0, atol=1e-8)
 
+    @pytest.mark.quick("*ising-*", "potts-[!s]*", "*-Exact", "gaussian-TAP")
     @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
     def test_susceptibility_is_the_response(self, system, fields, method):
         fields = fields[:1]

@@ -38,13 +38,20 @@ def test_a_broken_library_is_not_called_missing(
     assert INSTALL not in str(caught.value)
 
 
-def test_everything_but_running_works_without_the_extras() -> None:
-    """All but machines, which are scikit-learn's; these say what installs it."""
+def test_what_works_without_the_extras_and_brings_nothing_heavy() -> None:
+    """All but machines, which are scikit-learn's; these say what installs it.
+
+    What takes time to import the core is torch; its compiler comes when it is used.
+    """
     blocked = ["accelerate", "tyro", "rich", "sklearn", "matplotlib", "pooch"]
-    rooms = ["solvers", "deq", "attention", "models", "spins", "training", "recipes", "cli"]
+    blocked += ["transformers", "scipy", "pandas", "torchvision"]
     program = "import sys\n"
     program += f"sys.modules.update(dict.fromkeys({blocked}))\n"
-    program += "".join(f"import deep_implicit_attention.{room}\n" for room in rooms)
+    for room in ["solvers", "deq", "attention", "models", "spins"]:
+        program += f"import deep_implicit_attention.{room}\n"
+    program += "assert 'torch._dynamo' not in sys.modules\n"
+    for room in ["training", "recipes", "cli"]:
+        program += f"import deep_implicit_attention.{room}\n"
     program += "print('all but machines', flush=True)\nimport deep_implicit_attention.boltzmann"
     root = Path(__file__).parents[2]
     done = subprocess.run(
