@@ -87,8 +87,12 @@ class DEQMeanFieldAttention(SiteCouplings):
 
     def prepare(self, x: Tensor) -> _Context:
         correction = None if self.correction is None else self.correction.weights()
-        shape = self.num_spins, self.dim, self.num_spins, self.dim
-        return _Context(x, self.coupling_matrix().view(shape), correction)
+        if self._overrides("coupling_matrix"):
+            shape = self.num_spins, self.dim, self.num_spins, self.dim
+            couplings = self.coupling_matrix().view(shape)
+        else:  # not by way of a matrix, as which the derivative would have to be copied
+            couplings = self.coupling_blocks()
+        return _Context(x, couplings, correction)
 
     def update(self, z: Tensor, context: _Context) -> Tensor:
         couplings = context.couplings

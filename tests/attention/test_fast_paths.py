@@ -246,6 +246,27 @@ def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mi
     assert gradgradcheck(matrix, module._weight)
 
 
+def test_the_derivative_by_couplings_is_not_copied_into_another_order():
+    """Couplings may be most of the memory there is; seen as a matrix their derivative was copied."""
+    module = DEQMeanFieldAttention(5, 4)
+    couplings = module.prepare(torch.randn(2, 5, 4)).couplings
+    assert couplings.shape == (5, 4, 5, 4)
+    assert type(couplings.grad_fn).__name__ == "_MatrixBackward"
+    layer = DEQFixedPoint(module)
+    seen = []
+    prepare = module.prepare
+
+    def prepared(x):
+        context = prepare(x)
+        context.couplings.register_hook(seen.append)
+        return context
+
+    module.prepare = prepared
+    layer(torch.randn(2, 5, 4)).sum().backward()
+    (g,) = seen
+    assert g.transpose(1, 2).is_contiguous()  # in the order of the raw couplings
+
+
 class _Matrix(torch.nn.Module):
     def __init__(self, module):
         super().__init__()
