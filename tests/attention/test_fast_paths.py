@@ -247,7 +247,7 @@ def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mi
 
 
 def test_the_derivative_by_couplings_is_not_copied_into_another_order():
-    """Couplings may be most of the memory there is; seen as a matrix their derivative was copied."""
+    """Couplings may be most of the memory there is."""
     module = DEQMeanFieldAttention(5, 4)
     couplings = module.prepare(torch.randn(2, 5, 4)).couplings
     assert couplings.shape == (5, 4, 5, 4)
