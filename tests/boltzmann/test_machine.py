@@ -158,6 +158,7 @@ def test_enumeration_is_that_of_the_spin_systems(n: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_annealing_estimates_log_z_within_its_error() -> None:
     errors = []
     for seed in range(6):

@@ -273,6 +273,7 @@ def test_a_pseudocount_knows_no_order_and_no_sign(n: int) -> None:
     assert other.fields_ == pytest.approx((fit.fields_ * sign)[order], abs=1e-7)
 
 
+@pytest.mark.slow
 def test_pcd_comes_near_maximum_likelihood() -> None:
     J, h = reference(6, 1.0, 0)
     X = drawn(J, h, 10_000)

@@ -163,6 +163,7 @@ def test_potts_errors_are_those_of_the_reference():
     assert 6e-3 / 4 < log < 6e-3 * 4
 
 
+@pytest.mark.slow
 def test_two_spherical_spins_against_quadrature():
     """One spin is summed by its own partition function, the other on a product grid."""
     errors = []

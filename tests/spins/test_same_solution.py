@@ -30,7 +30,7 @@ def glass(beta: float, seed: int, samples: int) -> tuple[SpinSystem, torch.Tenso
     return SpinSystem(couplings, IsingPrior()), fields, starts
 
 
-@pytest.mark.quick("NaiveMeanField", "TAP", "ExpectationPropagation")
+@pytest.mark.quick("NaiveMeanField", "TAP")
 @pytest.mark.parametrize(
     "method",
     [
