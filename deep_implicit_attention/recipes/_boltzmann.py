@@ -14,7 +14,7 @@ import torch
 
 from ..solvers._validate import check_seed
 from ..training import Run, digits, require
-from ._settings import check_threads
+from ._flags import check_threads
 
 PARAMETERS, COMPLETIONS, SAMPLES = "machine.npz", "completions.png", "samples.png"
 SIDE, SHOWN = 8, 12

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..solvers._validate import check_count, check_number, check_seed
 from ..training import Device, OnDivergence, Precision
-from ._settings import check_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +71,10 @@ class TrainingFlags:
         names = ("checkpoint_every", "patience", "on_divergence", "accumulate", "clip", "ema")
         names += ("device", "precision", "trackers")
         return {"keep": self.keep_checkpoints, **{name: getattr(self, name) for name in names}}
+
+
+def check_threads(threads: int) -> None:
+    """Raise unless there are so many cores; 0 leaves it to PyTorch."""
+    cores = os.cpu_count() or 1
+    if not 0 <= threads <= cores:
+        raise ValueError(f"threads must be from 0 to {cores}, the CPU cores here, got {threads}")

@@ -29,7 +29,7 @@ from ..spins import (
     lattice,
     sherrington_kirkpatrick,
 )
-from ._settings import check_threads
+from ._flags import check_threads
 
 Method = Callable[[SpinSystem, Tensor], Response]
 Ensemble = Literal["sk", "ferromagnet", "hopfield", "lattice"]

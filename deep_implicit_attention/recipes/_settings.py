@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import types
 import typing
 from pathlib import Path
@@ -75,10 +74,3 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _named(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-
-
-def check_threads(threads: int) -> None:
-    """Raise unless there are so many cores; 0 leaves it to PyTorch."""
-    cores = os.cpu_count() or 1
-    if not 0 <= threads <= cores:
-        raise ValueError(f"threads must be from 0 to {cores}, the CPU cores here, got {threads}")

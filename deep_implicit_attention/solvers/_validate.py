@@ -63,17 +63,22 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> None:
-    """Raise unless `value` is an integer of at least `minimum`."""
+def check_integer(name: str, value: int) -> None:
+    """Raise unless `value` is an integer."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    """Raise unless `value` is an integer of at least `minimum`."""
+    check_integer(name, value)
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def check_seed(seed: int) -> None:
     """Raise unless `seed` is what all generators take."""
-    check_count("seed", seed, minimum=-(2**64))  # that it is an integer
+    check_integer("seed", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
 

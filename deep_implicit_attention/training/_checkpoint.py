@@ -130,8 +130,7 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{source} is of another model: {'; '.join(problems[:3])}{more}")
-    for name, target in own.items():
-        target.copy_(_like(target, tensors[name]))
+    load_like(own, tensors)
 
 
 @torch.no_grad()

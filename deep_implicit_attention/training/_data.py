@@ -64,7 +64,7 @@ def digits(validation: float, seed: int) -> ImageData:
     rest, test = selection.train_test_split(
         np.arange(len(labels)), test_size=0.2, random_state=0, stratify=raw.target
     )
-    return _split(images, labels, rest, test, validation, seed)
+    return _split(images, labels, torch.from_numpy(rest), torch.from_numpy(test), validation, seed)
 
 
 def mnist(
@@ -89,26 +89,20 @@ def mnist(
     return _split(
         torch.from_numpy(every_image)[:, None].float() / 255,
         torch.from_numpy(every_label).long(),
-        np.arange(n),
-        np.arange(n, len(every_label)),
+        torch.arange(n, device="cpu"),
+        torch.arange(n, len(every_label), device="cpu"),
         validation,
         seed,
     )
 
 
 def _split(
-    images: Tensor,
-    labels: Tensor,
-    rest: np.ndarray,
-    test: np.ndarray,
-    validation: float,
-    seed: int,
+    images: Tensor, labels: Tensor, rest: Tensor, test: Tensor, validation: float, seed: int
 ) -> ImageData:
     """Standardise by the mean and deviation of all that is not test, and draw the validation."""
     mean, std = images[rest].mean(), images[rest].std()
-    known = torch.from_numpy(rest)
     generator = torch.Generator().manual_seed(seed)
-    order = known[torch.randperm(len(rest), generator=generator, device="cpu")]
+    order = rest[torch.randperm(len(rest), generator=generator, device="cpu")]
     cut = round(validation * len(rest)) if math.isfinite(validation) else 0
     if not 0 < cut < len(rest):
         raise ValueError(
@@ -116,9 +110,7 @@ def _split(
             f"got {validation}"
         )
     data = Split((images - mean) / std, labels)
-    return ImageData(
-        data[order[cut:]], data[order[:cut]], data[torch.from_numpy(test)], (-mean / std).item()
-    )
+    return ImageData(data[order[cut:]], data[order[:cut]], data[test], (-mean / std).item())
 
 
 def _mnist_folder(data_dir: str | Path | None, download: bool) -> Path:

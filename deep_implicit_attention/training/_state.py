@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 Parts = dict[str, dict[str, Tensor]]
 
 # A training that is resumed with others is another training.
-_FIXED = ("steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience")
-_FIXED += ("precision",)
+_FIXED = (
+    *("steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience"),
+    "precision",
+)
 # Options of optimizers with which they keep another state.
 _KEPT = ("amsgrad", "centered", "momentum")
 
@@ -101,6 +103,7 @@ def weights(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 def _fixed(trainer: Trainer) -> dict[str, Any]:
     fixed = {name: getattr(trainer.plan, name) for name in _FIXED}
     optimizer = trainer.plain_optimizer
-    having = [name for name in _KEPT if optimizer.defaults.get(name)]
-    kind = " with ".join([type(optimizer).__name__, *[", ".join(having)] * bool(having)])
+    kind = type(optimizer).__name__
+    if having := [name for name in _KEPT if optimizer.defaults.get(name)]:
+        kind += f" with {', '.join(having)}"
     return {**fixed, "learning rates": trainer.rates, "optimizer": kind}

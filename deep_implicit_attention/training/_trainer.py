@@ -152,9 +152,8 @@ class Trainer:
         with self._aside():
             found = {k: float(v) for k, v in self.task.evaluate(self.plain).items()}
             measured = self.devices.agree(found)
-            sound = math.isfinite(
-                measured.get(name, math.nan)
-            )  # else there is nothing to draw from
+            # From logits that are not finite nothing can be drawn.
+            sound = math.isfinite(measured.get(name, math.nan))
             sample = self.task.sample(self.plain) if sound else None
         if name not in measured:
             known = ", ".join(measured)

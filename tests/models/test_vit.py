@@ -549,19 +549,8 @@ def test_narrow_and_empty_batches(attention: str) -> None:
 def test_exports_at_a_horizon() -> None:
     model = build(steps=3).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(Alone(model), (images(),), dynamic_shapes=({0: batch},)).module()
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
     other = images(seed=9)
     with torch.no_grad():
         for some in (other, other[:1]):
             torch.testing.assert_close(program(some), model(some))
-
-
-class Alone(torch.nn.Module):
-    """A model with one input, as an exporter wants it."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
