@@ -182,7 +182,7 @@ def _inverse(feedback: Tensor) -> Tensor:
         two = linear(feedback, feedback.mT)
         rows = two[:: -(-size // _ROWS)]
         norm = torch.linalg.vector_norm(linear(rows, two.mT)) * (size / len(rows)) ** 0.5
-        largest = float(norm)
+        largest = float(norm.detach())
         if largest < _EIGHT:
             feedback.diagonal().add_(1.0)
             terms = linear(feedback, two.mT).add_(feedback)
