@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..deq import ConvergenceWarning
-from ..solvers import picard
+from ..solvers import Solution, anderson, picard
 from ..spins import (
     TAP,
     AdaptiveTAP,
@@ -114,28 +114,35 @@ def means(kind: Kind, J: Tensor, x: Tensor, start: Tensor | None = None) -> Mean
 def _iterate(
     kind: Kind, system: SpinSystem, x: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor, int]:
-    """m and V `(B, n)`, and how many did not converge, with more damping neither."""
-    method = _METHODS[kind]
-    quick = method(on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER)
-    response = quick(system, x, start=start)
-    m, V = response.magnetization, _or_zero(response.cavity_variance, x)
-    assert response.solution is not None
-    failed = ~response.solution.converged
-    count = 0
-    if bool(failed.any()):
-        slow = method(
-            on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER, solver=picard, damping=_DAMPING
-        )
-        again = slow(system, x[failed])
-        assert again.solution is not None
-        count = int((~again.solution.converged).sum())
-        m, V = m.clone(), V.clone()
-        m[failed], V[failed] = again.magnetization, _or_zero(again.cavity_variance, x[failed])
-    return m, V, count
+    """m and V `(B, n)`, and how many did not converge, in whichever way.
 
+    Of those the answer is the one with the smallest residual.
+    """
 
-def _or_zero(V: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if V is None else V
+    def attempt(x: Tensor, start: Tensor | None, **how: Any) -> tuple[Tensor, Tensor, Solution]:
+        method = _METHODS[kind](on_failure="ignore", tol=_TOL, max_iter=_MAX_ITER, **how)
+        response = method(system, x, start=start)
+        assert response.solution is not None
+        V = response.cavity_variance
+        m = response.magnetization
+        return m, torch.zeros_like(x) if V is None else V, response.solution
+
+    m, V, solution = attempt(x, start)
+    residual, open_ = solution.residual, ~solution.converged
+    # With more damping, if it went round and round; then faster, if it was only slow.
+    for how in ({"solver": picard, "damping": _DAMPING}, {"solver": anderson}):
+        if not bool(open_.any()):
+            break
+        near = m[open_] if how["solver"] is anderson else None
+        again, variance, solution = attempt(x[open_], near, **how)
+        better = solution.converged | (solution.residual < residual[open_])
+        rows = open_.nonzero().flatten()
+        m, V, residual = m.clone(), V.clone(), residual.clone()
+        m[rows[better]], V[rows[better]] = again[better], variance[better]
+        residual[rows[better]] = solution.residual[better]
+        open_ = open_.clone()
+        open_[rows] = ~solution.converged
+    return m, V, int(open_.sum())
 
 
 def covariance(K: Tensor, m: Tensor) -> Tensor:
@@ -161,8 +168,8 @@ def filled(kind: Kind, theta: Tensor, data: Data) -> Tensor:
     if failed:
         warn(
             f"of {len(broken)} rows with missing entries {failed} have no converged response by "
-            f"{kind}: the couplings are too strong for it. Complete them by a machine of method "
-            "'exact', or learn with a larger l2 or pseudocount.",
+            f"{kind}, whose equations are hard to solve where couplings are strong. Complete them "
+            "by a machine of method 'exact', or learn with a larger l2 or pseudocount.",
             ConvergenceWarning,
         )
     return torch.where(data.observed, data.spins, spins)

@@ -75,7 +75,7 @@ def gmres(
         active = finite & ~converged & ~stalled & (steps < max_iter)
         if not active.any():
             break
-        correction, used, stuck, rows = _cycle(
+        correction, used, stuck, broken, rows = _cycle(
             product, r, active, tol * scale, size, max_iter - steps
         )
         if preconditioner is not None:
@@ -87,7 +87,7 @@ def gmres(
         trial = x + correction
         trial_r = b - matvec(trial)
         trial_norm = torch.linalg.vector_norm(trial_r, dim=1)
-        finite = torch.where(active, torch.isfinite(trial_norm), finite)
+        finite = torch.where(active, torch.isfinite(trial_norm) & ~broken, finite)
         # A whole space that gained next to nothing has met rounding; a restarted one may be slow.
         gain = 0.9 if restart is None else 1.0
         stalled |= stuck | (active & ~(trial_norm < gain * norm))
@@ -116,13 +116,13 @@ def _cycle(
     bound: Tensor,
     size: int,
     room: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """One Krylov space of at most `size` vectors, and at most `room` for a sample, for A x = r.
 
     Returns the correction, the number of vectors each sample used, which samples found A singular
-    on their space, and the residual norm of every sample after each vector. The Hessenberg matrix
-    is triangularised by Givens rotations as it grows; for a sample that is done, further columns
-    are those of the identity.
+    on their space or not finite, which of them not finite, and the residual norm of every sample
+    after each vector. The Hessenberg matrix is triangularised by Givens rotations as it grows; for
+    a sample that is done, further columns are those of the identity.
     """
     batch, n = r.shape
     norm = torch.linalg.vector_norm(r, dim=1)
@@ -133,7 +133,7 @@ def _cycle(
     rhs[:, 0] = torch.where(active, norm, 0)
     cosines, sines = r.new_ones(batch, size), r.new_zeros(batch, size)
     used = torch.zeros(batch, dtype=torch.long, device=r.device)
-    stuck = torch.zeros_like(active)
+    stuck = broken = torch.zeros_like(active)
     largest = torch.zeros_like(norm)
     rows: list[Tensor] = []
     now = norm
@@ -165,7 +165,8 @@ def _cycle(
         rhs[:, k + 1] = torch.where(sound, -sines[:, k] * old, 0)
         now = torch.where(sound, rhs[:, k + 1].abs(), now)
         rows.append(now)
-        stuck |= active & ~sound
+        stuck = stuck | (active & ~sound)
+        broken = broken | (active & ~torch.isfinite(length))
         active = sound & (now > bound) & (used < room)
         if not active.any():
             break
@@ -174,4 +175,4 @@ def _cycle(
     weights = torch.linalg.solve_triangular(
         triangle[:, :k, :k], rhs[:, :k].unsqueeze(2), upper=True
     )
-    return (weights.mT @ basis[:, :k]).squeeze(1), used, stuck, rows
+    return (weights.mT @ basis[:, :k]).squeeze(1), used, stuck, broken, rows

@@ -29,6 +29,12 @@ _GROWTH = 10.0
 # A preconditioner that helps leaves less than this of the residual in its first step.
 _HELPS = 0.8
 
+# So many times as long a way as the largest residual may a sample have gone, and its residual have
+# fallen by no more, to count as converged; beyond, the residual has to have fallen in proportion.
+_FAR = 30.0
+# A sample that is far away with more than this of the largest residual has gone astray.
+_ASTRAY = 0.5
+
 # A rough map serves down to this residual, or as many times the tolerance, from where few steps
 # end the solve; and as long as residuals fall.
 _ROUGH = 1e-2
@@ -65,6 +71,16 @@ def iterate(
     approximation which is bad there costs one evaluation and not the solution. `propose` is told
     of a new beginning by k = 0.
 
+    A small residual relative to ‖f(z)‖ may come from a small ‖f(z) − z‖ or from a long f(z). Where
+    f(z) − z is bounded, as with clamps and other saturations, any state far enough away has one.
+    So an iterate counts as converged only if
+
+        ‖f(z) − z‖ (‖f(z)‖ − ‖f(z_0)‖) ≤ 30 G²
+
+    where G is the largest ‖f(z) − z‖ so far: f(z) may have become longer by 30 G, and by more if
+    ‖f(z) − z‖ has fallen as much. A sample that only became longer goes back to its best iterate
+    and on by plain steps (on the host).
+
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
     """
@@ -86,6 +102,7 @@ def iterate(
     steps = active * 0
     residual: Any = None  # that of `best`
     residual_norm = first_norm = last_norm = residual
+    distance: Any = None
     trace: list[Any] = []
     guard = None if preconditioner is None else _Guard(preconditioner, xp)
     first = None
@@ -115,14 +132,19 @@ def iterate(
         if k == 0:
             first_norm = last_norm = g_norm
             residual = residual_norm = xp.full_like(g_norm, torch.inf)
+            distance = _Distance(g_norm, f_norm, z.dtype, xp)
+        within = now <= tol
+        doubt = distance.doubt(within, g_norm, f_norm) if k else None
+        within = within if doubt is None else within & ~doubt
 
         if together:
             # Comparisons are false of NaN; an infinite norm of f(z) makes `now` NaN or 0.
-            improved, done = some(now < residual) == len(z), some(now <= tol)
+            improved = some(now < residual) == len(z)
+            done = 0 if doubt is None and k else some(now <= tol)
             together = improved and done == 0
             if not together:
                 steps = steps + k
-                if improved and done == len(z) == some(f_norm < np.inf):
+                if improved and some(within) == len(z) == some(f_norm < np.inf):
                     trace.append(now)
                     return sound(z, torch.from_numpy(g_norm), trace)
         if together:
@@ -132,6 +154,8 @@ def iterate(
             finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
             usable = active & finite
             better = usable & exact & ((now < residual) | xp.isinf(residual))
+            if doubt is not None:
+                better = better & ~doubt
             # A sample that is done stands in z as it does in `best`.
             all_better = on_host and some(better) == some(active)
             best = z if all_better else select(better, z, best)
@@ -143,16 +167,19 @@ def iterate(
                 first.look(now)
             steps = steps + active
             broken = broken | (active & ~finite)
-            converged = converged | (usable & exact & (now <= tol))
+            converged = converged | (usable & exact & within)
             active = usable & ~converged
 
         last = k + 1 == max_iter
         if last or not (together or (k + 1) % sync_every or some(active)):
             break
+        image = fz
         if guard is not None:
             z, g, g_norm = guard(k, z, g, g_norm, propose)
             fz = z + g
         z = propose(k, z, fz, g, g_norm)
+        if on_host:  # an accelerator would have to be asked
+            z = distance.back(z, image, best, active)
         if not together:
             z = select(active, z, best)
 
@@ -216,6 +243,42 @@ class _Rough:
         # Over two steps: many a solve makes nothing of its first.
         self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.earlier)
         self.earlier, self.before = self.before, now
+
+
+class _Distance:
+    """Who has a small residual relative to ‖f(z)‖ only because f(z) is long, and the way back."""
+
+    def __init__(self, g_norm: Any, f_norm: Any, dtype: torch.dtype, xp: Any):
+        self.xp, self.rounding = xp, torch.finfo(dtype).eps
+        self.largest, self.first = g_norm, f_norm
+        self.astray: Any = None  # who is to go back
+        self.plain: Any = None  # who has, and goes on by plain steps
+
+    def doubt(self, within: Any, g_norm: Any, f_norm: Any) -> Any:
+        """Who of those `within` the tolerance is too far away; None for nobody."""
+        found = self.astray = None
+        on_host = self.xp is np
+        if not on_host or np.count_nonzero(within):
+            # Of a long state no residual is known better than to rounding.
+            left = self.xp.maximum(g_norm, self.rounding * f_norm)
+            with np.errstate(all="ignore"):
+                way = (f_norm - self.first) / self.largest
+                found = within & (left / self.largest * way > _FAR)
+            self.astray = found & (left > _ASTRAY * self.largest)
+        self.largest = self.xp.maximum(g_norm, self.largest)
+        return found
+
+    def back(self, z: Tensor, image: Tensor, best: Tensor, active: Any) -> Tensor:
+        """The next states: `best` of who has just gone astray, f(z) of who has before, else `z`."""
+        if self.plain is not None:
+            z = select(self.plain, image, z)
+        if self.astray is not None and np.count_nonzero(self.astray & active):
+            anew = (
+                self.astray & active if self.plain is None else self.astray & active & ~self.plain
+            )
+            z = select(anew, best, z)
+            self.plain = anew if self.plain is None else self.plain | anew
+        return z
 
 
 class _Guard:

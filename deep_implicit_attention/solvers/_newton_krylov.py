@@ -56,10 +56,15 @@ def newton_krylov(
     check_count("inner_max_iter", inner_max_iter)
     search: _LineSearch | None = None
 
-    def newton_step(z: Tensor, fz: Tensor, g: Tensor, wanted: Tensor) -> Tensor:
+    def newton_step(z: Tensor, fz: Tensor, g: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """δ, and whether it is a Newton step."""
+
         def matvec(v: Tensor) -> Tensor:
             if jvp is None:
-                return v - _difference(f, z, fz, v)
+                image = v - _difference(f, z, fz, v)
+                # What rounding, divided by the length of the step, leaves of 0.
+                noise = 10 * torch.finfo(v.dtype).eps ** (2 / 3) * norm_column(v)
+                return torch.where(norm_column(image) < noise, 0, image)
             image = jvp(z, v)
             check_same_shape(image, v, "jvp")
             return v - image
@@ -72,8 +77,9 @@ def newton_krylov(
             max_iter=inner_max_iter,
             preconditioner=preconditioner,
         ).value
-        # Where the linear system made no sense a Picard step is still one.
-        return torch.where(torch.isfinite(delta).all(dim=1, keepdim=True), delta, g)
+        # Where the linear system made no sense, or was singular, a Picard step is still one.
+        sound = torch.isfinite(delta).all(dim=1, keepdim=True) & (delta != 0).any(1, keepdim=True)
+        return torch.where(sound, delta, g), sound
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         nonlocal search
@@ -85,19 +91,25 @@ def newton_krylov(
 
 
 class _LineSearch:
-    """Accepts a sample's step if its residual norm fell, else goes back half way."""
+    """Accepts a sample's step if its residual norm fell, else goes back half way.
+
+    A plain step, in the place of one that there is not, is always accepted.
+    """
 
     def __init__(self, z: Tensor, g: Tensor) -> None:
         self.base = z
         self.delta = torch.zeros_like(z)
         self.length = torch.ones_like(z[:, :1])
         self.norm = torch.full_like(z[:, :1], torch.inf)
+        self.newton = self.norm > 0
 
     def next(self, z: Tensor, fz: Tensor, g: Tensor, newton_step: Callable) -> Tensor:
         norm = norm_column(g)
         # A step of a thousandth that still does not help: take what there is and go on.
         fell = (norm < (1 - 1e-4 * self.length) * self.norm) | (self.length < 1e-3)
-        delta = newton_step(z, fz, g, fell.squeeze(1))
+        fell = fell | ~self.newton
+        delta, newton = newton_step(z, fz, g, fell.squeeze(1))
+        self.newton = torch.where(fell, newton, self.newton)
         self.base = torch.where(fell, z, self.base)
         self.delta = torch.where(fell, delta, self.delta)
         self.norm = torch.where(fell, norm, self.norm)
