@@ -77,7 +77,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     Args:
         num_spins: number of sites N.
         dim: components d of a spin.
-        weight_init_std: standard deviation of the couplings at the start, default 1/√(N d²).
+        weight_init_std: standard deviation of the raw couplings at the start, default 1/√(N d²);
+            each symmetry makes that of the couplings about 1/√2 of it.
         weight_training: False makes the couplings a buffer.
         weight_sym_internal: symmetrise each J_ij.
         weight_sym_sites: symmetrise J_ij = J_ji.

@@ -10,8 +10,8 @@ except ModuleNotFoundError as error:
     if error.name != "sklearn":
         raise
     raise ModuleNotFoundError(
-        "deep_implicit_attention.boltzmann needs scikit-learn; "
-        "pip install 'deep-implicit-attention[boltzmann]'",
+        "deep_implicit_attention.boltzmann needs scikit-learn; in the project's folder: "
+        "pip install -c constraints.txt -e '.[boltzmann]'",
         name="sklearn",
     ) from error
 

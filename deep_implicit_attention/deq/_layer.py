@@ -150,7 +150,12 @@ class DEQFixedPoint(nn.Module):
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
         evidence = (return_solution and measure) or debug
         compiling = torch.compiler.is_compiling()
-        transformed = compiling or torch._C._are_functorch_transforms_active()
+        if x.is_meta and settings.steps is None:
+            raise ValueError(
+                "x is on the meta device, where there are no numbers to solve for: only a fixed "
+                "number of steps, steps=K, has shapes without them"
+            )
+        transformed = compiling or x.is_meta or torch._C._are_functorch_transforms_active()
         if settings.steps is not None and transformed:
             solution = self._respond_traceably(x, inputs, state, settings, evidence)
         elif not compiling:

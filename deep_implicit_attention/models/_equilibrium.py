@@ -14,6 +14,7 @@ from ..deq import DEQFixedPoint, DEQModule, jacobian_penalty
 from ..deq._state import Layout, State
 from ..solvers import Solution
 
+_OPTIONS = ("steps", "on_failure")
 _SOLVERS = ("anderson", "broyden", "newton_krylov", "picard")
 
 
@@ -75,6 +76,29 @@ def penalty_of(
     return torch.stack(parts).mean()
 
 
+def check_solutions(solutions: Sequence[Any], depth: int) -> Sequence[Any]:
+    """`solutions`; raises unless they are those of `depth` layers."""
+    kinds = Solution | Tensor
+    listed = isinstance(solutions, tuple | list)
+    if not listed or len(solutions) != depth or not all(isinstance(s, kinds) for s in solutions):
+        got = f"{len(solutions)} parts" if listed else type(solutions).__name__
+        raise ValueError(
+            f"solutions must be the {depth} that the model returns second with "
+            f"return_solution=True, one of each layer; got {got}"
+        )
+    return solutions
+
+
+def check_classes(what: str, labels: Tensor, classes: int) -> None:
+    """Raise unless `labels` are numbers of classes, or −100 for none."""
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    wrong = (labels != -100) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        found = labels[wrong][0].item()
+        raise ValueError(f"{what} must be from 0 to {classes - 1}, got {found}")
+
+
 def check_name(what: str, name: Any, known: Sequence[str]) -> None:
     """Raise unless `name` is one of `known`."""
     if name not in known:
@@ -86,6 +110,12 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("adjoint", "initial_state"):
         if name in options:
             raise TypeError(f"{name} is no option of the model; give it to the call")
+    for name in options:
+        if name not in _OPTIONS and not name.startswith(("solver_fwd_", "solver_bwd_")):
+            raise TypeError(
+                f"unknown option {name!r}; beside the model's own arguments there are "
+                f"{', '.join(_OPTIONS)}, solver_fwd_NAME and solver_bwd_NAME"
+            )
     for name, value in options.items():
         if not isinstance(value, int | float | str | None):
             raise TypeError(

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq import DEQFixedPoint, spectral_radius
+from ..deq._map import in_autocast
 from ..deq._state import State
 from ._count import count_params
-from ._equilibrium import penalty_of, value_of
+from ._equilibrium import check_classes, check_solutions, penalty_of, value_of
 
 
 class ImageClassifier(nn.Module):
@@ -53,7 +54,8 @@ class ImageClassifier(nn.Module):
         solve, but for adaptive TAP, whose state is (z, V): there V is computed. Dropout is drawn
         anew.
         """
-        layers, fields = self.equilibria(), self.block_fields(images, solutions)
+        layers = self.equilibria()
+        fields = self.block_fields(images, check_solutions(solutions, len(layers)))
         return [
             (layer.map(x), _whole_state(layer, x, value_of(part)))
             for layer, x, part in zip(layers, fields, solutions, strict=True)
@@ -83,11 +85,19 @@ class ImageClassifier(nn.Module):
         the mixer, whose couplings depend on the state, those at z = x. `solutions` are those that
         ``forward(images, return_solution=True)`` returned. Costs no solve.
         """
-        pairs = zip(self.equilibria(), self.block_fields(images, solutions), strict=True)
+        layers = self.equilibria()
+        fields = self.block_fields(images, check_solutions(solutions, len(layers)))
+        pairs = zip(layers, fields, strict=True)
         return torch.stack([layer.fun.couplings(x) for layer, x in pairs]).detach()
 
     def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy in nats."""
+        """Mean cross-entropy in nats.
+
+        Raises:
+            ValueError: for labels that are no classes.
+        """
+        if not labels.is_floating_point():  # else they are probabilities
+            check_classes("labels", labels, scores.shape[-1])
         return F.cross_entropy(scores, labels, label_smoothing=smoothing)
 
     def count_params(self) -> int:
@@ -105,6 +115,13 @@ class ImageClassifier(nn.Module):
                 f"images must have shape (batch, {', '.join(map(str, expected))}), "
                 f"got {tuple(images.shape)}"
             )
+        like = next(self.parameters())
+        if images.dtype != like.dtype and not in_autocast(images):
+            raise TypeError(
+                f"images have dtype {images.dtype}, the model has {like.dtype}: convert one of them"
+            )
+        if images.device != like.device:
+            raise ValueError(f"images are on {images.device}, the model is on {like.device}")
 
 
 def _whole_state(layer: DEQFixedPoint, x: Tensor, value: Tensor) -> State:

@@ -18,7 +18,15 @@ from ..deq._state import State
 from ..solvers._validate import check_count, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
-from ._equilibrium import check_name, equilibrium, penalty_of, starts_of, value_of
+from ._equilibrium import (
+    check_classes,
+    check_name,
+    check_solutions,
+    equilibrium,
+    penalty_of,
+    starts_of,
+    value_of,
+)
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
@@ -255,7 +263,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         `solutions` are those that ``forward(ids, mask, return_solution=True)`` returned. Costs
         no solve. Dropout is drawn anew.
         """
-        states = [value_of(part) for part in solutions]
+        states = [value_of(part) for part in self._of_blocks(solutions)]
         sources = [self.fields(ids, mask), *states[:-1]]
         maps = [
             block.map(x, *_given(mask))  # type: ignore
@@ -267,7 +275,8 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
     ) -> Tensor:
         """J_ij of every block and head, `(depth, B, heads, T, T)`, for looking."""
-        sources = [self.fields(ids, mask), *(value_of(part) for part in solutions[:-1])]
+        below = self._of_blocks(solutions)[:-1]
+        sources = [self.fields(ids, mask), *(value_of(part) for part in below)]
         pairs = zip(self.blocks, sources, strict=True)
         return torch.stack([block.fun.couplings(x, mask) for block, x in pairs])  # type: ignore
 
@@ -300,13 +309,18 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         """Mean cross-entropy in nats per token; targets of −100 do not count.
 
         Raises:
-            ValueError: for targets of another shape than the ids.
+            TypeError: for targets that are no integers.
+            ValueError: for targets of another shape than the ids, or that are no tokens.
         """
+        if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+            kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+            raise TypeError(f"targets must be a tensor of integers (int64 or int32), got {kind}")
         if logits.shape[:-1] != targets.shape:
             raise ValueError(
                 f"targets must have shape {tuple(logits.shape[:-1])} as the logits do, got "
                 f"{tuple(targets.shape)}"
             )
+        check_classes("targets", targets, logits.shape[-1])
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long())
 
     def count_params(self) -> int:
@@ -318,6 +332,9 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         if self.positions is not None:
             x = x + self.positions[at]
         return self.dropout(x * _FIELD_SCALE)
+
+    def _of_blocks(self, solutions: Sequence[Any]) -> Sequence[Any]:
+        return check_solutions(solutions, len(self.blocks))
 
     def _logits(self, z: Tensor) -> Tensor:
         return F.linear(self.norm(z), self.tokens.weight)

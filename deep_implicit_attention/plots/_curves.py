@@ -46,8 +46,10 @@ def curves(*panels: Panel, reference: Sequence[str] = ("exact",)) -> Figure:
     dashed, then dotted, then dash-dotted, their points as dots.
 
     Raises:
-        ValueError: for more other names than there are styles, six.
+        ValueError: without a panel, and for more other names than there are styles, six.
     """
+    if not panels:
+        raise ValueError("panels must be one at least, got none")
     named = dict.fromkeys(name for panel in panels for name in (*panel.lines, *panel.points))
     others = [name for name in named if name not in reference]
     if len(others) > len(STYLES) or len(reference) > len(_DASHES):

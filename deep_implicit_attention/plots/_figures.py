@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 # Okabe, Ito 2008: black, orange, blue, green, vermilion.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00")
@@ -21,7 +22,16 @@ def learning_curves(
     """Loss (nats) and error (one minus accuracy) against epochs, training and validation.
 
     The axis of the error is linear below one per cent and logarithmic above.
+
+    Raises:
+        ValueError: unless there is a number of each for every epoch.
     """
+    for name, values in (
+        ("train_loss", train_loss), ("validation_loss", validation_loss),
+        ("train_accuracy", train_accuracy), ("validation_accuracy", validation_accuracy),
+    ):  # fmt: skip
+        if len(values) != len(epochs):
+            raise ValueError(f"{name} must have {len(epochs)} numbers as epochs, got {len(values)}")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, title, train, validation in (
@@ -44,8 +54,17 @@ def _error(accuracy: Sequence[float]) -> np.ndarray:
 
 
 def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") -> Figure:
-    """Counts `(classes, classes)` of true class (rows) against predicted class (columns)."""
+    """Counts `(classes, classes)` of true class (rows) against predicted class (columns).
+
+    Raises:
+        ValueError: unless `counts` is square, with a name for each class.
+    """
     counts = np.asarray(counts)
+    if counts.shape != (len(names), len(names)):
+        raise ValueError(
+            f"counts must have shape ({len(names)}, {len(names)}) for {len(names)} names, got "
+            f"{counts.shape}"
+        )
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -62,7 +81,7 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str], title: str = "") 
     return figure
 
 
-def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
+def convergence(trace: np.ndarray | Tensor, tolerance: float, title: str = "") -> Figure:
     """Relative residual of every sample, `trace` `(steps, samples)`, against solver steps.
 
     A sample that is done is NaN from there on; the median is drawn while half of them go on.
@@ -70,6 +89,8 @@ def convergence(trace: np.ndarray, tolerance: float, title: str = "") -> Figure:
     Raises:
         ValueError: for a trace of another shape, or of no samples.
     """
+    if isinstance(trace, Tensor):
+        trace = trace.detach().cpu().numpy()
     trace = np.asarray(trace, float)
     if trace.ndim != 2 or not trace.shape[1]:
         raise ValueError(

@@ -76,7 +76,8 @@ class Solution:
             number of steps was not measured.
         steps: `(B,)`, iterates at which the map was evaluated until the sample was done (for
             `gmres`: Krylov vectors).
-        converged: `(B,)`, boolean.
+        converged: `(B,)`, boolean. A state whose residual is small only beside its own length, far
+            out where f(z) − z is bounded, does not count.
         codes: `(B,)`, the integer codes behind `status`.
         trace: `(steps, B)`, residual at each step; a finished sample repeats its last entry.
         residual_norm: `(B,)`, the absolute ‖f(z) − z‖ (‖b − A x‖), whatever the stop mode.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._extras import require
+from ._files import data_folder
 
 # sha256 of the uncompressed bytes.
 _MNIST = {
@@ -114,16 +114,15 @@ def _split(
 
 
 def _mnist_folder(data_dir: str | Path | None, download: bool) -> Path:
-    data_dir = os.environ.get("DIA_DATA") if data_dir is None else data_dir
-    if data_dir is None:
+    source, given = data_folder(data_dir)
+    if given is None:
         return _cached(download)
-    data_dir = Path(data_dir)
-    for folder in (data_dir, data_dir / "mnist"):
+    for folder in (given, given / "mnist"):
         if all(_find(folder, name) for name in _MNIST):
             return folder
     raise FileNotFoundError(
-        f"{data_dir} does not hold the MNIST files {', '.join(_MNIST)} (with or without .gz); "
-        "leave out --data-dir to download them"
+        f"{given}, the folder that {source} names, does not hold the MNIST files "
+        f"{', '.join(_MNIST)} (with or without .gz); without it they are downloaded"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deq._state import full_precision
+from ..solvers._validate import check_number
 
 
 class MovingAverage:
@@ -30,6 +31,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        check_number("decay", decay, minimum=0.0, below=1.0)
         tensors = [*model.named_parameters(), *model.named_buffers()]
         live = {name: t for name, t in tensors if t.is_floating_point() or t.requires_grad}
         self._names, self._live = list(live), list(live.values())

@@ -14,6 +14,7 @@ def require(module: str, extra: str) -> Any:
         if error.name is None or not module.startswith(error.name):
             raise
         raise ModuleNotFoundError(
-            f"{module} is not installed; pip install 'deep-implicit-attention[{extra}]'",
+            f"{module} is not installed; in the project's folder: pip install -c constraints.txt "
+            f"-e '.[{extra}]'",
             name=error.name,
         ) from error

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder that those of data are in."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def data_folder(data_dir: str | Path | None) -> tuple[str, Path | None]:
+    """Where data lies, if that is said, and what says it."""
+    if data_dir is not None:
+        return "data_dir", Path(data_dir)
+    folder = os.environ.get("DIA_DATA")
+    return "the variable DIA_DATA", None if folder is None else Path(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..solvers._validate import check_count, check_number
 from ._extras import require
+from ._files import data_folder
 
 _SHAKESPEARE = "tinyshakespeare.txt"
 _SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -52,6 +52,9 @@ class Vocabulary:
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of `ids` `(n,)`."""
         numbers = torch.as_tensor(ids, device="cpu").flatten().tolist()
+        for number in numbers:
+            if not 0 <= number < len(self.characters):
+                raise ValueError(f"ids must be from 0 to {len(self.characters) - 1}, got {number}")
         return "".join(self.characters[number] for number in numbers)
 
 
@@ -133,8 +136,8 @@ def shakespeare(data_dir: str | Path | None = None, *, download: bool = True) ->
 
 
 def _shakespeare_file(data_dir: str | Path | None, download: bool) -> Path:
-    data_dir = os.environ.get("DIA_DATA") if data_dir is None else data_dir
-    if data_dir is None:
+    source, given = data_folder(data_dir)
+    if given is None:
         pooch = require("pooch", "train")
         folder = Path(pooch.os_cache("deep-implicit-attention")) / "text"
         if not download and not (folder / _SHAKESPEARE).is_file():
@@ -145,10 +148,10 @@ def _shakespeare_file(data_dir: str | Path | None, download: bool) -> Path:
         if not download:
             return folder / _SHAKESPEARE
         return Path(pooch.retrieve(_SHAKESPEARE_URL, None, _SHAKESPEARE, folder))
-    data_dir = Path(data_dir)
-    for folder in (data_dir, data_dir / "text"):
+    for folder in (given, given / "text"):
         if (folder / _SHAKESPEARE).is_file():
             return folder / _SHAKESPEARE
     raise FileNotFoundError(
-        f"{data_dir} does not hold {_SHAKESPEARE}; leave out --data-dir to download it"
+        f"{given}, the folder that {source} names, does not hold {_SHAKESPEARE}; without it the "
+        "file is downloaded"
     )

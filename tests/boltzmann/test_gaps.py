@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deep_implicit_attention.boltzmann import BoltzmannMachine, FitWarning, _gaps
+from deep_implicit_attention.boltzmann._clamped import means
 from deep_implicit_attention.boltzmann._data import Data
 from deep_implicit_attention.boltzmann._settings import Settings
 from deep_implicit_attention.deq import ConvergenceWarning
@@ -338,3 +339,21 @@ def test_one_round_of_filling_in(method: str, X: np.ndarray) -> None:
     said = [str(warning.message) for warning in caught]
     assert sum("filled in one round only" in text for text in said) == (method == "exact")
     assert not any("change by inf" in text for text in said)
+
+
+def test_a_response_that_comes_slowly_is_found() -> None:
+    """Naive mean field with a slope of 0.991 at its only solution, beside which it creeps."""
+    J = torch.tensor(
+        [
+            [0.0, 0.53572482, 0.27193017, -0.9549062],
+            [0.53572482, 0.0, -0.46430338, 0.37956181],
+            [0.27193017, -0.46430338, 0.0, 0.43727786],
+            [-0.9549062, 0.37956181, 0.43727786, 0.0],
+        ]
+    ).double()
+    x = torch.tensor([[0.04054606, -0.11064837, -0.18183007, 0.06105995]]).double()
+    found = means("naive", J, x)
+    assert found.failed == 0
+    torch.testing.assert_close(found.m, torch.tanh(x + found.m @ J), rtol=0, atol=1e-8)
+    expected = torch.tensor([[0.09333, -0.01333, -0.2, -0.12]]).double()
+    torch.testing.assert_close(found.m, expected, rtol=0, atol=1e-4)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(deep_implicit_attention.__file__).parent
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
-pytest.importorskip("mkdocs", reason="pip install 'deep-implicit-attention[docs]'")
+pytest.importorskip("mkdocs", reason="pip install -c constraints.txt -e '.[docs]'")
 
 
 @pytest.fixture(scope="module")

@@ -331,6 +331,7 @@ def test_copies_and_state_dicts() -> None:
         ({"adjoint": object()}, TypeError, "adjoint"),
         ({"initial_state": "zeros"}, TypeError, "initial_state"),
         ({"solver_fwd_m": [1]}, TypeError, "solver_fwd_m"),
+        ({"head": 2}, TypeError, "unknown option 'head'; beside the model's own arguments"),
     ],
 )
 def test_wrong_settings(changes: dict, error: type[Exception], named: str) -> None:
@@ -386,3 +387,25 @@ def test_padding_has_no_part_in_the_penalty() -> None:
         return torch.stack(draws).mean().item()
 
     assert mean(padded, mask) == pytest.approx(mean(ids), rel=0.15)
+
+
+def test_targets_that_are_no_tokens() -> None:
+    """Half a token would count as the one below it."""
+    model = build(depth=1)
+    logits = torch.randn(2, 3, 11).double()
+    for wrong in (tokens(2, 3) + 0.5, tokens(2, 3).bool()):
+        with pytest.raises(TypeError, match="targets must be a tensor of integers"):
+            model.loss(logits, wrong)
+    for wrong in (11, -1):
+        with pytest.raises(ValueError, match=f"targets must be from 0 to 10, got {wrong}"):
+            model.loss(logits, torch.tensor([[0, 1, wrong]] * 2))
+    assert torch.equal(model.loss(logits, tokens(2, 3)), model.loss(logits, tokens(2, 3).int()))
+
+
+def test_what_are_no_solutions() -> None:
+    model, ids = build(), tokens(2, 3)
+    logits, solutions = model(ids, return_solution=True)
+    for wrong in ((logits, solutions), logits, solutions[:1]):
+        for look in (model.maps, model.couplings, model.spectral_radius, model.jacobian_penalty):
+            with pytest.raises(ValueError, match="solutions must be the 2 that the model returns"):
+                look(ids, wrong)

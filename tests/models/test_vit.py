@@ -524,6 +524,8 @@ def test_wrong_settings(changes: dict[str, Any], error: type[Exception], named: 
         (torch.zeros(2, 6, 6), ValueError, r"got \(2, 6, 6\)"),
         (torch.zeros(2, 2, 6, 6, dtype=torch.uint8), TypeError, "floating point.*uint8"),
         ([[0.0]], TypeError, "floating point.*list"),
+        (torch.zeros(2, 2, 6, 6), TypeError, "dtype torch.float32, the model has torch.float64"),
+        (torch.zeros(2, 2, 6, 6, device="meta").double(), ValueError, "on meta, the model is on"),
     ],
 )
 def test_wrong_images(wrong: Any, error: type[Exception], named: str) -> None:
@@ -554,3 +556,22 @@ def test_exports_at_a_horizon() -> None:
     with torch.no_grad():
         for some in (other, other[:1]):
             torch.testing.assert_close(program(some), model(some))
+
+
+def test_what_are_no_solutions_and_no_labels() -> None:
+    model = build(depth=2)
+    scores, solutions = model(images(), return_solution=True)
+    for wrong in ((scores, solutions, scores), scores, solutions[:1]):
+        for look in (model.maps, model.couplings, model.spectral_radius, model.jacobian_penalty):
+            with pytest.raises(ValueError, match="solutions must be the 2 that the model returns"):
+                look(images(), wrong)
+    labels = torch.zeros(len(scores), dtype=torch.long)
+    labels[1] = 5
+    with pytest.raises(ValueError, match="labels must be from 0 to 4, got 5"):
+        model.loss(scores, labels)
+    labels[1] = -100  # counts for nothing, as everywhere in torch
+    expected = F.cross_entropy(scores, labels)
+    torch.testing.assert_close(model.loss(scores, labels), expected)
+    torch.testing.assert_close(
+        model.loss(scores, scores.softmax(1)), F.cross_entropy(scores, scores.softmax(1))
+    )

@@ -96,3 +96,8 @@ def test_more_names_than_can_be_told_apart() -> None:
     curves(seven, reference=("3",)).draw_without_rendering()
     with pytest.raises(ValueError, match="3 references"):
         curves(LEFT, reference=("p", "q", "r", "s"))
+
+
+def test_no_panel() -> None:
+    with pytest.raises(ValueError, match="panels"):
+        curves()

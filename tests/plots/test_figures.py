@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -118,7 +119,8 @@ def test_confusion_matrix_writes_the_counts() -> None:
 
 
 def test_counts_can_be_read_on_their_colour() -> None:
-    counts = np.array([[n, 100 - n] for n in range(101)])
+    counts = np.zeros((101, 101), int)
+    counts[:, :2] = [[n, 100 - n] for n in range(101)]
     axes = confusion_matrix(counts, [str(n) for n in range(101)]).axes[0]
     colours = matplotlib.colormaps["cividis"]
     for text in axes.texts:
@@ -234,3 +236,12 @@ def test_many_sites_have_few_ticks_and_the_right_names() -> None:
 def test_no_couplings_at_all() -> None:
     _, _, lines = graph(np.zeros((5, 5)), np.arange(10.0).reshape(5, 2))
     assert np.all(np.isfinite(lines.get_linewidths()))
+
+
+def test_what_cannot_be_drawn_is_named() -> None:
+    with pytest.raises(ValueError, match=r"counts must have shape \(1, 1\) for 1 names"):
+        confusion_matrix(np.eye(3), ["a"])
+    with pytest.raises(ValueError, match="validation_loss must have 2 numbers as epochs, got 1"):
+        learning_curves([1, 2], [1, 1], [1], [1, 1], [1, 1])
+    trace = torch.rand(4, 3, requires_grad=True)
+    assert len(convergence(trace, 1e-3).axes[0].lines) == 5

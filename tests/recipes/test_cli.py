@@ -28,7 +28,7 @@ from deep_implicit_attention.training import ImageData, Progress, Run, _data, me
 from .conftest import invoke
 
 Dia = Callable[..., Any]
-INSTALL = "pip install 'deep-implicit-attention[train]'"
+INSTALL = "pip install -c constraints.txt -e '.[train]'"
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -230,6 +230,17 @@ def test_a_folder_without_data(dia: Dia, tmp_path: Path) -> None:
     line = dia("mnist", "--data-dir", str(tmp_path / "nothing")).complaint()
     assert str(tmp_path / "nothing") in line
     assert not (tmp_path / "run").exists()
+
+
+def test_the_variable_that_names_a_folder_without_data(
+    dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIA_DATA", str(tmp_path / "nothing"))
+    line = dia("mnist").complaint()
+    assert f"{tmp_path / 'nothing'}, the folder that the variable DIA_DATA names" in line
+    monkeypatch.setenv("DIA_DATA", "elsewhere")
+    line = dia("mnist", "--data-dir", str(tmp_path)).complaint()
+    assert f"{tmp_path}, the folder that data_dir names" in line
 
 
 def test_a_folder_with_damaged_data(dia: Dia, tmp_path: Path) -> None:

@@ -149,12 +149,18 @@ def network() -> Callable[..., nn.Module]:
 def trainer(tmp_path: Path, network: Callable[..., nn.Module]) -> Callable[..., Trainer]:
     """A trainer of the network on a task, in `tmp_path`, with AdamW."""
 
-    def build(task: Task, model: nn.Module | None = None, **settings: Any) -> Trainer:
+    def build(
+        task: Task,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **settings: Any,
+    ) -> Trainer:
         model = network() if model is None else model
         run = Run(tmp_path)
         if not run.is_started():
             run.start({})
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
         options = {"steps": 12, "evaluate_every": 3, "device": "cpu", **settings}
         return Trainer(model, optimizer, task, Plan(**options), run)
 

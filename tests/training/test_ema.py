@@ -97,3 +97,9 @@ def test_the_average_of_narrow_weights_moves(dtype: torch.dtype) -> None:
         assert model.weight.dtype == dtype
         assert model.weight.item() == 1.5
     assert not MovingAverage(nn.Linear(1, 1), 0.9).wide()
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
+def test_decays_that_are_none(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        MovingAverage(nn.Linear(2, 2), decay)

@@ -10,7 +10,7 @@ import pytest
 
 from deep_implicit_attention.training import require
 
-INSTALL = "pip install 'deep-implicit-attention[train]'"
+INSTALL = "pip install -c constraints.txt -e '.[train]'"
 
 
 def test_a_module_that_is_there() -> None:
@@ -59,4 +59,4 @@ def test_what_works_without_the_extras_and_brings_nothing_heavy() -> None:
     )
     assert done.stdout == "all but machines\n", done.stderr
     assert done.returncode == 1
-    assert "pip install 'deep-implicit-attention[boltzmann]'" in done.stderr.splitlines()[-1]
+    assert "pip install -c constraints.txt -e '.[boltzmann]'" in done.stderr.splitlines()[-1]

@@ -156,3 +156,10 @@ def test_the_real_text() -> None:
     assert len(data.vocabulary) == 65
     assert len(data.train) == 1_003_854
     assert len(data.validation) == 111_540
+
+
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_ids_that_are_no_characters(wrong: int) -> None:
+    vocabulary = text_data(TEXT).vocabulary
+    with pytest.raises(ValueError, match=f"ids must be from 0 to .*, got {wrong}"):
+        vocabulary.decode([0, wrong])

@@ -90,6 +90,29 @@ def test_clipping(regression: Build, network: Build, trainer: Build) -> None:
         assert not torch.allclose(a, c, rtol=1e-6)
 
 
+def test_gradients_of_what_is_not_trained_do_not_add_up(
+    regression: Build, network: Build, trainer: Build
+) -> None:
+    """They count in the norm that is clipped, those of the step and no others."""
+    model, other = network(dropout=0.0), network(dropout=0.0)
+    task = regression()
+    optimizer, by_hand = (
+        torch.optim.SGD([*part.parameters()][-2:], 0.1) for part in (model, other)
+    )
+    trainer(task, model, optimizer=optimizer, clip=0.3).train()
+    plan = Plan(steps=12, evaluate_every=12)
+    generator = torch.Generator().manual_seed(derived_seed(0, 0))
+    for step in range(12):
+        by_hand.param_groups[0]["lr"] = 0.1 * plan.rate(step)
+        batch = task.batch(step // task.batches, step % task.batches, generator)
+        other.zero_grad()
+        (other(batch["x"]) - batch["y"]).square().mean().backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.3)
+        by_hand.step()
+    for a, b in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_the_average_is_evaluated_and_kept(
     regression: Build, network: Build, trainer: Build, tmp_path: Path
 ) -> None:
