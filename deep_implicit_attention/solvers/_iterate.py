@@ -264,20 +264,20 @@ class _Distance:
             with np.errstate(all="ignore"):
                 way = (f_norm - self.first) / self.largest
                 found = within & (left / self.largest * way > _FAR)
-            self.astray = found & (left > _ASTRAY * self.largest)
+            if on_host:
+                self.astray = found & (left > _ASTRAY * self.largest)
         self.largest = self.xp.maximum(g_norm, self.largest)
         return found
 
-    def back(self, z: Tensor, image: Tensor, best: Tensor, active: Any) -> Tensor:
+    def back(self, z: Tensor, image: Tensor, best: Tensor, active: np.ndarray) -> Tensor:
         """The next states: `best` of who has just gone astray, f(z) of who has before, else `z`."""
         if self.plain is not None:
             z = select(self.plain, image, z)
-        if self.astray is not None and np.count_nonzero(self.astray & active):
-            anew = (
-                self.astray & active if self.plain is None else self.astray & active & ~self.plain
-            )
-            z = select(anew, best, z)
-            self.plain = anew if self.plain is None else self.plain | anew
+        if self.astray is not None:
+            plain = np.zeros_like(active) if self.plain is None else self.plain
+            anew = self.astray & active & ~plain
+            if np.count_nonzero(anew):
+                z, self.plain = select(anew, best, z), plain | anew
         return z
 
 
