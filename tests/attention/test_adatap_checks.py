@@ -146,6 +146,17 @@ class TestFrozen:
             with pytest.raises(RuntimeError, match=r"weights changed inside `frozen\(\)`"):
                 module.prepare(fields)
 
+    @pytest.mark.parametrize("part", ["spin_prior_inv_var", "_weight"])
+    def test_changes_of_what_is_not_trained_are_noticed(self, part, fields):
+        module = make("default", weight_training=False)
+        layer = DEQFixedPoint(module)
+        assert not list(module.parameters())
+        with module.frozen():
+            layer(fields)
+            getattr(module, part).mul_(2)
+            with pytest.raises(RuntimeError, match=r"weights changed inside `frozen\(\)`"):
+                layer(fields)
+
     @pytest.mark.parametrize("size", [torch.float32, torch.float64])
     @pytest.mark.parametrize("entry", [0, -1])
     def test_one_bit_is_noticed(self, size, entry, fields):
@@ -237,11 +248,13 @@ class TestFrozen:
         with module.frozen():
             torch.testing.assert_close(layer(fields), expected)
 
-    def test_no_gradient_of_the_free_energy_reaches_the_prior(self, fields):
-        module = make("gaussian")
+    @pytest.mark.parametrize("name", ["default", "gaussian", "ising"])
+    def test_no_gradient_of_the_free_energy_reaches_weights(self, name, fields):
+        module = make(name)
         expected = module.free_energy(fields)
-        x = fields.requires_grad_()
         with module.frozen():
+            assert not module.free_energy(fields).requires_grad
+            x = fields.requires_grad_()
             free_energy = module.free_energy(x)
             torch.testing.assert_close(free_energy, expected)
             free_energy.sum().backward()

@@ -203,3 +203,16 @@ def test_parametrised_weights_are_put_together_once_for_a_solve(x):
 def test_options_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["softmax", "normalized"])
+def test_dropout_meets_what_earlier_sites_give_to_a_new_one(name, x):
+    torch.manual_seed(0)
+    module = CAUSAL[name]().double()
+    module.dropout = 0.9
+    new, state = x[:, 4:], torch.randn(3, 4, 12, dtype=torch.float64)
+    whole = module.eval().append(module.prepare(x[:, :4]), state, new).x - new
+    context = module.train().append(module.prepare(x[:, :4]), state, new)
+    dropped = (context.x == new).double().mean()
+    assert 0.75 < dropped < 1
+    torch.testing.assert_close(context.x - new, context.kept[0] * whole)

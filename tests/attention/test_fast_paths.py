@@ -209,6 +209,18 @@ class TestFused:
         assert (module.prepare(x).couplings.matrix is None) == (long == 1)
         torch.testing.assert_close(self.respond(module, x), expected, rtol=1e-8, atol=1e-9)
 
+    def test_a_gradient_that_does_not_go_to_the_couplings(self, monkeypatch):
+        """Neither sources nor queries nor keys have one: what is left is that of W_O."""
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(6, 4, heads=2).double().requires_grad_(False)
+        weight = module.to_out.weight.requires_grad_()
+        layer, x = DEQFixedPoint(module), 0.5 * torch.randn(2, 6, 4).double()
+        (expected,) = torch.autograd.grad(layer(x).pow(3).sum(), weight)
+        monkeypatch.setattr(_pooling, "_FUSED", 1)
+        assert module.prepare(x).couplings.fused
+        (found,) = torch.autograd.grad(layer(x).pow(3).sum(), weight)
+        torch.testing.assert_close(found, expected)
+
     def test_one_update_in_float32(self, module, monkeypatch):
         module.float()
         x, z = torch.randn(2, 300, module.dim), torch.randn(2, 300, module.dim)
@@ -244,6 +256,14 @@ def test_coupling_matrix_is_the_weight_in_another_order(sites, dim, internal, mi
 
     assert gradcheck(matrix, module._weight)
     assert gradgradcheck(matrix, module._weight)
+
+
+def test_a_weight_set_on_the_instance_is_the_one_that_counts(monkeypatch):
+    module = DEQMeanFieldAttention(3, 2)
+    precision = torch.eye(2).repeat(3, 1, 1)
+    monkeypatch.setattr(module, "weight", lambda: torch.zeros(3, 3, 2, 2))
+    assert torch.equal(module.coupling_matrix(), torch.zeros(6, 6))
+    assert torch.equal(module.coupling_operator(precision), torch.eye(6))
 
 
 def test_the_derivative_by_couplings_is_not_copied_into_another_order():

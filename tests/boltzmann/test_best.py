@@ -108,3 +108,24 @@ def test_pseudo_rows_alone_do_not_judge(monkeypatch: pytest.MonkeyPatch) -> None
     machine = BoltzmannMachine("tap", num_hidden=1, num_updates=3, pseudocount=2.0).fit(X)
     assert not asked
     assert machine.n_iter_ == 3
+
+
+def test_rows_with_gaps_leave_the_pseudocount_out_of_the_likelihood(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three rows one has a gap: the two that are whole are named, and no pseudo-row with them.
+
+    What is compared is of the pseudo-rows too.
+    """
+    stub(monkeypatch, 0.0)
+    spins = ROWS.clone()
+    spins[1, 2] = 0
+    data = join(Data(spins, spins != 0, None), pseudo_rows(3, 4.0))
+    theta = parameters(1.0)
+    best = Best(data, 3, theta, 0.0, 10, 0)
+    whole = exponents(theta, data.spins[[0, *range(2, 11)]])
+    likelihood = whole[:2].mean() - 2.0
+    with pytest.warns(ConvergenceWarning, match=f"per row is {likelihood:.5g}; it was"):
+        best.learned(1, broken=True)
+    weights = [1.0] * 2 + [0.5] * 8
+    assert best.first.objective == pytest.approx(np.average(whole, weights=weights) - 2.0)

@@ -357,3 +357,13 @@ def test_a_response_that_comes_slowly_is_found() -> None:
     torch.testing.assert_close(found.m, torch.tanh(x + found.m @ J), rtol=0, atol=1e-8)
     expected = torch.tensor([[0.09333, -0.01333, -0.2, -0.12]]).double()
     torch.testing.assert_close(found.m, expected, rtol=0, atol=1e-4)
+
+
+def test_chains_of_rows_with_gaps_weigh_their_rows() -> None:
+    """Nine tenths of the weight is on rows whose two columns are opposite."""
+    first = np.where(np.random.default_rng(0).random(40) < 0.5, 1.0, -1.0)
+    X = np.c_[first, np.where(np.arange(40) < 20, -first, first)]
+    weights = np.where(np.arange(40) < 20, 9.0, 1.0)
+    X[[0, 39], [0, 1]] = np.nan
+    machine = BoltzmannMachine("pcd", num_updates=40, learning_rate=0.06, num_chains=100)
+    assert machine.fit(X, sample_weight=weights).couplings_[0, 1] < -0.5

@@ -78,6 +78,30 @@ def test_a_pass_through_the_batches_holds_each_row_in_proportion() -> None:
     assert sorted(torch.cat(once).tolist()) == list(range(8))
 
 
+def test_no_batch_is_smaller_than_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = Data(torch.arange(5.0).double()[:, None], None, None)
+    batches = list(itertools.islice(_batches(data, 2, generator), 7))
+    assert [len(part) for part, _ in batches] == [2] * 7
+    assert {row for _, rows in batches for row in rows.tolist()} == set(range(5))
+
+
+# --- steps of an ascent ---------------------------------------------------------------------------
+
+
+def test_the_learning_rate_falls_in_the_second_half(
+    X: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+
+    def step(optimizer: torch.optim.Adam) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    BoltzmannMachine("exact", num_hidden=1, num_updates=8, learning_rate=0.4).fit(X[:, :3])
+    assert rates == pytest.approx([0.4] * 5 + [0.3, 0.2, 0.1])
+
+
 # --- what an ascent by responses returns ----------------------------------------------------------
 
 

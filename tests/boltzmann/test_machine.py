@@ -318,3 +318,16 @@ def test_a_maximum_at_infinity_is_reported(method: str) -> None:
         pytest.warns(ConvergenceWarning, match="no finite maximum"),
     ):
         BoltzmannMachine(method).fit(X)
+
+
+@pytest.mark.parametrize("method", ["naive", "tap", "adaptive_tap"])
+def test_weights_that_are_all_alike_do_not_change_the_shrinkage(method: str) -> None:
+    """Twelve rows are twelve observations, whatever the unit of their weights."""
+    common = np.random.default_rng(0).normal(size=(12, 1))
+    X = np.where(np.random.default_rng(1).normal(size=(12, 14)) + common > 0, 1, -1)
+    with pytest.warns(FitWarning, match="of 12 observations"):
+        plain = BoltzmannMachine(method).fit(X)
+    with pytest.warns(FitWarning, match="of 12 observations"):
+        shares = BoltzmannMachine(method).fit(X, sample_weight=np.full(12, 0.1))
+    assert 0 < plain.shrinkage_ < 1
+    assert shares.shrinkage_ == pytest.approx(plain.shrinkage_)

@@ -8,8 +8,15 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
-from deep_implicit_attention.boltzmann import BoltzmannMachine, EstimateWarning, FitWarning
+from deep_implicit_attention.boltzmann import (
+    BoltzmannMachine,
+    EstimateWarning,
+    FitWarning,
+    _likelihood,
+)
+from deep_implicit_attention.boltzmann._parameters import pack
 
 
 def many(n: int, rows: int = 300) -> np.ndarray:
@@ -77,6 +84,23 @@ def test_data_are_left_as_they_are(form: type, order: str, gaps: bool, X: np.nda
     assert np.array_equal(data, before, equal_nan=True)
 
 
+@pytest.mark.parametrize("coding", ["spins", "binary"])
+def test_data_that_must_not_be_written_to_are_read_in_silence(coding: str, X: np.ndarray) -> None:
+    """torch warns of such memory, once a process unless it is told to do so always."""
+    data = X if coding == "spins" else (X + 1) / 2
+    expected = BoltzmannMachine().fit(data).couplings_
+    data.flags.writeable = False
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            machine = BoltzmannMachine().fit(data)
+    finally:
+        torch.set_warn_always(before)
+    assert (machine.couplings_ == expected).all()
+
+
 # --- parameters that are changed after a fit ------------------------------------------------------
 
 
@@ -116,6 +140,30 @@ def test_an_estimate_of_log_z_has_the_numbers_it_was_asked_for() -> None:
         machine.log_partition(steps=0)
     with pytest.raises(ValueError, match="particles must be at least 2, got 1"):
         machine.log_partition(particles=1)
+
+
+def test_the_error_of_log_z_is_that_of_a_mean_over_particles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight weights of 1 and 3: 2 with an error of √(8/7) / √8, half of which that of log Z is."""
+    log_weights = torch.tensor([1.0, 3.0] * 4).double().log()
+    monkeypatch.setattr(_likelihood, "anneal", lambda *_, **__: log_weights)
+    fields = torch.zeros(25).double()
+    theta = pack(torch.zeros(25, 25).double(), fields)
+    found = _likelihood.log_partition(theta, fields, particles=8, steps=1, seed=0)
+    assert found.value == pytest.approx(np.log(2) + 25 * np.log(2))
+    assert found.standard_error == pytest.approx(7**-0.5 / 2)
+    assert found.effective_size == pytest.approx(16**2 / 40)
+
+
+def test_an_estimate_that_is_kept_is_not_the_one_that_is_asked_for() -> None:
+    machine = BoltzmannMachine("naive", l2=1.0).fit(many(25))
+    kept = machine.log_partition(particles=2, steps=2, keep=True)
+    assert machine.log_partition() is kept
+    asked = machine.log_partition(particles=6, steps=3)
+    assert asked != kept
+    assert machine.log_partition(particles=6, steps=3) == asked
+    assert machine.log_partition() is kept
 
 
 def test_scores_are_those_of_parameters_set_by_hand(X: np.ndarray) -> None:

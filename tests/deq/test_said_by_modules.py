@@ -312,3 +312,38 @@ def test_residuals_without_a_solver_are_right_whatever_the_size(size):
         solution = layer(x, return_solution=True)
         torch.testing.assert_close(solution.residual, torch.full((2,), residual))
         assert not solution.converged.any()
+
+
+def test_a_residual_that_is_no_number_is_no_convergence():
+    class Unknown(DEQModule):
+        def update(self, z, context):
+            return context
+
+        def solve(self, context, wanted):
+            return context
+
+        def residual(self, context, state):
+            unknown = torch.tensor([0.0, torch.nan])
+            return unknown, unknown
+
+    x = torch.ones(2, 3)
+    solution = DEQFixedPoint(Unknown(), on_failure="ignore")(x, return_solution=True)
+    assert solution.converged.tolist() == [True, False]
+
+
+def test_derivatives_are_not_those_of_a_map_that_is_overridden():
+    class Half(nn.Module):
+        def forward(self, z, x):
+            return z / 2 + x
+
+        def vjp(self, z, x):
+            return lambda v: v / 2
+
+    class Quarter(Half):
+        def forward(self, z, x):
+            return z / 4 + x
+
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    for f, slope in ((Half(), 2.0), (Quarter(), 4 / 3)):
+        z = fixed_point(f, torch.zeros_like(x), (x,), tol=1e-12).value
+        torch.testing.assert_close(grad(z.sum(), x)[0], torch.full_like(x, slope))

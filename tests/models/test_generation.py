@@ -13,6 +13,7 @@ from deep_implicit_attention.models import (
     _transformer,
     left_pad,
 )
+from deep_implicit_attention.models._decode import sample
 
 from .conftest import build, tokens
 
@@ -199,3 +200,15 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float) ->
         model.norm.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="logits of the next token are not finite"):
         model.generate(tokens(), 2, temperature)
+
+
+def test_the_likeliest_is_drawn_at_a_temperature_of_almost_zero() -> None:
+    """Divided by it the largest would be infinite, so it is subtracted first."""
+    logits = torch.tensor([[0.0, 50.0, 30.0], [30.0, 0.0, -50.0]])
+    assert sample(logits, 1e-37, None, None).tolist() == [[1], [0]]
+
+
+def test_logits_whose_sum_is_not_finite_are_drawn_from() -> None:
+    logits = torch.full((64, 2), 3e38)
+    drawn = sample(logits, 1.0, None, torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == {0, 1}

@@ -129,3 +129,16 @@ def test_singular_jacobian_is_survived(exact):
     assert Status.NONFINITE not in solution.status
     assert solution.value.isfinite().all()
     assert (solution.residual <= 1).all()  # that of the start
+
+
+def test_a_search_in_which_nothing_helps_goes_on_from_a_short_step():
+    """The residual jumps up right beside the start, and falls to 0 from there on."""
+    solution = newton_krylov(
+        lambda z: torch.where(z > 0, 2.0, 1.0),
+        torch.zeros(1, 1),
+        jvp=lambda z, v: torch.zeros_like(v),
+        max_iter=40,
+    )
+    assert solution.converged.all()
+    assert solution.value.item() == 2
+    assert int(solution.steps) > 10  # it did try shorter ones

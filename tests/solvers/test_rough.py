@@ -66,6 +66,16 @@ def test_a_bad_approximation_costs_steps_and_not_the_solution(solver, make_probl
     assert int(found.steps.max()) <= int(plain.steps.max()) + 25
 
 
+def test_a_first_step_that_gains_nothing_does_not_drop_the_approximation(record):
+    """Relative residuals of z ← 1 − z/2 from 0 are 1, 1, 1/3, 1/5, … down to 1e-2 and beyond."""
+    rough = record(lambda z: 1 - 0.5 * z)
+    start = torch.zeros(1, 1, dtype=torch.float64)
+    found = picard(lambda z: 1 - 0.5 * z, start, rough=rough, **SOLVE)
+    assert found.converged.all()
+    assert found.trace[1] == found.trace[0]
+    assert len(rough.seen) == (found.trace > 1e-2).sum() + 1
+
+
 @SOLVERS
 def test_the_last_step_allowed_is_exact(solver, make_problem, residual_of):
     problem = make_problem(norm=0.95)

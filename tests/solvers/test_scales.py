@@ -42,3 +42,12 @@ def test_an_image_without_a_finite_norm_is_no_solution(solver):
     huge[1] = 1.0
     solution = solver(lambda z: huge.clone(), huge / 2, tol=1e-3, max_iter=9)
     assert solution.converged.tolist() == [False, True]
+
+
+def test_a_large_start_may_grow_a_little_before_it_settles():
+    """The residual rises to eight times that of the start, where squares end, and then falls."""
+    matrix = torch.tensor([[0.5, 8.0], [0.0, 0.5]])
+    start = torch.tensor([[-32e18, -2e18]])
+    solution = picard(lambda z: z @ matrix.T, start, tol=1e-3, max_iter=200, stop_mode="abs")
+    assert solution.status == (Status.CONVERGED,)
+    assert 5 < solution.trace.max() / solution.trace[0] < 10

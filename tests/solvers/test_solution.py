@@ -90,6 +90,33 @@ def test_accepting_and_with_status_touch_only_the_chosen_samples(mixed):
     assert mixed.converged.tolist() == [True, False, False]  # the original is as it was
 
 
+def test_the_better_of_two_answers_brings_all_its_evidence():
+    """And the worse one, in the second sample, none."""
+
+    def solution(residuals, status, value):
+        residual = torch.tensor(residuals)
+        return Solution(
+            value=torch.full((2, 3), value),
+            residual=residual,
+            steps=torch.tensor([7, 7]),
+            converged=torch.tensor([status is Status.CONVERGED] * 2),
+            codes=torch.tensor([status.code] * 2),
+            trace=residual[None],
+            residual_norm=10 * residual,
+        )
+
+    mine = solution([5.0, 0.01], Status.NONFINITE, 1.0)
+    its = solution([0.1, 0.1], Status.MAX_ITER, 2.0)
+    better = mine.unless_better(its)
+    assert better.status == (Status.MAX_ITER, Status.NONFINITE)
+    assert better.value[:, 0].tolist() == [2, 1]
+    torch.testing.assert_close(better.residual, torch.tensor([0.1, 0.01]))
+    torch.testing.assert_close(better.residual_norm, torch.tensor([1.0, 0.1]))
+    assert not better.converged.any()
+    sure = mine.unless_better(solution([0.1, 0.1], Status.CONVERGED, 2.0))
+    assert sure.converged.tolist() == [True, False]
+
+
 @pytest.mark.parametrize("stop_mode", ["abs", "rel"])
 @pytest.mark.parametrize("max_iter", [1, 40])
 def test_its_numbers_are_apart(stop_mode, max_iter):

@@ -11,7 +11,7 @@ from torch.autograd import grad
 
 from benchmarks.inference import BAR, adaptive_tap
 from deep_implicit_attention.deq import ConvergenceWarning
-from deep_implicit_attention.solvers import anderson, broyden
+from deep_implicit_attention.solvers import Status, anderson, broyden
 from deep_implicit_attention.spins import (
     AdaptiveTAP,
     Exact,
@@ -301,3 +301,16 @@ def test_failure_is_heard():
     with pytest.warns(ConvergenceWarning, match="AdaptiveTAP: 1 of 1"):
         response = AdaptiveTAP(max_iter=50)(system, x)
     assert not bool(response.solution.converged)
+
+
+def test_what_counts_as_converged_has_a_log_partition():
+    """A loose tolerance is met by states behind which no distribution stands."""
+    loose = AdaptiveTAP(tol=0.9, max_iter=5, on_failure="ignore")
+    found = set()
+    for seed in range(4):
+        couplings, x = sherrington_kirkpatrick(8, 3.0, 0.3, seed)
+        response = loose(SpinSystem(couplings, IsingPrior()), x)
+        finite = bool(torch.isfinite(response.log_partition))
+        assert bool(response.solution.converged) == finite
+        found.update(response.solution.status)
+    assert found == {Status.CONVERGED, Status.INDEFINITE}

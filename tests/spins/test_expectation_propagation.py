@@ -165,6 +165,14 @@ def test_zero_fields_and_empty_batches_have_an_objective_too():
     assert method(system, torch.zeros(0, 16, dtype=torch.float64)).objective.shape[1:] == (0,)
 
 
+def test_the_objective_of_potts_spins_ends_at_log_z():
+    """Their log Z is that of the frame and a constant beside it."""
+    system = SYSTEMS["potts"]()
+    x = torch.linspace(-0.5, 0.8, 12, dtype=torch.float64).view(4, 3)
+    response = ExpectationPropagation(schedule="double loop", tol=1e-6)(system, x)
+    torch.testing.assert_close(response.objective[-1], -response.log_partition, rtol=1e-9, atol=0)
+
+
 @pytest.mark.slow
 def test_potts_and_spherical_glasses_on_which_single_loops_fail():
     for system in (

@@ -24,8 +24,10 @@ from deep_implicit_attention.spins import (
     IsingPrior,
     SphericalPrior,
     SpinSystem,
+    _tempering,
     ferromagnet,
 )
+from deep_implicit_attention.spins._tempering import bennett, exchange
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -156,6 +158,43 @@ class TestTempering:
 
         assert uneven(even.swap_acceptance) > 0.3
         assert uneven(spaced.swap_acceptance) < 0.12
+
+    def test_a_ladder_on_which_nothing_is_rejected_stays_even(self):
+        system = SpinSystem(torch.zeros(3, 3).double(), IsingPrior())
+        sampler = GibbsSampler(
+            num_samples=4, burn_in=8, num_chains=2, num_temperatures=4, on_failure="ignore"
+        )
+        response = sampler(system, torch.zeros(3).double())
+        even = torch.linspace(0, 1, 4, dtype=torch.float64)
+        torch.testing.assert_close(response.sampling.inverse_temperatures, even)
+        assert response.log_partition == 0
+
+    def test_the_error_of_log_z_is_that_of_a_mean_over_chains(self):
+        """Two chains whose estimates are 0.01 and −0.01, in every draw and at every temperature."""
+        estimates = torch.tensor([0.01, -0.01], dtype=torch.float64)
+        betas = torch.linspace(0, 1, 3, dtype=torch.float64)[:, None]
+        log, error = bennett(estimates.expand(5, 3, 2)[..., None], betas)
+        expected = estimates.std(correction=1, dim=0) / 2**0.5
+        torch.testing.assert_close(error, expected[None], rtol=1e-4, atol=0)
+        assert log.abs() < 1e-12
+
+    def test_acceptances_are_those_of_the_draws(self, monkeypatch):
+        exchanged = []
+
+        def recorded(*args):
+            places, probability = exchange(*args)
+            exchanged.append(probability.mean(dim=1))
+            return places, probability
+
+        monkeypatch.setattr(_tempering, "exchange", recorded)
+        system = SpinSystem(ferromagnet(6, 3.0), IsingPrior())
+        sampler = GibbsSampler(
+            num_samples=5, burn_in=20, thin=2, num_temperatures=3, on_failure="ignore"
+        )
+        response = sampler(system, torch.zeros(6, dtype=torch.float64))
+        assert len(exchanged) == 30
+        of_draws = torch.stack(exchanged[20:]).mean(dim=0)[:, 0]
+        torch.testing.assert_close(response.sampling.swap_acceptance, of_draws)
 
     def test_without_a_ladder_there_is_no_log_partition(self):
         system = SpinSystem(ferromagnet(4), IsingPrior())

@@ -409,3 +409,9 @@ def test_states_that_are_excluded_have_no_part_in_potts_spins():
         (gradient,) = grad(function(field)[..., None][:1].sum(), field)
         assert bool(gradient.isfinite().all())
         assert gradient[1] == 0
+
+
+def test_a_square_of_numbers_v_is_no_matrix_on_a_sphere_of_another_dimension():
+    prior, field, v = SphericalPrior(3), torch.ones(4, 4, 3), torch.linspace(0, 1, 16).view(4, 4)
+    rows = torch.stack([prior.log_partition(*row) for row in zip(field, v, strict=True)])
+    torch.testing.assert_close(prior.log_partition(field, v), rows)

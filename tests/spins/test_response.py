@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from deep_implicit_attention.deq import ConvergenceWarning
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
@@ -22,6 +23,7 @@ from deep_implicit_attention.spins import (
     SelfAveragingTAP,
     SpinSystem,
     _exact,
+    ferromagnet,
     sherrington_kirkpatrick,
 )
 
@@ -187,3 +189,16 @@ def test_a_prior_of_another_precision_leaves_that_of_the_fields():
         response = method(SpinSystem(couplings, prior), torch.randn(2, 3, 2))
         assert response.magnetization.dtype == torch.float32
         assert response.cavity_variance.dtype == torch.float32
+
+
+def test_an_unstable_covariance_is_said_of_converged_samples_only():
+    """Without fields m = 0 is a solution at once; with weak ones three steps do not reach any."""
+    system = SpinSystem(ferromagnet(8, 2.0), IsingPrior())
+    x = torch.zeros(2, 8, dtype=torch.float64)
+    x[1] = 1e-3
+    with pytest.warns(ConvergenceWarning, match="1 of 2"):
+        response = NaiveMeanField(max_iter=3)(system, x)
+    assert response.solution.converged.tolist() == [True, False]
+    with pytest.warns(ConvergenceWarning, match="found for 1 of 1 converged samples"):
+        chi = response.covariance
+    assert (torch.linalg.eigvalsh(chi)[:, 0] < -0.1).all()  # of both

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_implicit_attention.models import SiteClassifier
+from deep_implicit_attention.models import DeepImplicitAttentionViT, SiteClassifier
 from deep_implicit_attention.training import (
     ImageData,
     Measured,
@@ -349,6 +349,13 @@ def test_measure_against_one_image_at_a_time(
     assert measured.loss == pytest.approx(loss / 30, rel=1e-5)
     assert measured.steps == pytest.approx(steps / 30, rel=0.02)
     assert measured.residual == pytest.approx(worst, rel=0.05)
+
+
+def test_steps_are_those_of_one_layer(quadrants: Callable) -> None:
+    model = DeepImplicitAttentionViT(
+        image_size=8, patch_size=4, num_classes=4, channels=1, dim=8, depth=2, steps=3
+    )
+    assert measure(model, quadrants(6, 3), 4).steps == 3
 
 
 def test_measure_nothing(small_model: Build, quadrants: Callable) -> None:

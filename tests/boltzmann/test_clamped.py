@@ -1,0 +1,61 @@
+"""The response to clamped spins: what holds them, and what stands where the first try fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deep_implicit_attention.boltzmann import _clamped, _learn
+from deep_implicit_attention.boltzmann._clamped import Means, clamp, means
+from deep_implicit_attention.boltzmann._learn import _Response
+from deep_implicit_attention.boltzmann._parameters import pack
+from deep_implicit_attention.spins import sherrington_kirkpatrick
+
+
+def test_a_clamped_spin_stays_however_many_others_pull() -> None:
+    """One up among 49 of a ferromagnet that are down; every row has gaps of its own."""
+    J = 1 - torch.eye(50).double()
+    spins = -torch.ones(16, 50).double()
+    spins[:, 30] = 1
+    free = torch.zeros(16, 50, dtype=torch.bool)
+    free[range(16), range(16)] = True
+    ((rows, sites, response),) = clamp("naive", pack(J, torch.zeros(50).double()), spins, free)
+    assert len(rows) == 16
+    assert len(sites) == 50
+    assert (response.m[:, 30] == 1).all()
+    assert (response.m[:, 31:] == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["tap", "adaptive_tap"])
+def test_a_second_try_replaces_all_of_the_first(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variances of its cavity fields too, from which the covariance is made."""
+    J, x = sherrington_kirkpatrick(6, 0.5, 0.3, seed=0)
+    fields = torch.stack([x, -2 * x])
+    expected = means(kind, J, fields)
+    method, tried = _clamped._METHODS[kind], []
+
+    def shorter(**options: Any) -> Any:
+        tried.append("solver" in options)
+        return method(**options if tried[-1] else options | {"max_iter": 1})
+
+    monkeypatch.setitem(_clamped._METHODS, kind, shorter)
+    found = means(kind, J, fields)
+    assert tried == [False, True]
+    assert found.failed == 0
+    torch.testing.assert_close(found.m, expected.m, rtol=0, atol=1e-7)
+    assert found.covariance is not None
+    assert expected.covariance is not None
+    torch.testing.assert_close(found.covariance(), expected.covariance(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_free_phase_that_did_not_converge_is_none(
+    failed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not its covariance is positive definite."""
+    m, chi = torch.zeros(1, 3).double(), torch.eye(3)[None].double()
+    monkeypatch.setattr(_learn, "means", lambda *_: Means(m, lambda: chi, failed))
+    second = _Response("tap")(torch.zeros(4, 4).double())
+    assert (second is None) == bool(failed)
