@@ -14,13 +14,8 @@ from torch.nn import functional as F
 
 from deep_implicit_attention.models import DeepImplicitAttentionViT, SiteClassifier
 
-TIGHT = {
-    "solver_fwd_tol": 1e-11,
-    "solver_fwd_max_iter": 300,
-    "solver_bwd_tol": 1e-11,
-    "solver_bwd_max_iter": 300,
-    "on_failure": "raise",
-}
+from .conftest import TIGHT
+
 FREE = ("mean-field", "mlp-mixer", "adaptive-tap")
 SOFTMAX = ("softmax", "vector-spin")
 ATTENTION = (*FREE, *SOFTMAX)
