@@ -124,25 +124,26 @@ def _iterate(
         response = method(system, x, start=start)
         assert response.solution is not None
         V = response.cavity_variance
-        m = response.magnetization
-        return m, torch.zeros_like(x) if V is None else V, response.solution
+        V = torch.zeros_like(x) if V is None else V
+        return response.magnetization, V, response.solution
 
     m, V, solution = attempt(x, start)
-    residual, open_ = solution.residual, ~solution.converged
-    # With more damping, if it went round and round; then faster, if it was only slow.
-    for how in ({"solver": picard, "damping": _DAMPING}, {"solver": anderson}):
-        if not bool(open_.any()):
+    residual = solution.residual
+    rows = (~solution.converged).nonzero().flatten()
+    # With more damping, if it went round and round; then faster from there, if it was only slow.
+    for how, onwards in (
+        ({"solver": picard, "damping": _DAMPING}, False),
+        ({"solver": anderson}, True),
+    ):
+        if not len(rows):
             break
-        near = m[open_] if how["solver"] is anderson else None
-        again, variance, solution = attempt(x[open_], near, **how)
-        better = solution.converged | (solution.residual < residual[open_])
-        rows = open_.nonzero().flatten()
-        m, V, residual = m.clone(), V.clone(), residual.clone()
-        m[rows[better]], V[rows[better]] = again[better], variance[better]
-        residual[rows[better]] = solution.residual[better]
-        open_ = open_.clone()
-        open_[rows] = ~solution.converged
-    return m, V, int(open_.sum())
+        again, variance, solution = attempt(x[rows], m[rows] if onwards else None, **how)
+        better = solution.converged | (solution.residual < residual[rows])
+        taken = (rows[better],)
+        m, V = m.index_put(taken, again[better]), V.index_put(taken, variance[better])
+        residual = residual.index_put(taken, solution.residual[better])
+        rows = rows[~solution.converged]
+    return m, V, len(rows)
 
 
 def covariance(K: Tensor, m: Tensor) -> Tensor:

@@ -74,8 +74,7 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
         check_count("steps", options["steps"])
     check_on_failure(options["on_failure"])
     initial = options["initial_state"]
-    named = isinstance(initial, str) and initial in ("zeros", "input")
-    if not named and not callable(initial):
+    if initial not in ("zeros", "input") and not callable(initial):
         got = repr(initial) if isinstance(initial, str) else type(initial).__name__
         raise ValueError(
             f"initial_state must be 'zeros', 'input' or a callable, got {got}; a state to start a "

@@ -89,6 +89,13 @@ def check_solutions(solutions: Sequence[Any], depth: int) -> Sequence[Any]:
     return solutions
 
 
+def check_integers(what: str, value: Any) -> None:
+    """Raise unless `value` is a tensor of integers."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what} must be a tensor of integers (int64 or int32), got {kind}")
+
+
 def check_classes(what: str, labels: Tensor, classes: int) -> None:
     """Raise unless `labels` are numbers of classes, or −100 for none.
 
@@ -110,16 +117,14 @@ def check_name(what: str, name: Any, known: Sequence[str]) -> None:
 
 def _check_options(options: dict[str, Any]) -> None:
     """Raise for options of `DEQFixedPoint` that cannot be part of a saved config."""
-    for name in ("adjoint", "initial_state"):
-        if name in options:
+    for name, value in options.items():
+        if name in ("adjoint", "initial_state"):
             raise TypeError(f"{name} is no option of the model; give it to the call")
-    for name in options:
         if name not in _OPTIONS and not name.startswith(("solver_fwd_", "solver_bwd_")):
             raise TypeError(
                 f"unknown option {name!r}; beside the model's own arguments there are "
                 f"{', '.join(_OPTIONS)}, solver_fwd_NAME and solver_bwd_NAME"
             )
-    for name, value in options.items():
         if not isinstance(value, int | float | str | None):
             raise TypeError(
                 f"{name} must be a number or a string, to be saved with the config; got {value!r}"

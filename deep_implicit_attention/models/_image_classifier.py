@@ -54,11 +54,9 @@ class ImageClassifier(nn.Module):
         solve, but for adaptive TAP, whose state is (z, V): there V is computed. Dropout is drawn
         anew.
         """
-        layers = self.equilibria()
-        fields = self.block_fields(images, check_solutions(solutions, len(layers)))
         return [
             (layer.map(x), _whole_state(layer, x, value_of(part)))
-            for layer, x, part in zip(layers, fields, solutions, strict=True)
+            for (layer, x), part in zip(self._driven(images, solutions), solutions, strict=True)
         ]
 
     def spectral_radius(self, images: Tensor, solutions: Sequence[Any]) -> Tensor:
@@ -85,10 +83,16 @@ class ImageClassifier(nn.Module):
         the mixer, whose couplings depend on the state, those at z = x. `solutions` are those that
         ``forward(images, return_solution=True)`` returned. Costs no solve.
         """
+        driven = self._driven(images, solutions)
+        return torch.stack([layer.fun.couplings(x) for layer, x in driven]).detach()
+
+    def _driven(
+        self, images: Tensor, solutions: Sequence[Any]
+    ) -> list[tuple[DEQFixedPoint, Tensor]]:
+        """Each layer and the fields that drive it."""
         layers = self.equilibria()
         fields = self.block_fields(images, check_solutions(solutions, len(layers)))
-        pairs = zip(layers, fields, strict=True)
-        return torch.stack([layer.fun.couplings(x) for layer, x in pairs]).detach()
+        return list(zip(layers, fields, strict=True))
 
     def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy in nats.

@@ -20,6 +20,7 @@ from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
 from ._equilibrium import (
     check_classes,
+    check_integers,
     check_name,
     check_solutions,
     equilibrium,
@@ -263,7 +264,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         `solutions` are those that ``forward(ids, mask, return_solution=True)`` returned. Costs
         no solve. Dropout is drawn anew.
         """
-        states = [value_of(part) for part in self._of_blocks(solutions)]
+        states = [value_of(part) for part in check_solutions(solutions, len(self.blocks))]
         sources = [self.fields(ids, mask), *states[:-1]]
         maps = [
             block.map(x, *_given(mask))  # type: ignore
@@ -275,8 +276,8 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
     ) -> Tensor:
         """J_ij of every block and head, `(depth, B, heads, T, T)`, for looking."""
-        below = self._of_blocks(solutions)[:-1]
-        sources = [self.fields(ids, mask), *(value_of(part) for part in below)]
+        states = [value_of(part) for part in check_solutions(solutions, len(self.blocks))]
+        sources = [self.fields(ids, mask), *states[:-1]]
         pairs = zip(self.blocks, sources, strict=True)
         return torch.stack([block.fun.couplings(x, mask) for block, x in pairs])  # type: ignore
 
@@ -312,9 +313,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             TypeError: for targets that are no integers.
             ValueError: for targets of another shape than the ids, or that are no tokens.
         """
-        if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
-            kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-            raise TypeError(f"targets must be a tensor of integers (int64 or int32), got {kind}")
+        check_integers("targets", targets)
         if logits.shape[:-1] != targets.shape:
             raise ValueError(
                 f"targets must have shape {tuple(logits.shape[:-1])} as the logits do, got "
@@ -333,17 +332,12 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             x = x + self.positions[at]
         return self.dropout(x * _FIELD_SCALE)
 
-    def _of_blocks(self, solutions: Sequence[Any]) -> Sequence[Any]:
-        return check_solutions(solutions, len(self.blocks))
-
     def _logits(self, z: Tensor) -> Tensor:
         return F.linear(self.norm(z), self.tokens.weight)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
         """Raise unless ids and mask are what this model takes."""
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"ids must be a tensor of integers (int64 or int32), got {kind}")
+        check_integers("ids", ids)
         if ids.dim() != 2:
             raise ValueError(f"ids must have shape (batch, tokens), got {tuple(ids.shape)}")
         # A compiler cannot branch on data.

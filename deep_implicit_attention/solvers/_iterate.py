@@ -134,14 +134,14 @@ def iterate(
             residual = residual_norm = xp.full_like(g_norm, torch.inf)
             distance = _Distance(g_norm, f_norm, z.dtype, xp)
         within = now <= tol
-        doubt = distance.doubt(within, g_norm, f_norm) if k else None
-        within = within if doubt is None else within & ~doubt
+        doubt = distance.doubt(within, g_norm, f_norm)
+        if doubt is not None:  # on the host it is None where nobody is within
+            within = within & ~doubt
 
         if together:
             # Comparisons are false of NaN; an infinite norm of f(z) makes `now` NaN or 0.
             improved = some(now < residual) == len(z)
-            done = 0 if doubt is None and k else some(now <= tol)
-            together = improved and done == 0
+            together = improved and doubt is None
             if not together:
                 steps = steps + k
                 if improved and some(within) == len(z) == some(f_norm < np.inf):

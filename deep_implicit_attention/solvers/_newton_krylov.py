@@ -106,8 +106,7 @@ class _LineSearch:
     def next(self, z: Tensor, fz: Tensor, g: Tensor, newton_step: Callable) -> Tensor:
         norm = norm_column(g)
         # A step of a thousandth that still does not help: take what there is and go on.
-        fell = (norm < (1 - 1e-4 * self.length) * self.norm) | (self.length < 1e-3)
-        fell = fell | ~self.newton
+        fell = (norm < (1 - 1e-4 * self.length) * self.norm) | (self.length < 1e-3) | ~self.newton
         delta, newton = newton_step(z, fz, g, fell.squeeze(1))
         self.newton = torch.where(fell, newton, self.newton)
         self.base = torch.where(fell, z, self.base)

@@ -115,7 +115,8 @@ class Trainer:
         for group, largest in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = largest * plan.rate(course.step)
         self.model.train()
-        self.model.zero_grad()  # also of what the optimizer leaves alone: the clip counts it
+        self.optimizer.zero_grad()
+        self.model.zero_grad()  # of what the optimizer leaves alone, too: the clip counts it
         statistics = []
         for k, part in enumerate(self.devices.parts(batch, plan.accumulate), start=1):
             whole = k == plan.accumulate  # only then the processes exchange gradients

@@ -154,3 +154,18 @@ def test_warnings_of_cached_states_point_at_the_caller():
     with pytest.warns(ConvergenceWarning) as later:
         cache.append(torch.randn(2, 1, 4))
     assert {warning.filename for warning in [*caught, *later]} == {__file__}
+
+
+def test_on_the_meta_device_there_are_shapes_only() -> None:
+    layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4)).to("meta")
+    x = torch.randn(3, 5, 4, device="meta")
+    z = layer(x, steps=2)
+    assert z.is_meta
+    assert z.shape == x.shape
+    with pytest.raises(ValueError, match=r"meta device.*steps=K"):
+        layer(x)
+
+
+def test_a_state_is_no_initial_state() -> None:
+    with pytest.raises(ValueError, match=r"got Tensor; a state to start a call from is .*`state`"):
+        DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), initial_state=torch.zeros(3, 5, 4))

@@ -384,18 +384,3 @@ class TestPlaysWithTorch:
         torch.testing.assert_close(z.cpu(), layer(fields), rtol=0, atol=1e-10)
         mine = grad(z.square().sum(), there.fun._weight)[0]
         torch.testing.assert_close(mine.cpu(), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_on_the_meta_device_there_are_shapes_only() -> None:
-    layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4)).to("meta")
-    x = torch.randn(3, 5, 4, device="meta")
-    z = layer(x, steps=2)
-    assert z.is_meta
-    assert z.shape == x.shape
-    with pytest.raises(ValueError, match=r"meta device.*steps=K"):
-        layer(x)
-
-
-def test_a_state_is_no_initial_state() -> None:
-    with pytest.raises(ValueError, match=r"got Tensor; a state to start a call from is .*`state`"):
-        DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), initial_state=torch.zeros(3, 5, 4))
