@@ -294,7 +294,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             # Not a subclass's: what that adds to the fields, every call adds anew.
             context = DEQAdaTAPMeanFieldAttention.prepare(self, nothing)
             if isinstance(context, _Gaussian):
-                context = context._replace(factor=self._factor(context).inverted())
+                factor = self._factor(context).inverted(context.operator)
+                context = context._replace(factor=factor)
             copies = [weight.clone() for weight in self._weights()]
         return _Frozen(self._settings(), copies, context)
 

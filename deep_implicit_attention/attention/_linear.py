@@ -17,7 +17,7 @@ from ._products import linear_of_few
 class Factor(NamedTuple):
     """A factorisation of a matrix: Cholesky, or with `pivots` LU; and its inverse, if made."""
 
-    matrix: Tensor
+    matrix: Tensor  # may end in rows and columns of the identity
     pivots: Tensor | None
     inverse: Tensor | None = None
 
@@ -29,13 +29,12 @@ class Factor(NamedTuple):
                 return (rows @ self.inverse).mT
             return linear_of_few(rows, self.inverse, symmetric).mT
         if self.pivots is None:
-            return torch.cholesky_solve(b, self.matrix)
+            return _cholesky_solve(b, self.matrix)
         return torch.linalg.lu_solve(self.matrix, self.pivots, b, adjoint=transposed)
 
-    def inverted(self) -> Factor:
-        """With the inverse, for many solves: it is read once a solve, the factors twice."""
-        identity = torch.eye(len(self.matrix), dtype=self.matrix.dtype, device=self.matrix.device)
-        return self._replace(inverse=self.solve(identity, False).contiguous())
+    def inverted(self, operator: Tensor) -> Factor:
+        """With the inverse of `operator`, which a solve reads once; factors it reads twice."""
+        return self._replace(inverse=inverse(operator, self).contiguous())
 
     def log_determinant(self) -> Tensor:
         """log |det A|."""
@@ -74,7 +73,31 @@ def _cholesky(operator: Tensor) -> tuple[Tensor, Tensor]:
     columns = copy.mT  # as LAPACK reads it; symmetric, but for what it does not read
     failed = torch.empty((), dtype=torch.int32, device=copy.device)
     torch.linalg.cholesky_ex(columns, out=(columns, failed))
-    return columns[:size, :size], failed
+    return columns, failed
+
+
+def _cholesky_solve(b: Tensor, factor: Tensor) -> Tensor:
+    """A⁻¹ b `(n, r)` from what `_cholesky` made of A.
+
+    On the host by two triangular solves, which read the factor where it is; `torch.cholesky_solve`
+    copies it first, and its columns into ones without gaps (measured at n = 1024: three times as
+    long in float32, twice in float64).
+    """
+    size = len(b)
+    if not b.is_cpu or watched(b, factor):
+        return torch.cholesky_solve(b, factor[:size, :size])
+    columns = _columns(b, len(factor))
+    torch.linalg.solve_triangular(factor, columns, upper=False, out=columns)
+    torch.linalg.solve_triangular(factor.mT, columns, upper=True, out=columns)
+    return columns if len(factor) == size else _columns(columns[:size], size)
+
+
+def _columns(b: Tensor, length: int) -> Tensor:
+    """A copy of `b` `(n, r)` with columns one after the other, filled up with zeros."""
+    columns = b.new_empty_strided((length, b.shape[1]), (1, length))
+    columns[: len(b)].copy_(b)
+    columns[len(b) :].zero_()
+    return columns
 
 
 @functools.lru_cache(maxsize=8)

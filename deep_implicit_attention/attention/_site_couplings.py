@@ -169,9 +169,13 @@ def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     internal, sites = symmetries
     count, dim, _, _ = g.shape
     raw = empty(count, count, dim, dim, like=g)
-    _write(g.transpose(1, 2), internal, raw)
-    if sites:
-        raw = raw + raw.transpose(0, 1)
+    blocks = g.transpose(1, 2)
+    if sites and not internal:
+        _write(blocks, blocks.transpose(0, 1), raw)
+    else:
+        _write(blocks, blocks.mT if internal else None, raw)
+        if sites:
+            raw = raw + raw.transpose(0, 1)
     factor = sign * 0.5 ** (internal + sites)
     if factor != 1:
         raw.mul_(factor)
@@ -248,7 +252,7 @@ class _Response(torch.autograd.Function):
                 if all(symmetries):
                     part = 0.25 * u  # both means, where there are few numbers
                     left, right = torch.cat((part, x), dim=1), torch.cat((x, part), dim=1)
-                    symmetries, sign = (True, False), 2.0
+                    symmetries, sign = (False, True), 2.0  # blocks stay whole, unlike (True, False)
                 product = (left @ right.mT).view(ctx.blocks)
                 by_weight = (_Raw.apply if again else _raw)(product, symmetries, sign)
             if ctx.needs_input_grad[1]:
@@ -285,7 +289,7 @@ def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: T
     factor = sign * 0.5 ** (internal + sites)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
         weight = (weight + weight.transpose(0, 1)).mul_(factor)
-    _write(weight, internal, matrix.transpose(1, 2))
+    _write(weight, weight.mT if internal else None, matrix.transpose(1, 2))
     if not sites and factor != 1:
         matrix.mul_(factor)
 
@@ -299,9 +303,9 @@ def _plain(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor
     return weight * (sign * (1 - one))[:, :, None, None]
 
 
-def _write(blocks: Tensor, internal: bool, out: Tensor) -> None:
-    """Copy `blocks` `(N, N, d, d)` to `out`, if `internal` with the transpose of each added."""
-    if internal:
-        torch.add(blocks, blocks.mT, out=out)
-    else:
+def _write(blocks: Tensor, more: Tensor | None, out: Tensor) -> None:
+    """Copy `blocks` `(N, N, d, d)` to `out`, with `more` added."""
+    if more is None:
         out.copy_(blocks)
+    else:
+        torch.add(blocks, more, out=out)
