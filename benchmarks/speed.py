@@ -281,7 +281,7 @@ def random_weights(page: Path, turns: int) -> None:
         "Evaluations and accuracy of the layers",
         f"{provenance(command)}, float32, seed 0.\n\n" + COUNTS_TEXT + "\n".join(evaluations),
     )
-    write_results(page, "Speed", results)
+    write_results(page, "Speed", results, command)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="folder of the four idx files; else download")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/mnist-vit"))
+    parser.add_argument("--out", type=Path, default=Path("runs/mnist-loop"))
     flags = parser.parse_args()
     torch.manual_seed(flags.seed)
     data = mnist(flags.data, validation=1 / 12, seed=flags.seed)

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="folder of tinyshakespeare.txt; else download")
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/shakespeare"))
+    parser.add_argument("--out", type=Path, default=Path("runs/shakespeare-loop"))
     flags = parser.parse_args()
     text = shakespeare(flags.data)
     torch.manual_seed(flags.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,9 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
         check_count("steps", options["steps"])
     check_on_failure(options["on_failure"])
     initial = options["initial_state"]
-    if initial not in ("zeros", "input") and not callable(initial):
+    # An array compares with a string entry by entry.
+    named = isinstance(initial, str) and initial in ("zeros", "input")
+    if not named and not callable(initial):
         got = repr(initial) if isinstance(initial, str) else type(initial).__name__
         raise ValueError(
             f"initial_state must be 'zeros', 'input' or a callable, got {got}; a state to start a "
@@ -91,12 +94,13 @@ def check_elements(elements: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"output_elements must be a sequence of indices, got {elements!r}")
     previous = -1
     for element in elements:
-        if not isinstance(element, int) or element <= previous:
+        whole = isinstance(element, numbers.Integral) and not isinstance(element, bool)
+        if not whole or element <= previous:
             raise ValueError(
                 f"output_elements must be increasing indices from 0, got {tuple(elements)}"
             )
         previous = element
-    return tuple(elements)
+    return tuple(map(int, elements))
 
 
 def check_reach(fun: Any, elements: Sequence[int], count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -125,7 +126,7 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"unknown option {name!r}; beside the model's own arguments there are "
                 f"{', '.join(_OPTIONS)}, solver_fwd_NAME and solver_bwd_NAME"
             )
-        if not isinstance(value, int | float | str | None):
+        if not isinstance(value, numbers.Real | str | None):
             raise TypeError(
                 f"{name} must be a number or a string, to be saved with the config; got {value!r}"
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 # Okabe, Ito 2008: black, orange, blue, green, vermilion.
@@ -41,6 +42,7 @@ def learning_curves(
         axes.plot(epochs, train, color=COLOURS[1], label="training (augmented, as trained)")
         axes.plot(epochs, validation, color=COLOURS[2], label="validation")
         axes.set(xlabel="epoch", ylabel=title, yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         axes.grid(alpha=0.3, which="both")
     right.set_yscale("symlog", linthresh=1.0)
@@ -110,6 +112,7 @@ def convergence(trace: np.ndarray | Tensor, tolerance: float, title: str = "") -
         xlabel="solver step", ylabel="relative residual ‖f(z) − z‖ / ‖f(z)‖", yscale="log",
         title=title,
     )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     return figure

@@ -35,9 +35,9 @@ def coupling_graph(
     """Coupling strengths `(N, N)` as a matrix, and as a graph between sites.
 
     `positions` `(N, 2)` are the places of the sites, x to the right and y downwards, as in an
-    image. Lines are as wide and as dark as a coupling is strong; the strongest fifth is drawn.
-    Where J_ij and J_ji differ, each is an arrow from the site j that pulls to the site i that is
-    pulled, and at most 120 are drawn.
+    image. The matrix is blank where a site is not coupled to itself. Lines are as wide and as dark
+    as a coupling is strong; the strongest fifth is drawn. Where J_ij and J_ji differ, each is an
+    arrow from the site j that pulls to the site i that is pulled, and at most 120 are drawn.
 
     Raises:
         ValueError: for fewer than two sites, strengths that are not finite, or another number of
@@ -50,8 +50,11 @@ def coupling_graph(
         raise ValueError(f"names must be one for each of {len(strengths)} sites, got {len(names)}")
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    apart = strengths[~np.eye(len(strengths), dtype=bool)]
-    image = left.imshow(strengths, cmap="cividis", vmin=apart.min(), vmax=apart.max())
+    itself = np.eye(len(strengths), dtype=bool)
+    apart = strengths[~itself]
+    # J_ii = 0 is below the scale, which is that of the others.
+    seen = np.ma.masked_where(itself & (strengths == 0), strengths)
+    image = left.imshow(seen, cmap="cividis", vmin=apart.min(), vmax=apart.max())
     left.set(xlabel="site j", ylabel="site i", title=title)
     ticks = range(0, len(names), max(1, len(names) // 12))
     left.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=8)

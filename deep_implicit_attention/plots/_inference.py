@@ -79,6 +79,8 @@ def approximation_errors(
             betas, reference_error, "--", color=COLOURS[0], label=f"standard error of {reference}"
         )
     right.axvline(beta, color=COLOURS[0], linestyle=":", linewidth=1, zorder=0)
+    if len(set(betas)) == 1:
+        right.set_xlim(betas[0] / 2, betas[0] * 2)  # its own limits cut the markers in half
     right.set(xlabel=beta_label, xscale="log", ylabel=f"{error_label} (dimensionless)")
     if any(np.isfinite(errors).any() for errors in error_by_method.values()):
         right.set_yscale("log")

@@ -99,6 +99,11 @@ def run_boltzmann(recipe: Boltzmann) -> list[dict[str, Any]]:
         torch.set_num_threads(recipe.threads)
     data = digit_halves(recipe)
     run = Run(recipe.run_dir)
+    with run.alone():
+        return _complete(recipe, run, data)
+
+
+def _complete(recipe: Boltzmann, run: Run, data: Halves) -> list[dict[str, Any]]:
     run.start({"recipe": "boltzmann", **vars(recipe)})
     (run.folder / PARAMETERS).unlink(missing_ok=True)
     console = require("rich.console", "train").Console(highlight=False, markup=False, emoji=False)

@@ -71,6 +71,13 @@ def run_ising(recipe: Ising) -> list[dict[str, Any]]:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     run = Run(recipe.run_dir)
+    with run.alone():
+        return _compare(recipe, run, methods, couplings, x)
+
+
+def _compare(
+    recipe: Ising, run: Run, methods: dict[str, Method], couplings: Tensor, x: Tensor
+) -> list[dict[str, Any]]:
     run.start({"recipe": "ising", **vars(recipe)})
     (run.folder / ANSWERS).unlink(missing_ok=True)
 

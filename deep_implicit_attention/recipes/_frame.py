@@ -66,8 +66,12 @@ def run_recipe(recipe: Recipe, prepare: Callable[[Recipe], Work]) -> dict[str, A
     run = Run(recipe.run_dir)
     devices = Devices(work.plan, run.folder)
     devices.rows(recipe.batch_size, recipe.accumulate)
-    resume = start(run, recipe, devices)
-    with Progress(quiet=not devices.is_main, columns=work.columns, unit=work.unit) as progress:
+    with contextlib.ExitStack() as stack:
+        if devices.is_main:
+            stack.enter_context(run.alone())
+        resume = start(run, recipe, devices)
+        progress = Progress(quiet=not devices.is_main, columns=work.columns, unit=work.unit)
+        stack.enter_context(progress)
         if resume and (result := finished(run)):
             progress.say(
                 f"the run in {run.folder}/ is finished, with {work.score(result)}; without "

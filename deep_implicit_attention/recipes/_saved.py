@@ -58,7 +58,8 @@ def load_recipe(run: Run) -> Any:
     kind = RECIPES.get(name)
     if kind is None:
         raise ValueError(
-            f"{run.folder} is a run of {name}; only {', '.join(RECIPES)} can be loaded"
+            f"{run.folder} is a run of {name}: only those of {', '.join(RECIPES)} have a model "
+            "that can be loaded"
         )
     types = typing.get_type_hints(kind)
     for problem in misfits(config, types).values():
@@ -143,6 +144,11 @@ def _name(recipe: Any) -> str:
 
 def _check_same(run: Run, config: dict[str, Any]) -> None:
     before = run.config()
+    if before.get("recipe") != config["recipe"]:
+        raise ValueError(
+            f"{run.folder} is a run of {_recipe_of(run)}, not of {config['recipe']}: name the "
+            "folder of one, or leave out --resume and start anew in another"
+        )
     changed = [
         f"{name} {before.get(name)} (now {value})"
         for name, value in config.items()

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -20,6 +27,29 @@ def write_whole(path: Path, content: bytes) -> None:
 def unfinished(path: Path) -> Path:
     """What `path` is called while it is written."""
     return path.with_name(path.name + ".part")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Within, hold the folder's lock, which ends with the process; False if another has it.
+
+    Systems and file systems without such locks say True.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        got = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            got = False
+        except OSError:
+            pass
+        yield got
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ._checkpoint import Checkpoints, whole_tensors
-from ._files import unfinished, write_whole
+from ._files import locked, unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
 # What recipes and reports draw into the folder: any other picture in it is the user's.
@@ -37,6 +38,22 @@ class Run:
         self.folder = Path(folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other process may be, on systems that lock folders; makes the folder.
+
+        Raises:
+            ValueError: if another process is, or the folder is a file.
+        """
+        self._make_folder()
+        with locked(self.folder) as got:
+            if not got:
+                raise ValueError(
+                    f"another process writes to {self.folder}: wait until it has ended, or name "
+                    "another folder"
+                )
+            yield
+
     def start(self, config: dict[str, Any]) -> None:
         """Make the folder anew: the configuration, and none of the metrics, weights, checkpoints
         and pictures of an earlier run. Other files stay.
@@ -44,9 +61,9 @@ class Run:
         Paths in the configuration become strings.
 
         Raises:
-            ValueError: for a folder with files in it that is not one of a run.
+            ValueError: for a folder with files in it that is not one of a run, and for a file.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         path = self.folder / CONFIG
         # Without the configuration it is no run, so a crash in here leaves none, and not the old;
         # the unfinished one tells that the folder is a run's all the same.
@@ -82,7 +99,8 @@ class Run:
         if self.metrics_size() < size:
             raise ValueError(
                 f"{self.folder / METRICS} has {self.metrics_size()} bytes, fewer than the {size} "
-                "that were written before the checkpoint: it was changed or lost"
+                "that were written before the checkpoint: it was changed or lost; put it back, or "
+                "start anew in another folder"
             )
         if self.metrics_size() > size:
             os.truncate(self.folder / METRICS, size)
@@ -151,6 +169,12 @@ class Run:
             model.load_state_dict(load_file(path))
         except (RuntimeError, OSError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit this model: {error}") from error
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"{self.folder} cannot be a folder: there is a file") from error
 
     def _lines(self) -> list[bytes]:
         path = self.folder / METRICS

@@ -169,3 +169,19 @@ def test_on_the_meta_device_there_are_shapes_only() -> None:
 def test_a_state_is_no_initial_state() -> None:
     with pytest.raises(ValueError, match=r"got Tensor; a state to start a call from is .*`state`"):
         DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), initial_state=torch.zeros(3, 5, 4))
+
+
+def test_nor_is_an_array() -> None:
+    import numpy as np
+
+    with pytest.raises(ValueError, match=r"initial_state must be .* got ndarray"):
+        DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), initial_state=np.zeros((3, 5, 4)))
+
+
+def test_output_elements_may_be_numpy() -> None:
+    import numpy as np
+
+    layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), output_elements=(np.int64(0),))
+    assert layer.output_elements == (0,)
+    with pytest.raises(ValueError, match="increasing indices"):
+        DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 4), output_elements=(True,))

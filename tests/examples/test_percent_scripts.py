@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+
+from deep_implicit_attention.recipes._saved import RECIPES
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -28,6 +32,16 @@ def test_cells_begin_with_text(name: str) -> None:
     assert lines[0] == "# %% [markdown]"
     assert lines[1].startswith("# # ")
     assert sum(line == "# %%" for line in lines) >= 3
+
+
+def test_examples_leave_the_folders_of_recipes_alone() -> None:
+    """`save_pretrained` would replace the configuration and the weights of a run there."""
+    folders = {field.default for recipe in RECIPES.values() for field in fields(recipe)
+               if field.name == "run_dir"}  # fmt: skip
+    assert Path("runs/shakespeare") in folders
+    for path in FOLDER.glob("*.py"):
+        for named in re.findall(r'Path\("(runs/[^"]+)"\)', path.read_text()):
+            assert Path(named) not in folders, path
 
 
 def test_methods_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,24 @@ def test_numbers_of_other_libraries_are_saved_as_numbers(tmp_path: Path) -> None
     torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("solver_fwd_tol", np.float32(0.25)),
+        ("solver_fwd_max_iter", np.int64(40)),
+        ("steps", np.int32(3)),
+        ("solver_bwd_tol", np.float16(0.5)),
+    ],
+)
+def test_options_of_the_layers_too(tmp_path: Path, name: str, value: np.generic) -> None:
+    model = build(**{name: value}).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())[name] == value.item()
+    again = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    ids = torch.randint(7, (2, 6))
+    torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=0)
+
+
 def test_lists_of_such_numbers_too(tmp_path: Path) -> None:
     options = {"image_size": 8, "patch_size": 4, "num_classes": 3, "dim": 6, "channels": 1}
     widths = tuple(np.array([4, 6]))

@@ -226,6 +226,23 @@ def test_coupling_matrix_and_sites(random: np.random.Generator) -> None:
     assert places == {f"s{i}": tuple(place) for i, place in enumerate(positions)}
 
 
+def test_no_coupling_to_itself_has_no_colour(random: np.random.Generator) -> None:
+    strengths = random.uniform(1, 2, (4, 4)) * (1 - np.eye(4))
+    strengths = strengths + strengths.T
+    strengths[2, 2] = 1.5
+    left, *_ = graph(strengths, np.arange(8.0).reshape(4, 2))
+    blank = np.ma.getmaskarray(left.images[0].get_array())
+    np.testing.assert_array_equal(blank, np.diag([True, True, False, True]))
+
+
+def test_epochs_and_steps_are_whole() -> None:
+    few = [0.5, 0.4, 0.3]
+    for figure in (learning_curves([1, 2, 3], few, few, few, few),
+                   convergence(np.array(few)[:, None], 0.1)):  # fmt: skip
+        for axes in figure.axes:
+            np.testing.assert_array_equal(axes.get_xticks() % 1, 0)
+
+
 def test_many_sites_have_few_ticks_and_the_right_names() -> None:
     left, *_ = graph(np.ones((50, 50)), np.arange(100.0).reshape(50, 2))
     ticks = [round(t) for t in left.get_xticks()]

@@ -136,7 +136,7 @@ def test_it_can_be_rendered() -> None:
         assert np.all(np.isfinite([axes.get_xlim() for axes in bare.axes]))
 
 
-@pytest.mark.parametrize("betas", [[0.6, 0.9], [0.01, 1.0], [0.125, 0.25, 0.5, 1, 2]])
+@pytest.mark.parametrize("betas", [[0.7], [0.6, 0.9], [0.01, 1.0], [0.125, 0.25, 0.5, 1, 2]])
 def test_the_axis_of_temperature_has_ticks(betas: list[float]) -> None:
     figure = approximation_errors(
         EXACT_M, {}, EXACT_C, {}, betas, {"first": [0.1] * len(betas)}, beta=betas[0]
@@ -144,6 +144,8 @@ def test_the_axis_of_temperature_has_ticks(betas: list[float]) -> None:
     figure.draw_without_rendering()
     axes = figure.axes[2]
     low, high = axes.get_xlim()
+    assert low < 0.999 * min(betas)  # or half of a marker is beyond the edge
+    assert high > 1.001 * max(betas)
     labels = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
     assert labels
     for label in labels:

@@ -122,6 +122,13 @@ def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -
     assert run.status == 0
 
 
+def test_a_run_of_another_recipe_is_named(dia: Dia, tmp_path: Path) -> None:
+    Run(tmp_path / "run").start({"recipe": "ising"})
+    line = dia("digits", "--resume").complaint()
+    assert "is a run of ising, not of digits" in line
+    assert "(now" not in line
+
+
 @pytest.mark.quick("0-{*", "2-7")
 @pytest.mark.parametrize("torn", ['{"epoch": 3, "st', '{"epoch": 3, "step": 9}\n[1', "\0" * 9, "7"])
 @pytest.mark.parametrize("whole", [0, 2])
