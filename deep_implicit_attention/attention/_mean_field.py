@@ -232,7 +232,7 @@ def _by_couplings(g: Tensor, z: Tensor) -> Tensor:
     rows, columns = g.flatten(1).mT, z.flatten(1)
     if torch.is_grad_enabled() or watched(g, z):
         found = rows @ columns
-    elif 0 < len(z) <= _FEW:
+    elif z.is_cpu and 0 < len(z) <= _FEW:  # an accelerator would start N kernels
         return _outer(g, z)
     else:
         found = torch.mm(rows, columns, out=empty(len(rows), len(rows), like=z))

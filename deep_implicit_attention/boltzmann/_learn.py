@@ -96,7 +96,8 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
     Moments from the clamped response, parameters from moments.
     """
     kind = RESPONSES[settings.method]
-    theta, count = _fields_only(data), data.total() + settings.pseudocount
+    theta = _fields_only(data, settings.pseudocount)
+    count = data.total() + settings.pseudocount
     learned, old = None, None
     for step in range(settings.max_iter):
         second = clamped_moments(kind, theta, data)
@@ -196,10 +197,10 @@ class _Response:
         return second
 
 
-def _fields_only(data: Data) -> Tensor:
-    """Independent spins with the means of what is observed."""
+def _fields_only(data: Data, pseudocount: float = 0.0) -> Tensor:
+    """Independent spins with the means of what is observed, and of rows of the pseudocount."""
     weights = data.weights if data.weights is not None else torch.ones(len(data)).to(data.spins)
-    m = weights @ data.spins / (weights @ (data.spins != 0).to(data.spins))
+    m = weights @ data.spins / (weights @ (data.spins != 0).to(data.spins) + pseudocount)
     theta = pack(m.new_zeros(len(m), len(m)), torch.atanh(m))
     return theta
 

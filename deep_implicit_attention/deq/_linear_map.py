@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..solvers._iterate import select
-from ..solvers._scale import norms
+from ..solvers._scale import norms, select
 from ._state import Layout
 
 

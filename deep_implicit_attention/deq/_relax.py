@@ -76,7 +76,7 @@ def closed_form(
     judge = of_its_update(fun, "judge")
     objection = "" if judge is None else judge(context)
     if fine and not objection:
-        return sound(chosen, norm, [residual])
+        return sound(chosen, norm, [residual], residual.device)
     finite = norm < torch.inf
     for part in chosen:
         finite = finite & finite_samples(part)

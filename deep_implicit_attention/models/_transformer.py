@@ -342,7 +342,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             raise ValueError(f"ids must have shape (batch, tokens), got {tuple(ids.shape)}")
         # A compiler cannot branch on data.
         if not torch.compiler.is_compiling() and ids.numel():
-            low, high = (int(end) for end in ids.aminmax())
+            low, high = torch.stack(ids.aminmax()).tolist()  # an accelerator is asked once
             if low < 0 or high >= self.num_tokens:
                 wrong = low if low < 0 else high
                 raise ValueError(f"ids must be from 0 to {self.num_tokens - 1}, got {wrong}")

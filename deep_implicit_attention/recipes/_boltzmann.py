@@ -244,7 +244,8 @@ def _draw(
     for warning in caught:
         console.print(str(warning.message), soft_wrap=True)
     columns = min(SHOWN, recipe.samples)
-    whole = drawn[: columns * (len(drawn) // columns)].reshape(-1, columns, SIDE, SIDE)
+    missing = np.full((-len(drawn) % columns, SIDE * SIDE), np.nan)  # in the last row
+    whole = np.concatenate([drawn, missing]).reshape(-1, columns, SIDE, SIDE)
     named = {" " * i or "drawn": images for i, images in enumerate(whole)}
     title = f"digits drawn from the machine learned by {machine.method}"
     plots.image_rows(named, title).savefig(run.folder / SAMPLES, dpi=130)

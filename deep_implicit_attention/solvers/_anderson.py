@@ -111,7 +111,7 @@ class _History:
 
     def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
         f_before, g_before = self.f, self.g
-        fast = norm <= _FAST * self.norm  # what is not finite is not fast
+        fast = norm < _FAST * self.norm  # what is not finite is not fast, nor what is lost
         self.f, self.g, self.norm = fz, g, norm
         if self.steps == 0:
             if self.on_host and np.count_nonzero(fast) == len(fast):
@@ -168,7 +168,7 @@ class _Weights:
             # A column that is left out decouples, with γ = 0.
             gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
             gamma = self._solved(gram, targets * scale)
-            sound = xp.isfinite(gamma).all(-1)
+            sound = (abs(gamma) < xp.inf).all(-1)
             found = xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma))
             return torch.from_numpy(found) if self.on_host else found
 

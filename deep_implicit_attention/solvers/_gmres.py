@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _arnoldi
-from ._scale import power_of_two
+from ._scale import BETWEEN_LOOKS, is_host, power_of_two
 from ._solution import Solution, Status
 from ._validate import check_arguments, check_count, check_same_shape
 
@@ -125,6 +125,7 @@ def _cycle(
     a sample that is done, further columns are those of the identity.
     """
     batch, n = r.shape
+    look_every = 1 if is_host(r) else BETWEEN_LOOKS
     norm = torch.linalg.vector_norm(r, dim=1)
     basis = r.new_zeros(batch, size + 1, n)
     basis[:, 0] = torch.where(active[:, None], r / torch.where(norm > 0, norm, 1)[:, None], 0)
@@ -168,7 +169,7 @@ def _cycle(
         stuck = stuck | (active & ~sound)
         broken = broken | (active & ~torch.isfinite(length))
         active = sound & (now > bound) & (used < room)
-        if not active.any():
+        if (k + 1) % look_every == 0 and not active.any():
             break
 
     k = len(rows)

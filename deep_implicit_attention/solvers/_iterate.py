@@ -14,26 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._scale import is_host, norms
-from ._solution import Solution, Status, sound
+from ._books import Books
+from ._scale import BETWEEN_LOOKS, is_host, norms, seen, select
+from ._solution import Solution
 from ._validate import check_arguments, check_same_shape, check_unchanged, version
 
 Map = Callable[[Tensor], Tensor]
 # What of k, z, f(z), f(z) − z and its norms makes the next z.
 Propose = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
 
-# A sample whose residual norm ends this many times above where it started has diverged; below,
-# it merely ran out of steps.
-_GROWTH = 10.0
-
 # A preconditioner that helps leaves less than this of the residual in its first step.
 _HELPS = 0.8
-
-# So many times as long a way as the largest residual may a sample have gone, and its residual have
-# fallen by no more, to count as converged; beyond, the residual has to have fallen in proportion.
-_FAR = 30.0
-# A sample that is far away with more than this of the largest residual has gone astray.
-_ASTRAY = 0.5
 
 # A rough map serves down to this residual, or as many times the tolerance, from where few steps
 # end the solve; and as long as residuals fall.
@@ -41,10 +32,9 @@ _ROUGH = 1e-2
 _NEAR = 5.0
 _FALLS = 0.95
 
-# On an accelerator asking "is everybody done?" stalls the queue, so ask only now and then.
-_STEPS_BETWEEN_SYNCS = 4
-
-_CONVERGED = Status.CONVERGED.code
+# After so many steps is the first look at an accelerator's numbers, since many solves take two or
+# three, and so many guesses are made that a solve will be over before `BETWEEN_LOOKS` more.
+_FIRST_LOOK, _GUESSES = 2, 2
 
 
 @torch.no_grad()
@@ -79,139 +69,76 @@ def iterate(
 
     where G is the largest ‖f(z) − z‖ so far: f(z) may have become longer by 30 G, and by more if
     ‖f(z) − z‖ has fallen as much. A sample that only became longer goes back to its best iterate
-    and on by plain steps (on the host).
+    and on by plain steps.
+
+    On an accelerator the host waits for the numbers of several steps at once (`_Looks`). What is
+    returned is the same, but for samples that went astray or without P meanwhile.
 
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner, rough)
     on_host = is_host(z0)
-    # What is kept of each sample is a few numbers. On the host numpy handles them ten times faster
-    # than torch, and which case holds may be asked; elsewhere they stay on the device.
-    xp: Any = np if on_host else torch
-    some: Any = np.count_nonzero if on_host else torch.any
-    sync_every = 1 if on_host else _STEPS_BETWEEN_SYNCS
-    tiny = torch.finfo(z0.dtype).tiny
-    huge = torch.finfo(z0.dtype).max ** 0.5
-
     z = z0.detach().clone()
-    best = z
-    broken: Any = np.zeros(len(z), bool) if on_host else z.new_zeros(len(z), dtype=torch.bool)
-    converged = broken
-    active = ~broken
-    steps = active * 0
-    residual: Any = None  # that of `best`
-    residual_norm = first_norm = last_norm = residual
-    distance: Any = None
-    trace: list[Any] = []
-    guard = None if preconditioner is None else _Guard(preconditioner, xp)
     first = None
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
-    # Whether all samples have gone on and improved at every step so far, so that of each no more is
-    # to be kept than the last residual.
-    together = on_host and len(z) > 0
+    books = Books(z, tol, stop_mode, together=first is None)
+    guard = None if preconditioner is None else _Guard(preconditioner, np if on_host else torch)
+    looks = None if on_host else _Looks()
 
     for k in range(max_iter):
         before = version(z)
-        if first is not None and k + 1 < max_iter and some(first.serves):
+        if first is not None and k + 1 < max_iter and np.count_nonzero(first.serves):
             fz, exact = first(z), ~first.serves
-            together = False
         else:
             fz, exact, first = f(z), True, None
             check_same_shape(fz, z, "the map")
         check_unchanged(z, before)
         g = fz - z
         g_norm, f_norm = norms(g, fz)
-        with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart
-            now = g_norm / (f_norm + tiny) if stop_mode == "rel" else 1.0 * g_norm
-        if on_host and some(f_norm > huge):
-            # Who comes here by growing runs away; who began here is large, and no more.
-            away = (f_norm > huge) & (g_norm / _GROWTH > first_norm) if k else broken
-            f_norm = xp.where(away, np.inf, f_norm)
-        if k == 0:
-            first_norm = last_norm = g_norm
-            residual = residual_norm = xp.full_like(g_norm, torch.inf)
-            distance = _Distance(g_norm, f_norm, z.dtype, xp)
-        within = now <= tol
-        doubt = distance.doubt(within, g_norm, f_norm)
-        if doubt is not None:  # on the host it is None where nobody is within
-            within = within & ~doubt
-
-        if together:
-            # Comparisons are false of NaN; an infinite norm of f(z) makes `now` NaN or 0.
-            improved = some(now < residual) == len(z)
-            together = improved and doubt is None
-            if not together:
-                steps = steps + k
-                if improved and some(within) == len(z) == some(f_norm < np.inf):
-                    trace.append(now)
-                    return sound(z, torch.from_numpy(g_norm), trace)
-        if together:
-            best, residual, residual_norm, last_norm = z, now, g_norm, g_norm
-            trace.append(now)
-        else:
-            finite = xp.isfinite(g_norm) & xp.isfinite(f_norm)
-            usable = active & finite
-            better = usable & exact & ((now < residual) | xp.isinf(residual))
-            if doubt is not None:
-                better = better & ~doubt
-            # A sample that is done stands in z as it does in `best`.
-            all_better = on_host and some(better) == some(active)
-            best = z if all_better else select(better, z, best)
-            residual = xp.where(better, now, residual)
-            residual_norm = xp.where(better, g_norm, residual_norm)
-            last_norm = xp.where(usable, g_norm, last_norm)
-            trace.append(xp.where(usable, now, residual))
+        last = k + 1 == max_iter
+        if looks is None:
+            now = books.enter(z, g_norm, f_norm, exact)
             if first is not None:
                 first.look(now)
-            steps = steps + active
-            broken = broken | (active & ~finite)
-            converged = converged | (usable & exact & within)
-            active = usable & ~converged
-
-        last = k + 1 == max_iter
-        if last or not (together or (k + 1) % sync_every or some(active)):
+        else:
+            looks.unseen.append((z, g, fz, g_norm, f_norm))
+        entered = looks is None or last or k + 1 == looks.next
+        if looks is not None and entered:
+            looks.enter(books)
+        if last or (entered and books.over):
             break
         image = fz
         if guard is not None:
             z, g, g_norm = guard(k, z, g, g_norm, propose)
             fz = z + g
         z = propose(k, z, fz, g, g_norm)
-        if on_host:  # an accelerator would have to be asked
-            z = distance.back(z, image, best, active)
-        if not together:
-            z = select(active, z, best)
+        z = books.goes_on_from(z, image, entered)
 
-    if together:
-        steps = steps + len(trace)
-    # A map that was never finite has no best iterate; the start would look like an answer.
-    lost = xp.isinf(residual_norm)
-    if not on_host or some(lost):
-        best = select(lost, torch.full_like(best, torch.nan), best)
-    codes = steps * 0 + _CONVERGED
-    if not on_host or some(~converged):
-        grown = last_norm / _GROWTH > first_norm  # the product might overflow
-        failed = xp.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
-        failed = xp.where(broken & ~grown, Status.NONFINITE.code, failed)
-        codes = xp.where(converged, codes, failed)
-    # On an accelerator some steps more than were needed may have been taken before it was asked.
-    rows = int(steps.max()) if len(steps) else 0
-    tensor: Any = torch.from_numpy if on_host else _itself
-    rows_of_all = np.array(trace) if on_host else torch.stack(trace)
-    return Solution(
-        value=best,
-        residual=tensor(residual),
-        steps=tensor(steps),
-        converged=tensor(converged),
-        codes=tensor(codes),
-        trace=tensor(rows_of_all[:rows]),
-        residual_norm=tensor(residual_norm),
-    )
+    return books.solution()
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
+class _Looks:
+    """The steps on an accelerator whose numbers the host has not seen, and when it will.
+
+    Until then all samples go on. Those that were done by then are in the books as they were.
+    """
+
+    def __init__(self) -> None:
+        self.unseen: list[tuple[Tensor, ...]] = []  # z, f(z) − z, f(z), norms of the last two
+        self.next, self.guesses = _FIRST_LOOK, _GUESSES
+
+    def enter(self, books: Books) -> None:
+        """Bring the books up to date, and decide when to look again."""
+        for (z, *_), (g_norm, f_norm) in zip(self.unseen, seen(self.unseen), strict=True):
+            books.enter(z, g_norm, f_norm)
+            if books.over:
+                return
+        self.unseen = []
+        ahead = books.ahead(BETWEEN_LOOKS) if self.guesses else BETWEEN_LOOKS
+        self.guesses -= ahead < BETWEEN_LOOKS
+        self.next += ahead
 
 
 class _Rough:
@@ -243,42 +170,6 @@ class _Rough:
         # Over two steps: many a solve makes nothing of its first.
         self.serves = self.serves & (now > self.bound) & (now < _FALLS * self.earlier)
         self.earlier, self.before = self.before, now
-
-
-class _Distance:
-    """Who has a small residual relative to ‖f(z)‖ only because f(z) is long, and the way back."""
-
-    def __init__(self, g_norm: Any, f_norm: Any, dtype: torch.dtype, xp: Any):
-        self.xp, self.rounding = xp, torch.finfo(dtype).eps
-        self.largest, self.first = g_norm, f_norm
-        self.astray: Any = None  # who is to go back
-        self.plain: Any = None  # who has, and goes on by plain steps
-
-    def doubt(self, within: Any, g_norm: Any, f_norm: Any) -> Any:
-        """Who of those `within` the tolerance is too far away; None for nobody."""
-        found = self.astray = None
-        on_host = self.xp is np
-        if not on_host or np.count_nonzero(within):
-            # Of a long state no residual is known better than to rounding.
-            left = self.xp.maximum(g_norm, self.rounding * f_norm)
-            with np.errstate(all="ignore"):
-                way = (f_norm - self.first) / self.largest
-                found = within & (left / self.largest * way > _FAR)
-            if on_host:
-                self.astray = found & (left > _ASTRAY * self.largest)
-        self.largest = self.xp.maximum(g_norm, self.largest)
-        return found
-
-    def back(self, z: Tensor, image: Tensor, best: Tensor, active: np.ndarray) -> Tensor:
-        """The next states: `best` of who has just gone astray, f(z) of who has before, else `z`."""
-        if self.plain is not None:
-            z = select(self.plain, image, z)
-        if self.astray is not None:
-            plain = np.zeros_like(active) if self.plain is None else self.plain
-            anew = self.astray & active & ~plain
-            if np.count_nonzero(anew):
-                z, self.plain = select(anew, best, z), plain | anew
-        return z
 
 
 class _Guard:
@@ -316,16 +207,3 @@ class _Guard:
             return z, g, g_norm
         changed = self.preconditioner(g)
         return z, changed if self.everywhere else select(self.helps, changed, g), g_norm
-
-
-def select(mask: Any, a: Tensor, b: Tensor) -> Tensor:
-    """The rows of `a` where `mask`, of `b` elsewhere.
-
-    With a mask of numpy, on the host, there is no copy where all rows are of one of them.
-    """
-    if isinstance(mask, np.ndarray):
-        count = np.count_nonzero(mask)
-        if count == len(mask) or not count:
-            return a if count else b
-        mask = torch.from_numpy(mask)
-    return torch.where(mask[:, None], a, b)

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# For the numbers of an accelerator the host has to wait, so it looks only every so many steps.
+BETWEEN_LOOKS = 4
+
 
 def is_host(z: Tensor) -> bool:
     """Whether asking for a number of `z` does not stall a queue."""
@@ -19,7 +22,7 @@ def norms(*vectors: Tensor) -> list[Any]:
     """‖v‖ `(B,)` of each; on the host as numpy's arrays, and also where squares are too small or
     too large for their type.
 
-    On an accelerator it would take a look, or twice the time, to find out.
+    On an accelerator it would take a look, or twice the time, to find out: `seen` does, later.
     """
     found: list[Any] = [torch.linalg.vector_norm(v, dim=1) for v in vectors]
     if not is_host(vectors[0]):
@@ -31,6 +34,20 @@ def norms(*vectors: Tensor) -> list[Any]:
         if np.count_nonzero(lost):
             found[i] = _anew(v, norm, lost)
     return found
+
+
+def seen(steps: list[tuple[Tensor, ...]]) -> np.ndarray:
+    """For steps (z, v, w, ‖v‖, ‖w‖) on an accelerator both norms, `(steps, 2, B)` on the host.
+
+    The host waits once, and again only where squares were too small or too large for their type.
+    """
+    found = torch.stack([norm for step in steps for norm in step[3:]]).cpu().numpy()
+    lost = (found < _least(steps[0][0].dtype)) | (found == np.inf)
+    if np.count_nonzero(lost):
+        vectors = [vector for step in steps for vector in step[1:3]]
+        for i in np.flatnonzero(lost.any(axis=1)):
+            found[i] = _anew(vectors[i], found[i], lost[i])
+    return found.reshape(len(steps), 2, -1)
 
 
 def norm_column(v: Tensor) -> Tensor:
@@ -62,7 +79,7 @@ def _anew(v: Tensor, norm: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """`norm` of `v` with that of the rows whose squares are `lost` made anew."""
     unit = power_of_two(v)
     scaled = torch.linalg.vector_norm(v / unit, dim=1) * unit[:, 0]
-    return np.where(lost, scaled.numpy(), norm)
+    return np.where(lost, scaled.cpu().numpy(), norm)
 
 
 def _moderate(norms: Tensor) -> bool:
@@ -89,3 +106,16 @@ def power_of_two(b: Tensor) -> Tensor:
             return torch.from_numpy(np.ldexp(few.dtype.type(0.5), np.frexp(few)[1]))
     sound = (largest > 0) & (largest < torch.inf)
     return torch.where(sound, largest, 1).log2().floor().exp2()
+
+
+def select(mask: Any, a: Tensor, b: Tensor) -> Tensor:
+    """The rows of `a` where `mask`, of `b` elsewhere.
+
+    With a mask of numpy there is no copy where all rows are of one of them.
+    """
+    if isinstance(mask, np.ndarray):
+        count = np.count_nonzero(mask)
+        if count == len(mask) or not count:
+            return a if count else b
+        mask = torch.from_numpy(mask).to(a.device, non_blocking=True)
+    return torch.where(mask[:, None], a, b)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,12 +99,12 @@ class Solution:
         return tuple(_MEMBERS[code] for code in self.codes.tolist())
 
     def __getattr__(self, name: str) -> Any:
-        """What `sound` has left to be made when it is asked for."""
+        """What `unread` has left to be made when it is asked for."""
         known = self.__dict__
-        if name not in _LATER or _ROWS not in known:
+        if name not in _NUMBERS or _LATER not in known:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         with torch.inference_mode(False):
-            made = known[name] = _LATER[name](known[_ROWS])
+            made = known[name] = known[_LATER](name)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,8 +112,10 @@ class Solution:
 
     def all_converged(self) -> bool:
         """Whether every sample has."""
-        unasked = _ROWS in self.__dict__ and "converged" not in self.__dict__
-        return unasked or bool(self.converged.all())
+        known = self.__dict__
+        if _LATER in known and "converged" not in known:  # not asking an accelerator
+            return known[_ALL_CONVERGED]
+        return bool(self.converged.all())
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value
@@ -208,35 +210,41 @@ class Solution:
         )
 
 
-def sound(value: Any, residual_norm: Tensor, rows: list[Any]) -> Solution:
-    """Of samples on the host that all converged at the same step, the last of the trace's `rows`.
+def unread(value: Any, all_converged: bool, later: Callable[[str], Tensor]) -> Solution:
+    """A solution with evidence that `later` makes of a field's name when it is asked for.
 
-    Most solves are such, and few are looked at: the rest of the evidence is made when it is.
+    Few are looked at, and on an accelerator numbers would have to be brought there.
     """
     solution = object.__new__(Solution)
-    known = {"value": value, "residual_norm": residual_norm, "note": "", _ROWS: rows}
+    # The cache is that of `with_value`, too.
+    known = {"value": value, "note": "", _LATER: cache(later), _ALL_CONVERGED: all_converged}
     solution.__dict__.update(known)
     return solution
 
 
-_ROWS = "_rows"
+def sound(value: Any, residual_norm: Any, rows: list[Any], device: torch.device) -> Solution:
+    """Of samples that all converged at the same step, the last of the trace's `rows`."""
+    return unread(value, True, partial(_of_sound, residual_norm, rows, device))
 
 
-def _tensor(row: Any) -> Tensor:
-    return row.clone() if isinstance(row, Tensor) else torch.from_numpy(row.copy())
+_NUMBERS = {field.name for field in fields(Solution)} - {"value", "note"}
+_LATER, _ALL_CONVERGED = "_later", "_all_converged"
 
 
-def _of_each(value: int | bool) -> Callable[[list[Any]], Tensor]:
-    return lambda rows: torch.from_numpy(np.full(len(rows[-1]), value))
+def _of_sound(residual_norm: Any, rows: list[Any], device: torch.device, name: str) -> Tensor:
+    if name == "trace":
+        return torch.stack([numbers(row, device) for row in rows])
+    if name in ("residual", "residual_norm"):
+        return numbers(rows[-1] if name == "residual" else residual_norm, device)
+    value = {"steps": len(rows), "converged": True, "codes": _CONVERGED}[name]
+    return torch.full((len(rows[-1]),), value, device=device)
 
 
-_LATER: dict[str, Callable[[list[Any]], Tensor]] = {
-    "residual": lambda rows: _tensor(rows[-1]),
-    "steps": lambda rows: torch.from_numpy(np.full(len(rows[-1]), len(rows))),
-    "converged": _of_each(True),
-    "codes": _of_each(_CONVERGED),
-    "trace": lambda rows: torch.stack([_tensor(row) for row in rows]),
-}
+def numbers(row: Any, device: torch.device) -> Tensor:
+    """A copy of an array or a tensor, as a tensor."""
+    if isinstance(row, Tensor):
+        return row.clone()
+    return torch.from_numpy(row.copy()).to(device, non_blocking=True)
 
 
 def _each(call: Callable[..., Tensor], *values: Any) -> Any:

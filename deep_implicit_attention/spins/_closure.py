@@ -144,7 +144,16 @@ def _report_unstable(chi: Tensor, method: str) -> None:
 
     Zero is no sign: the covariance of Potts spins is singular.
     """
-    chi = chi[torch.isfinite(chi).flatten(1).all(dim=1)]
+    finite = torch.isfinite(chi).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        warnings.warn(
+            f"{method}: the solution found for {int((~finite).sum())} of {len(chi)} converged "
+            "samples has no finite covariance, as at a critical point, where the response to "
+            "fields is infinite.",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
+    chi = chi[finite]
     eigenvalues = torch.linalg.eigvalsh(0.5 * (chi + chi.mT))
     rounding = 1e-5 if chi.dtype == torch.float32 else 1e-10
     unstable = eigenvalues[:, 0] < -rounding * eigenvalues.abs().amax(dim=1)
@@ -178,8 +187,18 @@ def _sites(values: Tensor) -> Tensor:
 
 
 def naive_response(system: SpinSystem, covariance: Tensor) -> Tensor:
-    """(blockdiag C⁻¹ − J)⁻¹ = (1 − C J)⁻¹ C, which needs no inverse of a singular C."""
+    """(blockdiag C⁻¹ − J)⁻¹ = (1 − C J)⁻¹ C, which needs no inverse of a singular C.
+
+    NaN for a sample with singular 1 − C J, which is at a critical point.
+    """
     k = system.event_shape.numel()
     c = block_diagonal(covariance.reshape(*covariance.shape[:2], k, k))
     identity = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
-    return torch.linalg.solve(identity - c @ system.matrix(), c)
+    operator = identity - c @ system.matrix()
+    chi, failed = torch.linalg.solve_ex(operator, c)
+    singular = (failed != 0)[:, None, None]
+    if bool(singular.any()):
+        # Solved anew, for in backward the singular one would spoil the gradients of all samples.
+        chi = torch.linalg.solve_ex(torch.where(singular, identity, operator), c).result
+        chi = torch.where(singular, torch.nan, chi)
+    return chi

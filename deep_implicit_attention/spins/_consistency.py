@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..deq._failure import report
 from ..deq._watched import watched
 from ..solvers import Solution, Status
+from ..solvers._scale import is_host
 from ._blocks import diagonal_blocks
 from ._exact import Exact
 from ._frames import Frame, Local, frame_of
@@ -166,7 +167,7 @@ def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
     operator.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(operator)
     sound = failed == 0
-    if watched(sound) or not bool(sound.all()):
+    if not is_host(sound) or watched(sound) or not bool(sound.all()):
         identity = torch.eye(sites * k, dtype=factor.dtype, device=factor.device)
         factor = torch.where(sound[:, None, None], factor, identity)
     return Whitened(factor, sound, root, pulled)

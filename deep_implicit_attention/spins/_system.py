@@ -133,7 +133,8 @@ class SpinSystem:
             return self.couplings
         if self.couplings.dim() == 4:
             return self.couplings.permute(0, 2, 1, 3).reshape(n * k, n * k)
-        return torch.kron(self.couplings, torch.eye(k).to(self.couplings))
+        # `torch.kron` refuses a matrix that lies in memory by columns.
+        return torch.kron(self.couplings.contiguous(), torch.eye(k).to(self.couplings))
 
 
 def check_system(system: Any) -> None:

@@ -202,7 +202,7 @@ class TestGradients:
         parameters = [p.detach().clone().requires_grad_() for p in case.module.parameters()]
         return (x.requires_grad_(), *parameters)
 
-    @pytest.mark.quick("*-True", "mean-field-False", "softmax-causal-False")
+    @pytest.mark.quick("*-True", "mean-field-False")
     @pytest.mark.parametrize("training", [True, False])
     def test_first_order(self, case, x, training):
         case.module.train(training)
@@ -226,7 +226,9 @@ class TestGradients:
         assert gradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6)
         assert gradgradcheck(function, self.tensors(case, x), eps=1e-6, atol=1e-6)
 
-    @pytest.mark.quick("mean-field*", "softmax-*", "mixer", "adatap*", "vector-spin-causal")
+    @pytest.mark.quick(
+        "softmax-causal", "vector-spin-causal", "mixer", "mean-field*", "adatap-free"
+    )
     def test_implicit_is_backpropagation_through_500_steps(self, case, x):
         layer = DEQFixedPoint(case.module, anderson, **TIGHT)
         tensors = self.tensors(case, x)

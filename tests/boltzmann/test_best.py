@@ -73,7 +73,7 @@ def test_of_equal_estimates_the_surer_one_is_kept(monkeypatch: pytest.MonkeyPatc
     assert learned.residual == 1
 
 
-@pytest.mark.quick("10", "199")
+@pytest.mark.quick("199")
 @pytest.mark.parametrize("updates", [1, 10, 199, 250])
 def test_an_ascent_is_judged_at_most_a_hundred_times_and_its_end(
     updates: int, monkeypatch: pytest.MonkeyPatch

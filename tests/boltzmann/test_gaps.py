@@ -245,6 +245,7 @@ def test_a_constant_column_beside_a_gap_with_a_pseudocount(method: str, X: np.nd
     assert machine.couplings_ == pytest.approx(whole.couplings_, abs=0.05)
 
 
+@pytest.mark.quick("[!p]*", "pseudo*", "pcd-1")
 @pytest.mark.parametrize(
     ("method", "hidden"), [*((m, 0) for m in ALL), *((m, 1) for m in ("tap", "exact", "pcd"))]
 )
@@ -328,6 +329,19 @@ def test_rows_without_a_response_are_counted_where_complete_was_called() -> None
     assert warning.filename == __file__
     gaps = np.isnan(rows).any(axis=1).sum()
     assert re.search(rf"of {gaps} rows with missing entries \d+ have no", str(warning.message))
+
+
+@pytest.mark.parametrize("pseudocount", [0.0, 5.0])
+def test_independent_spins_with_gaps_have_the_means_of_what_is_seen(
+    pseudocount: float, X: np.ndarray
+) -> None:
+    X[np.random.default_rng(0).random(X.shape) < 0.4] = np.nan
+    weights = np.linspace(0.5, 2.0, len(X))[:, None]
+    seen = (weights * ~np.isnan(X)).sum(axis=0)
+    machine = BoltzmannMachine("independent", pseudocount=pseudocount)
+    machine.fit(X, sample_weight=weights[:, 0])
+    expected = np.arctanh(np.nansum(weights * X, axis=0) / (seen + pseudocount))
+    assert machine.fields_ == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", ["exact", "independent"])

@@ -43,7 +43,7 @@ def test_batches_see_rows_as_often_as_their_weights_say(
     assert means(machine, 4) == pytest.approx(expected, abs=0.12 if size == 1 else 0.06)
 
 
-@pytest.mark.quick("False-exact", "True-pcd")
+@pytest.mark.quick("False-exact")
 @pytest.mark.parametrize("method", ["exact", "pcd"])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_batches_leave_out_rows_without_weight(method: str, gaps: bool, X: np.ndarray) -> None:

@@ -208,6 +208,7 @@ def test_samples_of_many_spins_come_from_chains() -> None:
     assert np.abs(np.cov(drawn.T) - np.cov(X.T)).max() < 0.15
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_few_draws_are_no_sign_of_chains_that_disagree(count: int) -> None:
     X = np.random.default_rng(0).choice([-1, 1], size=(200, 60))

@@ -284,7 +284,7 @@ def test_pcd_comes_near_maximum_likelihood() -> None:
     assert np.abs(second - X.T @ X / len(X)).max() < 0.02
 
 
-@pytest.mark.quick("exact", "naive", "tap", "pcd")
+@pytest.mark.quick("tap", "pcd", "exact")
 @pytest.mark.parametrize("method", ["exact", "naive", "tap", "adaptive_tap", "pcd"])
 def test_hidden_units_fit_better_than_couplings_alone(method: str) -> None:
     J = np.zeros((4, 4))

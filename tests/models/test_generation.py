@@ -32,6 +32,7 @@ def seen_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.quick("*-rotary", "*-sinusoidal")
 @pytest.mark.parametrize(
     ("attention", "positions"),
     [

@@ -58,6 +58,13 @@ def test_lines_and_points_look_like_that() -> None:
     assert truth.get_linestyle() == "--"
 
 
+def test_references_differ_in_their_dashes() -> None:
+    names = ("one", "two", "three")
+    figure = curves(Panel("x", "y", dict.fromkeys(names, (X, X))), reference=names)
+    drawn = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
+    assert drawn == {"one": "--", "two": ":", "three": "-."}
+
+
 def test_a_name_keeps_its_colour_and_the_legend_names_all() -> None:
     figure = draw()
     colours = {}

@@ -102,7 +102,7 @@ def test_confusion_matrix_rows_are_true_classes() -> None:
     assert "true" in axes.get_ylabel()
     assert "predicted" in axes.get_xlabel()
     assert axes.get_title() == "heading"
-    assert bar.get_ylabel()
+    assert bar.get_ylabel() == "share of the true class"
     for ticks, labels in (
         (axes.get_xticks(), axes.get_xticklabels()),
         (axes.get_yticks(), axes.get_yticklabels()),
@@ -160,6 +160,12 @@ def test_convergence_draws_every_sample_and_the_median(
     groups = [{to_hex(line.get_color()) for line in part} for part in (others, [median])]
     assert groups[0].isdisjoint(groups[1])
     assert to_hex(tolerance.get_color()) in OKABE_ITO - groups[0] - groups[1]
+
+
+def test_the_median_ends_where_most_samples_are_done() -> None:
+    trace = np.array([[0.9, 0.5, 0.3, 0.7], [0.2, 0.4, np.nan, np.nan], [0.1] + 3 * [np.nan]])
+    median = labelled(convergence(trace, 1e-3).axes[0], "median")
+    np.testing.assert_allclose(median.get_ydata(), [0.6, 0.3, np.nan])
 
 
 def test_convergence_of_no_samples() -> None:
@@ -241,6 +247,13 @@ def test_epochs_and_steps_are_whole() -> None:
                    convergence(np.array(few)[:, None], 0.1)):  # fmt: skip
         for axes in figure.axes:
             np.testing.assert_array_equal(axes.get_xticks() % 1, 0)
+
+
+def test_a_row_of_the_matrix_is_the_site_that_is_pulled() -> None:
+    strengths = np.array([[0.0, 0.2, 0.3], [0.4, 0.0, 0.5], [0.6, 0.7, 0.0]])
+    left, *_ = coupling_graph(strengths, np.eye(3, 2), list("abc")).axes
+    np.testing.assert_array_equal(left.images[0].get_array(), strengths)
+    assert (left.get_ylabel(), left.get_xlabel()) == ("site i", "site j")
 
 
 def test_many_sites_have_few_ticks_and_the_right_names() -> None:

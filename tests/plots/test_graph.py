@@ -73,8 +73,19 @@ def test_an_arrow_runs_from_the_site_that_pulls(strengths: np.ndarray) -> None:
     widths = [found[pair].get_linewidth() for pair in order]
     assert np.all(np.diff(widths) > 0)
     assert order[-1] == (1, 3)
+    opacities = [found[pair].get_alpha() for pair in order]
+    assert np.all(np.diff(opacities) > 0)
     (_, right, *_) = coupling_graph(strengths, PLACES, list("abcde")).axes
     assert set(arrows(right)) == set(found)
+
+
+def test_arrows_are_few_enough_to_be_told_apart() -> None:
+    strengths = np.arange(900.0).reshape(30, 30)  # a fifth of 870 pairs are 174
+    axes = couplings_over_image(strengths, PIXELS, np.indices((30, 2))[0] / 10).axes[0]
+    assert len(arrows(axes)) == 120
+    strongest = sorted((i, j) for i in range(30) for j in range(30) if i != j)[-120:]
+    assert set(arrows(axes)) == {(j, i) for i, j in strongest}
+    assert axes.get_xlabel().startswith("the 120 strongest")
 
 
 def test_the_image_lies_under_the_graph_where_its_pixels_are(strengths: np.ndarray) -> None:

@@ -64,6 +64,12 @@ def test_relaxation_draws_every_site(components: int | None) -> None:
         assert {to_hex(line.get_color()) for line in axes.lines} <= OKABE_ITO
 
 
+def test_relaxation_counts_steps_from_one() -> None:
+    left, right = relaxation(np.zeros((3, 2)), [0.3, 0.2, 0.1]).axes
+    for axes in (left, right):
+        assert {tuple(at) for at, _ in lines(axes).values()} == {(1, 2, 3)}
+
+
 def test_relaxation_without_a_residual_for_each_step() -> None:
     with pytest.raises(ValueError, match="residuals"):
         relaxation(np.zeros((3, 2)), [0.1, 0.2])
@@ -93,6 +99,9 @@ def test_maps_with_signs_are_white_at_zero() -> None:
     for axes in figure.axes[:2]:
         assert axes.images[0].get_clim() == (-3, 3)
         assert axes.images[0].get_cmap()(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.05)
+        for value, strong, weak in ((-3.0, 2, 0), (3.0, 0, 2)):  # blue below 0, red above
+            colour = axes.images[0].to_rgba(value)
+            assert colour[strong] > 2 * colour[weak]
     magnetization_maps(np.zeros((1, 2, 2)), ["none"]).draw_without_rendering()
 
 
@@ -140,7 +149,10 @@ def test_horizon_draws_scores_and_equilibrium() -> None:
     two = {"a": [1.0, 2.0], "b": [2.0, 3.0]}
     figure = relaxation_horizon([1, 4], two, {"a": 1.5, "b": 2.5}, "loss (nats)")
     names = {"a", "b", "a, equilibrium", "b, equilibrium"}
-    assert set(lines(figure.axes[0])) == names
+    drawn = lines(figure.axes[0])
+    assert set(drawn) == names
+    assert drawn["a, equilibrium"][1] == [1.5, 1.5]
+    assert drawn["b, equilibrium"][1] == [2.5, 2.5]
     (legend,) = figure.legends
     assert {text.get_text() for text in legend.get_texts()} == names
 
@@ -259,7 +271,7 @@ def test_phases_of_each_method_and_where_it_failed() -> None:
         corners = mesh.get_coordinates()
         assert np.all(np.diff(corners[:, 0, 1]) > 0)  # temperatures upwards
         assert corners[0, 0, 0] < 0.0 < corners[0, 1, 0] < 0.1 < corners[0, 2, 0]
-        assert axes.get_xlabel()
+        assert axes.get_xlabel().startswith("field")
     crosses = {
         str(line.get_label()): set(zip(line.get_xdata(), line.get_ydata(), strict=True))
         for line in second.lines
@@ -267,7 +279,7 @@ def test_phases_of_each_method_and_where_it_failed() -> None:
     assert crosses == {"_failed": {(0.1, 0.5), (0.0, 2.0)}}
     assert "33% not converged" in second.get_title()
     assert "converged" not in first.get_title()
-    assert first.get_ylabel()
+    assert first.get_ylabel().startswith("temperature")
     assert bar.get_ylabel() == "|m| (unit)"
     with pytest.raises(ValueError, match="3 temperatures and 2 fields"):
         phase_diagram(temperatures, fields, {"a": exact.T})

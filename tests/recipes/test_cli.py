@@ -86,6 +86,9 @@ def test_the_accuracy_said_is_the_last_line_of_the_metrics(finished: Any) -> Non
     best = min(epochs, key=lambda r: r["validation_loss"])
     assert last["best_epoch"] == best["epoch"]
     assert last["validation_accuracy"] == best["validation_accuracy"]
+    seconds = sum(record["seconds"] for record in epochs)
+    assert last["training_seconds"] == pytest.approx(seconds, abs=0.051)
+    assert "equilibrium" not in finished.out
 
 
 def test_the_checkpoint_scores_what_was_said(finished: Any) -> None:
@@ -466,8 +469,26 @@ def test_a_run_without_a_finite_loss_says_what_it_leaves(dia: Dia) -> None:
     assert {"metrics.jsonl", "checkpoints"} <= run.files()
 
 
-def test_a_residual_that_is_no_number_is_no_equilibrium() -> None:
+@pytest.mark.parametrize(
+    ("residual", "solved"), [(9e-4, True), (1e-3, True), (2e-3, False), (math.nan, False)]
+)
+def test_a_residual_beyond_the_tolerance_is_no_equilibrium(residual: float, solved: bool) -> None:
     result = {"test_accuracy": 0.5, "best_epoch": 1, "training_seconds": 1.0}
-    result |= {"test_solver_steps": 3.0, "test_residual": math.nan}
-    lines = recipes._images._report(recipes.Digits(), result, 360)
-    assert any("not every test image reached equilibrium" in line for line in lines)
+    result |= {"test_solver_steps": 3.0, "test_residual": residual}
+    lines = recipes._images._report(recipes.Digits(tol=1e-3), result, 360)
+    assert ("not every test image reached equilibrium" in lines[-1]) is not solved
+
+
+def test_threads(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for threads in ("1", "0"):  # 0 leaves it to PyTorch
+        assert "widths" in dia("digits", "--threads", threads, "--widths", "0").complaint()
+    assert asked == [1]
+
+
+def test_mnist_is_as_small_as_it_says() -> None:
+    split = training.Split(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long))
+    model = Mnist().model(ImageData(split, split, split, 0.0))
+    assert 20_000 < model.count_params() <= 26_000
+    assert Mnist().epochs == 20

@@ -51,6 +51,7 @@ def test_settings_reach_the_model_and_the_schedule(
         assert getattr(schedule, name) == value
     for name in ("rotation", "zoom", "weight_decay"):
         assert getattr(schedule, name) == getattr(settings, name)
+    torch.manual_seed(0)  # with some weights no image settles in seven steps
     model = settings.model(few_digits(0, 0))
     assert (model.dim, model.dropout.p, model.grid) == (3, 0.4, 4)
     options = model.attention._options
@@ -129,6 +130,46 @@ def test_the_figures_show_the_run(
     np.testing.assert_allclose(strengths, norms.numpy(), rtol=1e-5)
     assert strengths.shape == (17, 17)
     assert len(places) == len(sites) == 17
+
+
+def test_the_validation_accuracy_is_that_of_the_best_epoch(
+    few_digits: Callable[..., ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_images, "_draw", lambda *_: None)
+    monkeypatch.setattr(training.Run, "saved_epoch", lambda _: 2)
+    monkeypatch.setattr(training.Run, "load_weights", lambda *_: None)
+    history = [{"epoch": k, "validation_accuracy": 0.25 * k} for k in (1, 2, 3)]
+    run, data = training.Run(tmp_path), few_digits(0, 0)
+    result = _images._test(Digits(**SMALL), run, data, history)
+    assert (result["best_epoch"], result["validation_accuracy"]) == (2, 0.5)
+
+
+def test_couplings_are_those_of_each_block_and_the_mean_over_heads(
+    few_digits: Callable[..., ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(plots, "coupling_graph", lambda J, *_: drawn.append(J) or Figure((1, 1)))
+    torch.manual_seed(0)
+    data = few_digits(0, 0)
+    model = DeepImplicitAttentionViT(
+        image_size=8, patch_size=4, num_classes=10, dim=4, channels=1, attention="softmax",
+        heads=2, depth=2, on_failure="ignore",
+    ).eval()  # fmt: skip
+    names = ("epoch", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
+    history = [dict.fromkeys(names, 0.5)]
+    test = training.measure(model, data.test)
+    _images._draw(training.Run(tmp_path), model, data, history, test, 1e-3)
+    with torch.no_grad():
+        _, solutions = model(data.test.images, return_solution=True)
+        every = model.couplings(data.test.images, solutions).numpy()  # blocks, images, heads, N, N
+    assert len(drawn) == 2
+    for block, shown in zip(every, drawn, strict=True):
+        expected = sum(head for image in block for head in image) / (2 * len(data.test))
+        np.testing.assert_allclose(shown, expected, rtol=1e-4, atol=1e-6)
+    pictures = {path.name for path in tmp_path.glob("co*.png")}
+    assert pictures == {"confusion_matrix.png"} | {
+        f"{name}_{k}.png" for name in ("couplings", "convergence") for k in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("grid", [2, 3])

@@ -38,7 +38,8 @@ def test_the_numbers_are_those_of_the_files(run: Path, page: Page) -> None:
     assert page.values["setting"] == json.loads((run / "config.json").read_text())
     assert not page.notices
     accuracy = records(run)[-1]["test_accuracy"]
-    assert f"Test accuracy {accuracy:.2%}" in page.source
+    loss = records(run)[-1]["test_loss"]
+    assert f"Test accuracy {accuracy:.2%}, loss {loss:.4f} nats" in page.source
 
 
 def test_it_is_one_file_without_a_network(page: Page) -> None:
@@ -137,7 +138,10 @@ def test_where_the_page_cannot_be_written(run: Path, tmp_path: Path) -> None:
 
 def test_methods_on_a_system(ising: Callable[..., Outcome]) -> None:
     folder = ising("--num-spins", "5", "--betas", "0.5", "1.0", "--beta", "1.0").folder
-    page = reported(folder)
+    outcome = invoke(folder, "report", str(folder))
+    size = (folder / "report.html").stat().st_size
+    assert outcome.out == f"{folder / 'report.html'}: {size / 1e6:.1f} MB\n"
+    page = Page(folder / "report.html")
     assert page.titles == [
         "Results", "Pictures", "Couplings", "Configuration", "How this was made",
     ]  # fmt: skip
@@ -155,7 +159,7 @@ def test_methods_on_a_system(ising: Callable[..., Outcome]) -> None:
 
 
 def test_machines_that_learned(machines: Path, tmp_path: Path) -> None:
-    page = reported(machines)
+    page = Page(report_run(machines, tmp_path / "report.html"))  # others share that folder
     assert page.titles == [
         "Results", "Pictures", "Couplings", "Configuration", "How this was made",
     ]  # fmt: skip
@@ -224,6 +228,11 @@ def test_windows_of_text_after_each_step(said: Path) -> None:
         )
         assert (ids[:, k, :, 0] == p.argmax(dim=-1).numpy()).mean() > 0.99
     couplings = unpacked(shown["couplings"])
+    with torch.no_grad():
+        _, solutions = model(inputs, return_solution=True)
+        last = model.couplings(inputs, solutions)[-1].mean(dim=1).tril(-1)  # of the last block
+    largest = last.amax(dim=-1, keepdim=True).clamp_min(1e-12)
+    np.testing.assert_allclose(couplings, last / largest, atol=1e-4)
     assert np.all(np.triu(couplings[0]) == 0)  # causal, and not of a character to itself
     assert couplings[0, 1:].max(axis=1) == pytest.approx(1)
     film = Image.open(said / "couplings.gif")

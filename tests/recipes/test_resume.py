@@ -118,6 +118,7 @@ def test_other_settings_are_refused(dia: Dia, monkeypatch: pytest.MonkeyPatch) -
     assert "started with dim" not in line
     for part in ("widths [4] (now [5])", "dropout 0.0 (now 0.5)", "leave out --resume"):
         assert part.split(" (")[0] in line
+    assert "seed 0 (now 9)" in dia("digits", "--resume", "--seed", "9").complaint()
     run = dia("digits", "--resume", "--checkpoint-every", "1", "--keep-checkpoints", "9")
     assert run.status == 0
 
@@ -199,6 +200,21 @@ def test_evaluate_notices_other_weights(finished: Any, tmp_path: Path) -> None:
     run = invoke(folder, "evaluate", str(folder))
     assert run.status == 1
     assert "do not do what its metrics say" in run.err
+    shown = {line.split()[0]: line.split()[1:] for line in run.out.splitlines()}
+    measured, _, logged = shown["test_loss"]
+    assert float(logged) == pytest.approx(records(folder)[-1]["test_loss"], rel=1e-5)
+    assert float(measured) > 2 * float(logged)
+
+
+def test_measurements_agree_but_for_rounding() -> None:
+    logged = {"test_loss": 0.5, "test_accuracy": 1.0, "test_residual": 1e-4}
+    for change, same in (
+        ({"test_loss": 0.50001}, True),
+        ({"test_loss": 0.501}, False),
+        ({"test_accuracy": 1 - 1 / 360}, False),
+        ({"test_residual": 2e-4}, True),  # of the last digits of the state
+    ):
+        assert recipes.agree({**logged, **change}, logged) is same
 
 
 def test_evaluate_what_is_no_finished_run(finished: Any, dia: Dia, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from deep_implicit_attention import training
+from deep_implicit_attention import plots, training
 from deep_implicit_attention.cli import main
-from deep_implicit_attention.recipes import Shakespeare, load_recipe
+from deep_implicit_attention.recipes import Shakespeare, _language, load_recipe
 from deep_implicit_attention.recipes._shakespeare import load_vocabulary, save_vocabulary
 from deep_implicit_attention.training import Progress, Run
 from examples import shakespeare as example
@@ -238,15 +240,56 @@ def test_learning_rates() -> None:
 def test_settings_reach_the_model() -> None:
     recipe = Shakespeare(
         dim=12, depth=2, heads=3, attention="vector-spin", positions="rotary", length=7,
-        dropout=0.3, weight_norm=True, tol=0.01, max_iter=9,
+        dropout=0.3, weight_norm=True, rotary_base=50.0, solver="broyden", tol=0.01, max_iter=9,
     )  # fmt: skip
     config = recipe.model(5)._hub_mixin_config  # what `save_pretrained` keeps
-    for name in ("dim", "depth", "heads", "attention", "positions", "dropout", "weight_norm"):
+    names = ("dim", "depth", "heads", "attention", "positions", "dropout", "weight_norm", "solver")
+    for name in (*names, "rotary_base"):
         assert config[name] == getattr(recipe, name)
     assert (config["num_tokens"], config["max_seq_len"]) == (5, 7)
     for direction in ("fwd", "bwd"):
         assert config[f"solver_{direction}_tol"] == 0.01
         assert config[f"solver_{direction}_max_iter"] == 9
+
+
+def test_the_sample_is_drawn_with_the_seed_of_the_run(trained: Outcome) -> None:
+    sample = (trained.folder / "sample.txt").read_text()
+    flags = ["--prompt", TEXT[int(len(TEXT) * 0.9)], "--max-new-tokens", "14", "--seed"]
+    said = [invoke(trained.folder, "generate", str(trained.folder), *flags, seed).out
+            for seed in ("3", "0")]  # fmt: skip
+    assert said[0] == sample != said[1]
+
+
+def test_the_curves_are_the_columns_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels: list[plots.Panel] = []
+    monkeypatch.setattr(plots, "curves", lambda *given: panels.extend(given) or Figure((1, 1)))
+    history = [
+        {"step": 5 * k, "train_loss": 3.0, "validation_loss": 2.0 / k, "validation_residual": 1e-3}
+        for k in (1, 2)
+    ]
+    _language._draw(Run(tmp_path), history)
+    loss, residual = panels
+    assert loss.lines == {"training": ([5, 10], [3.0, 3.0]), "validation": ([5, 10], [2.0, 1.0])}
+    assert residual.lines == {"validation": ([5, 10], [1e-3, 1e-3])}
+    assert (loss.yscale, residual.yscale) == ("linear", "log")
+    panels.clear()
+    _language._draw(Run(tmp_path), [{**record, "train_cross_entropy": 1.5} for record in history])
+    assert panels[0].lines["training"] == ([5, 10], [1.5, 1.5])  # without the penalty
+
+
+@pytest.mark.parametrize(("worst", "solved"), [(1e-3, True), (2e-3, False), (math.nan, False)])
+def test_what_is_said_at_the_end(worst: float, solved: bool) -> None:
+    result = {
+        "validation_loss": 2.0, "validation_windows": 7, "best_step": 4, "training_seconds": 1.0,
+        "validation_solver_steps": 5.0, "validation_residual": 3e-4,
+        "validation_worst_residual": worst,
+    }  # fmt: skip
+    first, *others = _language._report(Shakespeare(tol=1e-3), result)
+    assert "2.0000 nats per character over all 7 windows, weights of step 4" in first
+    assert f"steps 5.0, mean residual 3.0e-04, worst {worst:.1e}" in first
+    assert ("not every window reached equilibrium" in others[0]) is not solved
 
 
 # --- evaluate and generate ------------------------------------------------------------------

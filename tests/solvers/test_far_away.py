@@ -9,6 +9,7 @@ from deep_implicit_attention.solvers import Status, anderson, broyden, gmres, ne
 SOLVERS = (picard, anderson, broyden, newton_krylov)
 
 
+@pytest.mark.quick("*-rel-*", "*-abs-[!n]*")
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("stop_mode", ["rel", "abs"])
 @pytest.mark.parametrize("bounded", [torch.tanh, lambda v: v.clamp(-1, 1)])

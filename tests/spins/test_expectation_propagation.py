@@ -57,7 +57,7 @@ def spin_glass(seed: int, beta: float = 1.5, field: float = 0.1, num_spins: int 
     return SpinSystem(couplings, IsingPrior()), x
 
 
-@pytest.mark.quick("ising-*", "potts-[!s]*", "sphere-parallel")
+@pytest.mark.quick("ising-*", "potts-[!s]*")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_reaches_the_fixed_point_of_adaptive_tap(system, fields, schedule):
     mine = ExpectationPropagation(schedule=schedule, tol=1e-12)(system, fields)

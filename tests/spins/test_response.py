@@ -113,7 +113,7 @@ def test_what_was_asked_before_the_change_stays(kind):
         torch.testing.assert_close(getattr(response, name), value, rtol=0, atol=0)
 
 
-@pytest.mark.quick("True-ising-*", "True-potts-NaiveMeanField", "True-potts-TAP")
+@pytest.mark.quick("True-ising-*", "True-potts-NaiveMeanField")
 @each_method
 @pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(3)], ids=["ising", "potts"])
 @pytest.mark.parametrize("made_inside", [False, True])

@@ -113,7 +113,7 @@ def test_two_potts_states_are_an_ising_spin():
     torch.testing.assert_close(difference, ising.covariance)
 
 
-@pytest.mark.quick("ising", "potts")
+@pytest.mark.quick("ising")
 def test_derivatives_by_fields(system, fields):
     x = fields[0].requires_grad_()
     response = TIGHT(system, x)

@@ -106,6 +106,22 @@ def test_covariance_of_an_unstable_solution(kind, smallest):
     assert torch.equal(silent.covariance, covariance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_covariance_at_a_critical_point_spoils_no_other(dtype):
+    """Two spins at J = 1: m = 0 without fields, where 1 − J is singular; the others have χ."""
+    couplings = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype, requires_grad=True)
+    system = SpinSystem(couplings, IsingPrior())
+    fields = torch.tensor([[0.0, 0.0], [0.5, 0.2]], dtype=dtype)
+    response = NaiveMeanField(tol=1e-6)(system, fields)
+    with pytest.warns(ConvergenceWarning, match="1 of 2 converged samples has no finite cov"):
+        covariance = response.covariance
+    assert covariance[0].isnan().all()
+    alone = NaiveMeanField(tol=1e-6)(system, fields[1]).covariance
+    torch.testing.assert_close(covariance[1], alone)
+    slopes = [torch.autograd.grad(chi.sum(), couplings)[0] for chi in (covariance[1], alone)]
+    torch.testing.assert_close(*slopes)
+
+
 @pytest.mark.parametrize("kind", [NaiveMeanField, TAP])
 def test_singular_covariance_is_stable(kind):
     """χ of Potts spins is zero along (1, …, 1), up to rounding of either sign."""

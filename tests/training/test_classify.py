@@ -172,6 +172,7 @@ def test_the_best_epoch_is_kept(
     assert again.loss == pytest.approx(best["validation_loss"], rel=1e-6)
 
 
+@pytest.mark.quick("script[03]-*")
 @pytest.mark.parametrize(
     ("script", "best"),
     [

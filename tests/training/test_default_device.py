@@ -27,6 +27,7 @@ from deep_implicit_attention.training import (
 TEXT = 50 * "the quick brown fox. "
 
 
+@pytest.mark.quick("images")
 @pytest.mark.parametrize("kind", ["images", "text"])
 def test_training_is_the_same(
     kind: str,

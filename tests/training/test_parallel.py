@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from deep_implicit_attention.attention import DEQMeanFieldAttention
 from deep_implicit_attention.deq import DEQFixedPoint
@@ -88,6 +86,9 @@ def worker(rank: int, store: str, kind: str, folder: Path, results: Any) -> None
     if kind == "ddp":
         found: Any = train(model, folder, 20), train(Model(), folder / "parts", 5, accumulate=2)
     else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # takes as long to import as torch
+
         mesh = init_device_mesh("cpu", (2,))
         fully_shard(model, mesh=mesh)
         local = [p.to_local().numel() for p in model.parameters()]  # type: ignore[attr-defined]
