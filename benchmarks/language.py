@@ -40,7 +40,7 @@ ROTARY = {"positions": "rotary", "rotary_base": 100.0}
 SOLVER = {"solver": "picard", "on_failure": "ignore", "solver_fwd_tol": 1e-3,
           "solver_bwd_tol": 1e-2, "solver_bwd_max_iter": 20}  # fmt: skip
 _equilibrium = partial(DeepImplicitAttentionTransformer, dim=128, depth=4, heads=4, **SOLVER)
-# Each at most 0.80 million parameters.
+# Each at most 0.81 million parameters.
 MODELS: dict[str, Callable[..., Any]] = {
     "equilibrium": partial(_equilibrium, **ROTARY),
     "equilibrium-learned": _equilibrium,  # positions

@@ -68,7 +68,7 @@ def gmres(
     norm = b_norm
     finite = torch.isfinite(b_norm)
     converged = b_norm == 0
-    stalled = torch.zeros_like(converged)
+    stalled = singular = torch.zeros_like(converged)
     steps = torch.zeros(batch, dtype=torch.long, device=b.device)
     trace = b.new_zeros(max_iter + 1, batch)  # the last row takes what is nobody's
     while True:
@@ -90,7 +90,8 @@ def gmres(
         finite = torch.where(active, torch.isfinite(trial_norm) & ~broken, finite)
         # A whole space that gained next to nothing has met rounding; a restarted one may be slow.
         gain = 0.9 if restart is None else 1.0
-        stalled |= stuck | (active & ~(trial_norm < gain * norm))
+        singular = singular | stuck
+        stalled = stalled | stuck | (active & ~(trial_norm < gain * norm))
         better = active & (trial_norm < norm)
         x = torch.where(better[:, None], trial, x)
         r = torch.where(better[:, None], trial_r, r)
@@ -98,6 +99,7 @@ def gmres(
         converged |= finite & (norm <= tol * scale)
 
     codes = torch.full_like(steps, Status.MAX_ITER.code)
+    codes = codes.masked_fill(singular, Status.SINGULAR.code)
     codes = codes.masked_fill(converged, Status.CONVERGED.code)
     codes = codes.masked_fill(~finite, Status.NONFINITE.code)
     residual = torch.where(finite, norm / scale, torch.inf)

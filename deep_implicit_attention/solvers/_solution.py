@@ -50,6 +50,11 @@ class Status(StrEnum):
         "A fixed number of steps was asked for; the residual, if measured, says how far "
         "equilibrium is.",
     )
+    SINGULAR = (
+        "singular",
+        "The linear system is singular, or as good as singular, for its right side, and more steps "
+        "do not help; that of a gradient is at a critical point, so make the couplings weaker.",
+    )
 
     @property
     def code(self) -> int:
