@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,9 +108,12 @@ class Solution:
         known = self.__dict__
         if name not in _NUMBERS or _LATER not in known:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        with torch.inference_mode(False):
-            made = known[name] = known[_LATER](name)
-        return made
+        made = known[_MADE]  # `with_value` shares it
+        if name not in made:
+            with torch.inference_mode(False):
+                made[name] = known[_LATER](name)
+        known[name] = made[name]
+        return made[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -221,8 +224,7 @@ def unread(value: Any, all_converged: bool, later: Callable[[str], Tensor]) -> S
     Few are looked at, and on an accelerator numbers would have to be brought there.
     """
     solution = object.__new__(Solution)
-    # The cache is that of `with_value`, too.
-    known = {"value": value, "note": "", _LATER: cache(later), _ALL_CONVERGED: all_converged}
+    known = {"value": value, "note": "", _ALL_CONVERGED: all_converged, _LATER: later, _MADE: {}}
     solution.__dict__.update(known)
     return solution
 
@@ -233,7 +235,7 @@ def sound(value: Any, residual_norm: Any, rows: list[Any], device: torch.device)
 
 
 _NUMBERS = {field.name for field in fields(Solution)} - {"value", "note"}
-_LATER, _ALL_CONVERGED = "_later", "_all_converged"
+_LATER, _MADE, _ALL_CONVERGED = "_later", "_made", "_all_converged"
 
 
 def _of_sound(residual_norm: Any, rows: list[Any], device: torch.device, name: str) -> Tensor:
