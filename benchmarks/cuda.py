@@ -5,9 +5,10 @@
 Without a CUDA device it says so and measures nothing. Times are of the wall clock between
 synchronisations of the device, in turns, medians. Measured are, for every workload of
 `benchmarks.speed`, forward and backward beside the best of TorchDEQ's solvers on our own update
-map; how many times a solve makes the host wait, counted by torch's own sync debug mode; for mean
-field (64, 256, 64) the part of the forward time that is the bare products of its evaluations; and
-the peak memory of forward and backward for different numbers of steps.
+map; how many times forward, and forward with backward, make the host wait, counted by torch's own
+sync debug mode; for mean field (64, 256, 64) the part of the forward time that is the bare products
+of its evaluations; and the peak memory of forward and backward for different numbers of steps. Ends
+with an error where a bar is missed; the waits have none.
 """
 
 from __future__ import annotations

@@ -170,12 +170,10 @@ def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     count, dim, _, _ = g.shape
     raw = empty(count, count, dim, dim, like=g)
     blocks = g.transpose(1, 2)
-    if sites and not internal:
-        _write(blocks, blocks.transpose(0, 1), raw)
-    else:
-        _write(blocks, blocks.mT if internal else None, raw)
-        if sites:
-            raw = raw + raw.transpose(0, 1)
+    other = blocks.mT if internal else blocks.transpose(0, 1) if sites else None
+    _write(blocks, other, raw)
+    if internal and sites:
+        raw = raw + raw.transpose(0, 1)
     factor = sign * 0.5 ** (internal + sites)
     if factor != 1:
         raw.mul_(factor)

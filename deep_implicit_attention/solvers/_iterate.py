@@ -7,7 +7,7 @@ its next iterate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def iterate(
             if first is not None:
                 first.look(now)
         else:
-            looks.unseen.append((z, g, fz, g_norm, f_norm))
+            looks.keep(z, (g, fz), (g_norm, f_norm))
         entered = looks is None or last or k + 1 == looks.next
         if looks is not None and entered:
             looks.enter(books)
@@ -126,16 +126,25 @@ class _Looks:
     """
 
     def __init__(self) -> None:
-        self.unseen: list[tuple[Tensor, ...]] = []  # z, f(z) − z, f(z), norms of the last two
         self.next, self.guesses = _FIRST_LOOK, _GUESSES
+        self.states: list[Tensor] = []
+        self.vectors: list[Tensor] = []  # f(z) − z and f(z) of each
+        self.lengths: list[Tensor] = []  # of these
+
+    def keep(self, z: Tensor, vectors: Iterable[Tensor], lengths: Iterable[Tensor]) -> None:
+        """Keep a step."""
+        self.states.append(z)
+        self.vectors += vectors
+        self.lengths += lengths
 
     def enter(self, books: Books) -> None:
         """Bring the books up to date, and decide when to look again."""
-        for (z, *_), (g_norm, f_norm) in zip(self.unseen, seen(self.unseen), strict=True):
+        found = seen(self.vectors, self.lengths)
+        for z, g_norm, f_norm in zip(self.states, found[::2], found[1::2], strict=True):
             books.enter(z, g_norm, f_norm)
             if books.over:
                 return
-        self.unseen = []
+        self.states, self.vectors, self.lengths = [], [], []
         ahead = books.ahead(BETWEEN_LOOKS) if self.guesses else BETWEEN_LOOKS
         self.guesses -= ahead < BETWEEN_LOOKS
         self.next += ahead

@@ -36,18 +36,16 @@ def norms(*vectors: Tensor) -> list[Any]:
     return found
 
 
-def seen(steps: list[tuple[Tensor, ...]]) -> np.ndarray:
-    """For steps (z, v, w, ‖v‖, ‖w‖) on an accelerator both norms, `(steps, 2, B)` on the host.
+def seen(vectors: list[Tensor], lengths: list[Tensor]) -> np.ndarray:
+    """The norms `lengths` of `vectors` on an accelerator, `(vectors, B)` on the host.
 
     The host waits once, and again only where squares were too small or too large for their type.
     """
-    found = torch.stack([norm for step in steps for norm in step[3:]]).cpu().numpy()
-    lost = (found < _least(steps[0][0].dtype)) | (found == np.inf)
-    if np.count_nonzero(lost):
-        vectors = [vector for step in steps for vector in step[1:3]]
-        for i in np.flatnonzero(lost.any(axis=1)):
-            found[i] = _anew(vectors[i], found[i], lost[i])
-    return found.reshape(len(steps), 2, -1)
+    found = torch.stack(lengths).cpu().numpy()
+    lost = (found < _least(vectors[0].dtype)) | (found == np.inf)
+    for i in np.flatnonzero(lost.any(axis=1)):
+        found[i] = _anew(vectors[i], found[i], lost[i])
+    return found
 
 
 def norm_column(v: Tensor) -> Tensor:
