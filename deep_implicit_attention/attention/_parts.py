@@ -18,6 +18,7 @@ from ..solvers._scale import is_host
 from ..solvers._validate import check_count
 from ._products import (
     gelu_linear,
+    in_parts,
     linear,
     linear_by_bias,
     linear_by_weight,
@@ -115,7 +116,11 @@ def _check_hooks(module: nn.Module) -> None:
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     """The network of `FeedForward` with the given weights, as a term of a sum (`linear_term`)."""
-    return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
+
+    def network(x: Tensor) -> Tensor:
+        return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
+
+    return in_parts(network, len(weights.b_in), x)
 
 
 def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
@@ -133,7 +138,10 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
             linear_by_bias(v) if needed.b_out else None,
         )
 
-    return Pullback(lambda v: linear_term(linear_times(v, out, slope), back), by_weights)
+    def network(v: Tensor, slope: Tensor) -> Tensor:
+        return linear_term(linear_times(v, out, slope), back)
+
+    return Pullback(lambda v: in_parts(network, len(weights.b_in), v, slope), by_weights)
 
 
 def feed_forward_at_zero(weights: Weights) -> Tensor:

@@ -10,6 +10,7 @@ take the plain path.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ _NARROW = 64
 _ALIASED = 4096
 _TALL = 1024
 _FACTORS = 8
+# So many bytes of hidden units are still in the cache when the next product reads them; a network
+# with more of them than some such parts, and at least so many rows a part, is computed in parts.
+_PART = 1 << 20
+_PARTS = 4
+_PART_ROWS = 512
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -129,6 +135,25 @@ def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
     product = F.linear(x, weight)
     return product.mul_(factor) if _spare() else product * factor
+
+
+def in_parts(network: Callable[..., Tensor], width: int, *states: Tensor) -> Tensor:
+    """`network(*states)`, of each row by itself, in parts of rows where its hidden units are many.
+
+    Those of a part, `width` a row, stay in the cache (measured: with 4096 rows of 64 components and
+    256 hidden units the network takes 0.8 of the time, and less beside other work).
+    """
+    x = states[0]
+    each = width * x.element_size()
+    rows, step = x.numel() // x.shape[-1], _PART // each
+    many = rows * each >= _PARTS * _PART and step >= _PART_ROWS
+    if not many or _WIDE or not x.is_cpu or not _spare() or watched(*states):
+        return network(*states)
+    cut = zip(*(state.reshape(rows, -1).split(step) for state in states), strict=True)
+    result = x.new_empty(rows, x.shape[-1])
+    for part, some in zip(result.split(step), cut, strict=True):
+        part.copy_(network(*some))
+    return result.view(x.shape)
 
 
 def plus(fresh: Tensor, other: Tensor, alpha: int = 1) -> Tensor:
