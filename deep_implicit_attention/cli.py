@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             run: folder of the run
             prompt: the beginning of the text
             max_new_tokens: length of the continuation
-            temperature: divides the logits; 0 takes the likeliest token
+            temperature: divides the logits; 0 takes the likeliest token, whatever top_k and seed
             top_k: draw from so many of the likeliest tokens only
             seed: random seed of the draws
         """

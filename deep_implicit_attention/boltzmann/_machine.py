@@ -80,7 +80,7 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         num_hidden: hidden units.
         l2: penalty (l2/2) Σ_{i<j} J_ij² on the log-likelihood per row; naive, tap and adaptive_tap
             penalise V as well (`inverse_covariance`), pseudolikelihood counts it twice, as it does
-            a coupling.
+            a coupling. Nothing for independent, which has no couplings.
         pseudocount: weight of further rows in which all states are equally frequent, in units of
             `sample_weight`. For pseudolikelihood and hidden units, which see more of the rows than
             means and covariances, beyond 10 columns only those are the ones of all states: the rows
@@ -88,14 +88,17 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             somewhat, on the order of the columns and on which state is called up.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
             has an inverse and what Schäfer and Strimmer (2005) estimate where it has not, or where
-            entries are missing and pairs of spins are observed fewer than 2N times.
-        tol: largest difference of moments (exact), or gradient (pseudolikelihood), that is left.
-        max_iter: Newton steps of these two, and rounds of filling in missing entries.
+            entries are missing and pairs of spins are observed fewer than 2N times. Not of hidden
+            units, which are learned from rows.
+        tol: largest difference of moments (exact), or gradient (pseudolikelihood), that is left;
+            without hidden units.
+        max_iter: Newton steps of these two, and rounds of filling in missing entries; without
+            hidden units.
         num_updates: steps of gradient ascent (pcd and hidden units).
         learning_rate: of these.
         num_chains: of pcd.
-        batch_size: rows in a step of gradient ascent with hidden units, drawn in proportion to
-            their weights; None for all.
+        batch_size: rows in a step of gradient ascent with hidden units or, of pcd, missing entries,
+            drawn in proportion to their weights; None for all.
         random_state: seed of all randomness; equal ones give equal results, bit for bit.
         device: where torch computes, in float64.
 

@@ -34,6 +34,10 @@ class DEQFixedPoint(nn.Module):
     explicit steps and differentiates through them, so the same weights are a K-layer network
     with shared weights.
 
+    A module that has its fixed point in closed form (`solve`, see `DEQModule`) is not iterated to
+    equilibrium: gradients are exact, and the solver, its options, `adjoint` and where to start
+    from change nothing.
+
     Args:
         fun: the module; kept as `.fun`.
         solver: forward solver, and backward solver unless `adjoint` is given.

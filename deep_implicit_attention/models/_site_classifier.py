@@ -68,7 +68,8 @@ class SiteClassifier(ImageClassifier):
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         if len(widths) != len(strides) or not widths:
             raise ValueError(
-                f"widths and strides must pair up, and be at least one, got {widths} and {strides}"
+                "widths and strides must be as many of one as of the other, and at least one, got "
+                f"{widths} and {strides}: give both"
             )
         for width in widths:
             check_count("widths", width)
@@ -93,7 +94,7 @@ class SiteClassifier(ImageClassifier):
         couplings = DEQMeanFieldAttention(
             self.grid**2 + 1, dim, weight_sym_internal=True, weight_sym_sites=symmetric
         )
-        self.attention = DEQFixedPoint(couplings, anderson, **options)
+        self.attention = DEQFixedPoint(couplings, **{"solver": anderson, **options})
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Sequential(LayerNorm(dim), nn.Linear(dim, num_classes))
 

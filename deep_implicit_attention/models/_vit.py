@@ -138,6 +138,11 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
                 f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
             )
         _check_combination(attention, heads, stem, widths, positions, weight_norm)
+        if attention in _SOFTMAX and heads is None and dim % _HEADS:
+            raise ValueError(
+                f"dim must be divisible by heads, which are {_HEADS} by default, got dim={dim}: "
+                "choose another dim, or heads"
+            )
         self.image_size, self.channels, self.dim = image_size, channels, dim
         self.grid = image_size // patch_size
         if stem == "patch":
@@ -242,7 +247,7 @@ def _convolutions(
     if len(widths) < max(halvings, 1):
         raise ValueError(
             f"widths must have at least {max(halvings, 1)} entries, one for each halving of the "
-            f"map, got {widths}"
+            f"map from image_size {size} to {grid} patches a side, got {widths}"
         )
     layers: list[nn.Module] = []
     for number, width in enumerate(widths):

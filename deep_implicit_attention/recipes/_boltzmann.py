@@ -14,7 +14,7 @@ import torch
 
 from ..solvers._validate import check_seed
 from ..training import Run, digits, require
-from ._flags import check_threads
+from ._flags import check_threads, refuse
 
 PARAMETERS, COMPLETIONS, SAMPLES = "machine.npz", "completions.png", "samples.png"
 SIDE, SHOWN = 8, 12
@@ -73,6 +73,10 @@ class Boltzmann:
         for name, least in (("num_hidden", 1), ("num_updates", 1), ("samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if len(set(self.l2)) < len(self.l2):
+            raise ValueError(f"l2 must differ, got {' '.join(map(str, self.l2))}")
+        if "pcd" not in self.methods:
+            refuse(self, "methods without pcd", "num_hidden", "num_updates")
         check_seed(self.seed)
         check_threads(self.threads)
 
@@ -105,7 +109,6 @@ def run_boltzmann(recipe: Boltzmann) -> list[dict[str, Any]]:
 
 def _complete(recipe: Boltzmann, run: Run, data: Halves) -> list[dict[str, Any]]:
     run.start({"recipe": "boltzmann", **vars(recipe)})
-    (run.folder / PARAMETERS).unlink(missing_ok=True)
     console = require("rich.console", "train").Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 100)
     console.print(

@@ -17,6 +17,7 @@ from ..deq import ConvergenceWarning
 from ..solvers import Status
 from ..spins import Exact, GibbsSampler, IsingPrior, Sampling, SpinSystem
 from ..training import Run, require
+from ._flags import refuse
 from ._ising import Ising, Method
 
 ANSWERS, FIGURE = "answers.npz", "ising.png"
@@ -68,6 +69,11 @@ def run_ising(recipe: Ising) -> list[dict[str, Any]]:
     recipe.check()
     methods = recipe.build()
     couplings, x = recipe.load()
+    reference = _reference(len(x), recipe)
+    if EXACT in reference and "gibbs" not in methods:
+        drawn = ["samples"] if recipe.couplings is None else ["samples", "seed"]
+        refuse(recipe, f"{len(x)} spins that are enumerated, without gibbs", *drawn)
+    methods = {**reference, **methods}
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     run = Run(recipe.run_dir)
@@ -79,11 +85,9 @@ def _compare(
     recipe: Ising, run: Run, methods: dict[str, Method], couplings: Tensor, x: Tensor
 ) -> list[dict[str, Any]]:
     run.start({"recipe": "ising", **vars(recipe)})
-    (run.folder / ANSWERS).unlink(missing_ok=True)
 
     console = require("rich.console", "train").Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, 100)  # a pipe has no width, and a table must not be cut
-    methods = {**_reference(len(x), recipe), **methods}
     betas = sorted({*recipe.betas, recipe.beta})
     answers: dict[float, Answers] = {}
     with console.status("") as status:

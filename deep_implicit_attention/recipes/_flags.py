@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,14 @@ class TrainingFlags:
         names = ("checkpoint_every", "patience", "on_divergence", "accumulate", "clip", "ema")
         names += ("device", "precision", "trackers")
         return {"keep": self.keep_checkpoints, **{name: getattr(self, name) for name in names}}
+
+
+def refuse(settings: Any, what: str, *names: str) -> None:
+    """Raise for settings, a dataclass, that are not at their defaults but would do nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name in names:
+        if getattr(settings, name) != defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for {what}")
 
 
 def check_threads(threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..spins import (
     lattice,
     sherrington_kirkpatrick,
 )
-from ._flags import check_threads
+from ._flags import check_threads, refuse
 
 Method = Callable[[SpinSystem, Tensor], Response]
 Ensemble = Literal["sk", "ferromagnet", "hopfield", "lattice"]
@@ -105,9 +104,9 @@ class Ising:
             raise ValueError(f"ensemble must be one of {known}, got {self.ensemble!r}")
         drawn = ("ensemble", "num_spins", "patterns", "field")
         if self.couplings is not None:
-            self._refuse("a system from files", *drawn)
+            refuse(self, "a system from files", *drawn)
         elif self.ensemble != "hopfield":
-            self._refuse(f"ensemble {self.ensemble}", "patterns")
+            refuse(self, f"ensemble {self.ensemble}", "patterns")
         sides = self.num_spins
         if not sides or min(sides) < 1 or (len(sides) > 1 and self.ensemble != "lattice"):
             raise ValueError(
@@ -130,17 +129,13 @@ class Ising:
                 raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
         if not self.methods:
             raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
+        if set(self.methods) == {"gibbs"}:
+            refuse(self, "gibbs, which is not iterated", "tol", "max_iter")
         if self.samples < 4:
             raise ValueError(f"samples must be at least 4, got {self.samples}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must differ, got {' '.join(self.methods)}")
         check_threads(self.threads)
-
-    def _refuse(self, what: str, *names: str) -> None:
-        defaults = {field.name: field.default for field in dataclasses.fields(Ising)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"--{name.replace('_', '-')} has no meaning for {what}")
 
     def solver(self) -> dict[str, Any]:
         """The options that all iterated methods share."""

@@ -44,7 +44,6 @@ def _work(recipe: Shakespeare) -> Work:
         if resume and has_vocabulary(run):
             check_text(run, data)
         elif devices.is_main:
-            (run.folder / _SAMPLE).unlink(missing_ok=True)  # of an earlier run
             save_vocabulary(run, data)
         generator = torch.Generator().manual_seed(recipe.seed)
         trainer = Trainer(

@@ -9,6 +9,7 @@ from typing import Literal
 from .. import training
 from ..models import DeepImplicitAttentionViT
 from ..training import Device, ImageData
+from ._flags import refuse
 from ._image_recipe import ImageRecipe
 
 
@@ -66,6 +67,11 @@ class MnistViT(ImageRecipe):
     max_iter: int = 30
     threads: int = 1
     device: Device = "cpu"
+
+    def check(self) -> None:
+        super().check()
+        if self.attention == "adaptive-tap":
+            refuse(self, "adaptive-tap, which is solved in closed form", "solver", "max_iter")
 
     def load(self, *, download: bool = True) -> ImageData:
         return training.mnist(self.data_dir, self.validation, self.seed, download=download)

@@ -16,7 +16,7 @@ from ..solvers._validate import check_count, check_seed
 from ..training import Device, Language, LanguagePlan, Run, TextData, Vocabulary
 from ..training._files import write_whole
 from ..training._text import check_parts
-from ._flags import TrainingFlags
+from ._flags import TrainingFlags, refuse
 
 _VOCABULARY = "vocabulary.json"
 
@@ -92,6 +92,8 @@ class Shakespeare(TrainingFlags):
         check_count("length", self.length)
         if self.text is not None and self.data_dir is not None:
             raise ValueError("--data-dir is where Tiny Shakespeare is; with --text it has no use")
+        if self.positions != "rotary":
+            refuse(self, f"positions {self.positions}", "rotary_base")
         if self.learn < 0:
             raise ValueError(f"learn must be at least 0, got {self.learn}")
         if self.sample < 1:

@@ -19,10 +19,10 @@ from ._checkpoint import Checkpoints, whole_tensors
 from ._files import locked, unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
-# What recipes and reports draw into the folder: any other picture in it is the user's.
-_DRAWN = re.compile(
+# What else recipes and reports make in the folder: any other file in it is the user's.
+_MADE = re.compile(
     r"(learning_curves|confusion_matrix|(convergence|couplings)(_\d+)?|ising|completions|samples)"
-    r"\.png|couplings\.gif|report\.html"
+    r"\.png|couplings\.gif|report\.html|vocabulary\.json|sample\.txt|(machine|answers)\.npz"
 )
 
 
@@ -55,8 +55,8 @@ class Run:
             yield
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder anew: the configuration, and none of the metrics, weights, checkpoints
-        and pictures of an earlier run. Other files stay.
+        """Make the folder anew: the configuration, and nothing that recipes and reports have made
+        of an earlier run. Other files stay.
 
         Paths in the configuration become strings.
 
@@ -73,8 +73,8 @@ class Run:
             path.replace(unfinished(path))
         elif not unfinished(path).exists() and self._holds_files():
             raise self._foreign(f"no {CONFIG}")
-        drawn = [path for path in self.folder.iterdir() if _DRAWN.fullmatch(path.name)]
-        for old in (self.folder / METRICS, self.folder / WEIGHTS, *drawn):
+        made = [path for path in self.folder.iterdir() if _MADE.fullmatch(path.name)]
+        for old in (self.folder / METRICS, self.folder / WEIGHTS, *made):
             old.unlink(missing_ok=True)
         self.checkpoints.clear()
         write_whole(path, (json.dumps(plain(config), indent=2) + "\n").encode())

@@ -107,7 +107,10 @@ def windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _check_length(ids: Tensor, length: int, what: str = "a text") -> None:
     check_count("length", length)
     if len(ids) <= length:
-        raise ValueError(f"{what} of {len(ids)} characters is too short for length {length}")
+        raise ValueError(
+            f"{what} of {len(ids)} characters is too short for length {length}: take a longer text "
+            "or a smaller length"
+        )
 
 
 def check_parts(data: TextData, length: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deep_implicit_attention.models import SiteClassifier
+from deep_implicit_attention.solvers import anderson, picard
 
 EXACT = {"solver_fwd_tol": 1e-11, "solver_fwd_max_iter": 200}
 
@@ -58,7 +59,7 @@ def test_wrong_image_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "named"),
     [
-        ({"widths": (4, 4)}, ValueError, "widths"),
+        ({"widths": (4, 4)}, ValueError, r"got \(4, 4\) and \(.*\): give both"),
         ({"dropout": 1.0}, ValueError, "dropout"),
         ({"widths": (), "strides": ()}, ValueError, "widths"),
         ({"strides": (3,)}, ValueError, "strides"),
@@ -72,6 +73,14 @@ def test_wrong_image_shape(shape: tuple[int, ...]) -> None:
 def test_wrong_settings(changes: dict, error: type[Exception], named: str) -> None:
     with pytest.raises(error, match=named):
         build(**changes)
+
+
+def test_the_solver_is_an_option() -> None:
+    plain, other = build(), build(solver=picard)
+    assert plain.attention.solver is anderson
+    assert other.attention.solver is picard
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(images(2)), plain.eval()(images(2)))
 
 
 def test_fields_have_unit_norm_and_the_token_is_site_0() -> None:

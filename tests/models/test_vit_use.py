@@ -58,6 +58,7 @@ def test_loss() -> None:
     [
         ({"image_size": 7}, ValueError, "multiple of patch_size, got 7 and 3"),
         ({"dim": 9}, ValueError, "dim must be divisible by heads, got dim=9, heads=2"),
+        ({"dim": 10, "heads": None}, ValueError, "by default, got dim=10: choose another dim"),
         ({"dim": 4, "attention": "vector-spin"}, ValueError, "at least 3 components a head"),
         ({"attention": "meanfield"}, ValueError, "attention must be one of mean-field, .*'meanf"),
         ({"stem": "conv"}, ValueError, "stem must be one of patch, convolution, got 'conv'"),

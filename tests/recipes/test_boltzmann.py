@@ -161,11 +161,23 @@ def test_the_pictures_show_what_was_completed_and_drawn(
 
 
 @pytest.mark.parametrize(
-    "flags", ["--methods tapp", "--l2 -1", "--num-hidden 0", "--samples -1", "--threads -1"]
+    ("flags", "says"),
+    [
+        ("--methods tapp", "'tapp'"),
+        ("--l2 -1", "l2 must be numbers above 0"),
+        ("--l2 0.1 0.2 0.1", "l2 must differ, got 0.1 0.2 0.1"),
+        ("--num-hidden 0", "num_hidden"),
+        ("--samples -1", "samples"),
+        ("--threads -1", "threads"),
+        ("--methods tap --num-hidden 3", "--num-hidden has no meaning for methods without pcd"),
+        ("--methods naive --num-updates 5", "--num-updates has no meaning"),
+    ],
 )
 def test_settings_out_of_range(
-    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["boltzmann", "--run-dir", str(tmp_path / "run"), *flags.split()]) == 1
-    assert capsys.readouterr().err.startswith("dia: ")
+    line = capsys.readouterr().err
+    assert line.startswith("dia: ")
+    assert says in line
     assert not (tmp_path / "run").exists()

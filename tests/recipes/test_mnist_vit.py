@@ -196,6 +196,8 @@ def test_divergence_is_told_before_the_loss_is_no_number(attention: str, train: 
         ("--attention softmax --heads 4", "dim must be divisible by heads, got dim=6, heads=4"),
         ("--positions rotary", "mean-field takes learned"),
         ("--attention adaptive-tap --weight-norm", "adaptive-tap has none"),
+        ("--attention adaptive-tap --solver picard", "--solver has no meaning for adaptive-tap"),
+        ("--attention adaptive-tap --max-iter 9", "--max-iter has no meaning for adaptive-tap"),
         ("--widths 6 0", "widths"),
         ("--widths 6", "at least 2 entries"),
         ("--dropout 1", "dropout"),

@@ -360,6 +360,7 @@ def test_generate_refuses(flags: list[str], part: str, trained: Outcome) -> None
         ("--jacobian-penalty -1", "jacobian_penalty"),
         ("--evaluate-windows 0", "evaluate_windows"),
         ("--sample 0", "sample"),
+        ("--positions learned --rotary-base 50", "--rotary-base has no meaning for positions le"),
         ("--learning-rate -1", "learning_rate"),
         ("--weight-decay -1", "weight_decay"),
         ("--dropout 1", "dropout"),

@@ -132,23 +132,24 @@ def test_start_removes_metrics_and_weights_of_an_earlier_run(run: Run) -> None:
     assert run.config() == {"recipe": "y"}
 
 
-DRAWN = [
+MADE = [
     *("learning_curves.png", "confusion_matrix.png", "convergence.png", "convergence_2.png"),
     *("couplings.png", "couplings_12.png", "ising.png", "completions.png", "samples.png"),
-    *("couplings.gif", "report.html"),
+    *("couplings.gif", "report.html", "vocabulary.json", "sample.txt"),
+    *("machine.npz", "answers.npz"),
 ]
-OWN = ["holiday.png", "index.html", "my.gif", "report2.html", "couplings_of_mine.png"]
+OWN = ["my.npz", "holiday.png", "index.html", "my.gif", "report2.html", "couplings_of_mine.png"]
 
 
-def test_start_removes_the_pictures_of_runs_and_no_others(run: Run) -> None:
-    for name in (*DRAWN, *OWN):
+def test_start_removes_what_runs_leave_and_nothing_else(run: Run) -> None:
+    for name in (*MADE, *OWN):
         (run.folder / name).write_text("drawn")
     run.start({"recipe": "y"})
     assert {p.name for p in run.folder.iterdir()} == {"config.json", *OWN}
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "metrics.jsonl", "checkpoints/step-1.safetensors", *DRAWN, *OWN]
+    "name", ["model.safetensors", "metrics.jsonl", "checkpoints/step-1.safetensors", *MADE, *OWN]
 )
 def test_start_leaves_a_folder_that_is_no_run_as_it_is(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
