@@ -24,18 +24,24 @@ def relax(
 ) -> Solution:
     """`steps` plain steps from `z` `(B, n)`, differentiated through.
 
-    The residual of the result costs one more evaluation, spent only if `evidence` is wanted.
+    If `evidence` is wanted the residual after every step is measured, the last one by an evaluation
+    more.
     """
-    for _ in range(steps):
-        z = step(z)
+    trace = []
+    for k in range(steps):
+        image = step(z)
+        if evidence and k:
+            with torch.no_grad():
+                trace.append(_residual(z, image)[0])
+        z = image
     with torch.no_grad():
         finite = finite_samples(z)
         if evidence:
-            image = step(z)
-            residual, norm = _residual(z, image)
+            residual, norm = _residual(z, step(z))
         else:
             residual = norm = z.new_full(finite.shape, torch.nan)
-    return _solution(z, finite, residual, norm, steps, tol, Status.FIXED_STEPS)
+            trace = [residual] * (steps - 1)
+    return _solution(z, finite, (*trace, residual), norm, steps, tol, Status.FIXED_STEPS)
 
 
 def closed_form(
@@ -80,7 +86,7 @@ def closed_form(
     finite = norm < torch.inf
     for part in chosen:
         finite = finite & finite_samples(part)
-    solution = _solution(chosen, finite, residual, norm, 1, tol, Status.MAX_ITER)
+    solution = _solution(chosen, finite, (residual,), norm, 1, tol, Status.MAX_ITER)
     if objection:
         solution = replace(solution.with_status(finite, Status.INDEFINITE), note=objection)
     return solution
@@ -109,23 +115,24 @@ def _residual(z: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 def _solution(
     value: Any,
     finite: Tensor,
-    residual: Tensor,
+    trace: Sequence[Tensor],
     norm: Tensor,
     steps: int,
     tol: float,
     otherwise: Status,
 ) -> Solution:
-    """Of what is known of each sample `(B,)`."""
+    """Of what is known of each sample `(B,)`, its residuals in the order of the steps."""
+    residual = trace[-1]
     converged = finite & (residual <= tol)
     codes = torch.where(converged, Status.CONVERGED.code, otherwise.code)
     codes = torch.where(finite, codes, Status.NONFINITE.code)
-    residual = torch.where(finite, residual, torch.inf)
+    rows = torch.where(finite, torch.stack(tuple(trace)), torch.inf)
     return Solution(
         value=value,
-        residual=residual,
+        residual=rows[-1],
         steps=torch.full_like(codes, steps),
         converged=converged,
         codes=codes,
-        trace=residual[None],
-        residual_norm=norm,
+        trace=rows,
+        residual_norm=torch.where(finite, norm, torch.inf),
     )

@@ -207,12 +207,15 @@ class Solution:
 
     def with_status(self, where: Tensor, status: Status) -> Solution:
         """The samples in the boolean `where` `(B,)` marked as failed with `status`."""
-        residual = self.residual
+        numbers = self.residual, self.trace, self.residual_norm
         if status is Status.NONFINITE:
-            residual = residual.masked_fill(where, torch.inf)
+            numbers = tuple(evidence.masked_fill(where, torch.inf) for evidence in numbers)
+        residual, trace, residual_norm = numbers
         return replace(
             self,
             residual=residual,
+            trace=trace,
+            residual_norm=residual_norm,
             converged=self.converged & ~where,
             codes=self.codes.masked_fill(where, status.code),
         )

@@ -256,6 +256,24 @@ class TestOptions:
         )
         assert first > 1e-3 > 1e-12 >= last
 
+    @pytest.mark.parametrize("steps", [1, 2, 5])
+    def test_fixed_steps_have_a_residual_each(self, layer, fields, steps, capsys):
+        solution = layer(fields, steps=steps, debug=True, return_solution=True)
+        f, z, rows = layer.map(fields), torch.zeros_like(fields), []
+        for _ in range(steps):
+            z = f(z)
+            change, image = ((t.flatten(1).norm(dim=1)) for t in (f(z) - z, f(z)))
+            rows.append(change / image)
+        torch.testing.assert_close(solution.trace, torch.stack(rows).detach())
+        assert torch.equal(solution.residual, solution.trace[-1])
+        torch.testing.assert_close(solution.residual_norm, change.detach())
+        first, last = rows[0].max().item(), rows[-1].max().item()
+        expected = f"residual: {first:.3e} -> {last:.3e} in {steps} steps\n"
+        assert capsys.readouterr().out == expected
+        unmeasured = layer(fields, steps=steps, return_solution=True, measure=False)
+        assert unmeasured.trace.shape == (steps, 3)
+        assert bool(unmeasured.trace.isnan().all())
+
 
 class TestFailure:
     @pytest.fixture
@@ -287,6 +305,9 @@ class TestFailure:
         solution = layer(x, return_solution=True, steps=steps)
         assert solution.status[1] is Status.NONFINITE
         assert bool(solution.value[1].isnan().all())
+        for evidence in (solution.residual, solution.residual_norm, solution.trace[-1]):
+            assert evidence.isinf().tolist() == [False, True, False]
+        assert bool(solution.trace[:, 1].isinf().all())
         if steps is None:
             (warning,) = recwarn.list
             assert "nonfinite: 1" in str(warning.message)
