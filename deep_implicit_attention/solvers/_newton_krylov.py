@@ -84,7 +84,7 @@ def newton_krylov(
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
         nonlocal search
         if search is None:
-            search = _LineSearch(z, g)
+            search = _LineSearch(z)
         return search.next(z, fz, g, newton_step)
 
     return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode=stop_mode)
@@ -96,7 +96,7 @@ class _LineSearch:
     A plain step, in the place of one that there is not, is always accepted.
     """
 
-    def __init__(self, z: Tensor, g: Tensor) -> None:
+    def __init__(self, z: Tensor) -> None:
         self.base = z
         self.delta = torch.zeros_like(z)
         self.length = torch.ones_like(z[:, :1])
