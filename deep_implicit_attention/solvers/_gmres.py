@@ -147,7 +147,7 @@ def _cycle(
             check_same_shape(image, r, "matvec")
         column = _arnoldi.extend(basis, k, image)
         for i in range(k):
-            upper, lower = column[:, i].clone(), column[:, i + 1].clone()
+            upper, lower = column[:, i].clone(), column[:, i + 1]
             column[:, i] = cosines[:, i] * upper + sines[:, i] * lower
             column[:, i + 1] = cosines[:, i] * lower - sines[:, i] * upper
         length = torch.hypot(column[:, k], column[:, k + 1])
@@ -163,9 +163,8 @@ def _cycle(
         triangle[:, : k + 1, k] = torch.where(
             sound[:, None], column[:, : k + 1], triangle[:, : k + 1, k]
         )
-        old = rhs[:, k].clone()
-        rhs[:, k] = torch.where(sound, cosines[:, k] * old, 0)
-        rhs[:, k + 1] = torch.where(sound, -sines[:, k] * old, 0)
+        rhs[:, k + 1] = torch.where(sound, -sines[:, k] * rhs[:, k], 0)
+        rhs[:, k] = torch.where(sound, cosines[:, k] * rhs[:, k], 0)
         now = torch.where(sound, rhs[:, k + 1].abs(), now)
         rows.append(now)
         stuck = stuck | (active & ~sound)
