@@ -120,10 +120,8 @@ class Solution:
 
     def all_converged(self) -> bool:
         """Whether every sample has."""
-        known = self.__dict__
-        if _LATER in known and "converged" not in known:  # not asking an accelerator
-            return known[_ALL_CONVERGED]
-        return bool(self.converged.all())
+        known = self.__dict__.get(_ALL_CONVERGED)  # does not ask an accelerator
+        return bool(self.converged.all()) if known is None else known
 
     def __iter__(self) -> Iterator[Any]:
         yield self.value
