@@ -28,9 +28,9 @@ Parts = dict[str, dict[str, Tensor]]
 
 # A training that is resumed with others is another training.
 _FIXED = (
-    *("steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience"),
+    "steps", "evaluate_every", "seed", "warmup", "accumulate", "clip", "ema", "patience",
     "precision",
-)
+)  # fmt: skip
 # Options of optimizers with which they keep another state.
 _KEPT = ("amsgrad", "centered", "momentum")
 
