@@ -22,7 +22,7 @@ from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
 from ._failure import report
-from ._linear_map import Pullback, nearer, transpose
+from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
 
@@ -333,7 +333,7 @@ def _solve_adjoint(
         image = f(z, aliases)
 
     def product(v: Tensor) -> Tensor:
-        return _vjp(image, z, v, create_graph=False)
+        return vjp(image, z, v)
 
     with torch.no_grad(), without_autocast(z):
         u = equation.solve(by_hand or product, g.detach(), rough)
@@ -367,15 +367,6 @@ def _gradients(
     return [next(found) if need else None for need in needed]
 
 
-def _vjp(image: Tensor, z: Tensor, v: Tensor, create_graph: bool) -> Tensor:
-    if not image.requires_grad:
-        return torch.zeros_like(v)
-    (product,) = torch.autograd.grad(
-        image, z, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
-    return torch.zeros_like(v) if product is None else product
-
-
 class _Transposed:
     """(u; g, z, θ) ↦ (∂f/∂z)ᵀ u + g: the map whose fixed point is the adjoint."""
 
@@ -388,4 +379,4 @@ class _Transposed:
         with torch.enable_grad():
             at = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
             image = self.f(at, rest)
-            return _vjp(image, at, u, create_graph) + g
+            return vjp(image, at, u, create_graph) + g

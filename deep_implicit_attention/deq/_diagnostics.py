@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..solvers import Solution, _arnoldi
 from ..solvers._validate import check_count, check_number
+from ._linear_map import vjp
 from ._map import without_autocast
 from ._state import Layout, State, widen
 
@@ -48,10 +49,7 @@ def jacobian_norm(
         image = product(dummy, create_graph=True)
 
     def both(v: Tensor) -> Tensor:
-        if not image.requires_grad:
-            return torch.zeros_like(v)
-        (forward,) = torch.autograd.grad(image, dummy, v, retain_graph=True)
-        return product(forward)
+        return product(vjp(image, dummy, v))
 
     with without_autocast(flat):
         ritz = _ritz_values(both, flat, max_iter, seed)
@@ -86,10 +84,7 @@ def jacobian_penalty(
         total = flat.new_zeros(flat.shape[0])
         for _ in range(samples):
             v = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
-            if image.requires_grad:
-                product = torch.autograd.grad(image, flat, v, create_graph=True, allow_unused=True)
-                if product[0] is not None:
-                    total = total + product[0].square().sum(dim=1)
+            total = total + vjp(image, flat, v, create_graph=True).square().sum(dim=1)
     return total / samples
 
 
@@ -124,12 +119,7 @@ def _linearise(f: Callable[[State], State], z: State) -> tuple[Tensor, Callable[
         image = layout.pack(f(layout.unpack(flat)))
 
     def product(v: Tensor, create_graph: bool = False) -> Tensor:
-        if not image.requires_grad:
-            return torch.zeros_like(v)
-        (result,) = torch.autograd.grad(
-            image, flat, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-        return torch.zeros_like(v) if result is None else result
+        return vjp(image, flat, v, create_graph)
 
     return flat.detach(), product
 

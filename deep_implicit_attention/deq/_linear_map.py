@@ -1,4 +1,4 @@
-"""Linear maps of states that know their transposes, as preconditioners of both directions do."""
+"""Linear maps of states, and their transposes: of preconditioners, and of derivatives."""
 
 from __future__ import annotations
 
@@ -74,9 +74,14 @@ def transpose(linear: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Ten
     with torch.enable_grad():
         v = torch.zeros_like(like).requires_grad_()
         image = linear(v)
+    return lambda u: vjp(image, v, u)
 
-    def product(u: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(image, v, u, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(u) if found is None else found
 
-    return product
+def vjp(image: Tensor, z: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """(∂image/∂z)ᵀ v, which keeps the graph; zero where `image` does not depend on `z`."""
+    if not image.requires_grad:
+        return torch.zeros_like(v)
+    (product,) = torch.autograd.grad(
+        image, z, v, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(v) if product is None else product
