@@ -132,15 +132,15 @@ class SiteCouplings(DEQModule):
 
 
 class _Matrix(torch.autograd.Function):
-    """`weight()` of the raw `(N, N, d, d)`, or minus that, in the order `(N, d, N, d)`.
+    """`scale` times `weight()` of the raw `(N, N, d, d)`, in the order `(N, d, N, d)`.
 
     Couplings can be most of the memory there is, so they are copied once, and not masked, permuted
     and reshaped one after the other. Symmetrising and masking are their own transposes.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
-        ctx.how = symmetries, sign
+    def forward(ctx: Any, weight: Tensor, symmetries: tuple, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.how = symmetries, scale
         return _ordered(weight, *ctx.how)
 
     @staticmethod
@@ -153,19 +153,19 @@ class _Raw(torch.autograd.Function):
     """The transpose of `_Matrix`."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, symmetries: tuple, sign: float) -> Tensor:  # type: ignore[override]
-        ctx.how = symmetries, sign
-        return _raw(g, symmetries, sign)
+    def forward(ctx: Any, g: Tensor, symmetries: tuple, scale: float) -> Tensor:  # type: ignore[override]
+        ctx.how = symmetries, scale
+        return _raw(g, symmetries, scale)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple:  # type: ignore[override]
         return _Matrix.apply(h, *ctx.how), None, None
 
 
-def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
-    """What takes a derivative by ±J to that by the raw couplings."""
+def _raw(g: Tensor, symmetries: tuple[bool, bool], scale: float) -> Tensor:
+    """What takes a derivative by `scale` · J to that by the raw couplings."""
     if watched(g):
-        return _plain(g.transpose(1, 2), symmetries, sign)
+        return _plain(g.transpose(1, 2), symmetries, scale)
     internal, sites = symmetries
     count, dim, _, _ = g.shape
     raw = empty(count, count, dim, dim, like=g)
@@ -174,7 +174,7 @@ def _raw(g: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
     _write(blocks, other, raw)
     if internal and sites:
         raw = raw + raw.transpose(0, 1)
-    factor = sign * 0.5 ** (internal + sites)
+    factor = scale * 0.5 ** (internal + sites)
     if factor != 1:
         raw.mul_(factor)
     raw.diagonal(dim1=0, dim2=1).zero_()
@@ -246,13 +246,14 @@ class _Response(torch.autograd.Function):
         with without_autocast(x):
             u = solve(operator, g, Factor(*factor), transposed=True)
             if ctx.needs_input_grad[0]:
-                left, right, symmetries, sign = u, x, ctx.symmetries, 1.0
+                left, right, symmetries, scale = u, x, ctx.symmetries, 1.0
                 if all(symmetries):
                     part = 0.25 * u  # both means, where there are few numbers
                     left, right = torch.cat((part, x), dim=1), torch.cat((x, part), dim=1)
-                    symmetries, sign = (False, True), 2.0  # blocks stay whole, unlike (True, False)
+                    # Of the two, the one that leaves blocks whole.
+                    symmetries, scale = (False, True), 2.0
                 product = (left @ right.mT).view(ctx.blocks)
-                by_weight = (_Raw.apply if again else _raw)(product, symmetries, sign)
+                by_weight = (_Raw.apply if again else _raw)(product, symmetries, scale)
             if ctx.needs_input_grad[1]:
                 blocks = *ctx.blocks[:2], -1
                 by_precision = -u.reshape(blocks) @ x.reshape(blocks).mT
@@ -270,21 +271,21 @@ def _operator(weight: Tensor, precision: Tensor, symmetries: tuple[bool, bool]) 
     return operator
 
 
-def _ordered(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
-    """±J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
+def _ordered(weight: Tensor, symmetries: tuple[bool, bool], scale: float) -> Tensor:
+    """`scale` · J `(N, d, N, d)` of the raw couplings `(N, N, d, d)`."""
     count, _, dim, _ = weight.shape
     if watched(weight):
-        return _plain(weight, symmetries, sign).transpose(1, 2)
+        return _plain(weight, symmetries, scale).transpose(1, 2)
     matrix = empty(count, dim, count, dim, like=weight)
-    _order(weight, symmetries, sign, matrix)
+    _order(weight, symmetries, scale, matrix)
     matrix.diagonal(dim1=0, dim2=2).zero_()
     return matrix
 
 
-def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: Tensor) -> None:
-    """Fill `matrix` `(N, d, N, d)` with ±J of the raw `(N, N, d, d)`, but for the J_ii."""
+def _order(weight: Tensor, symmetries: tuple[bool, bool], scale: float, matrix: Tensor) -> None:
+    """Fill `matrix` `(N, d, N, d)` with `scale` · J of the raw `(N, N, d, d)`, but for J_ii."""
     internal, sites = symmetries
-    factor = sign * 0.5 ** (internal + sites)
+    factor = scale * 0.5 ** (internal + sites)
     if sites:  # in the order in which the blocks J_ij and J_ji are whole
         weight = (weight + weight.transpose(0, 1)).mul_(factor)
     _write(weight, weight.mT if internal else None, matrix.transpose(1, 2))
@@ -292,13 +293,13 @@ def _order(weight: Tensor, symmetries: tuple[bool, bool], sign: float, matrix: T
         matrix.mul_(factor)
 
 
-def _plain(weight: Tensor, symmetries: tuple[bool, bool], sign: float) -> Tensor:
-    """±J `(N, N, d, d)` of the raw couplings by operations that everybody knows."""
+def _plain(weight: Tensor, symmetries: tuple[bool, bool], scale: float) -> Tensor:
+    """`scale` · J `(N, N, d, d)` of the raw couplings by operations that everybody knows."""
     for first, wanted in zip((2, 0), symmetries, strict=True):
         if wanted:
             weight = 0.5 * (weight + weight.transpose(first, first + 1))
     one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    return weight * (sign * (1 - one))[:, :, None, None]
+    return weight * (scale * (1 - one))[:, :, None, None]
 
 
 def _write(blocks: Tensor, more: Tensor | None, out: Tensor) -> None:
