@@ -20,12 +20,10 @@ from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
 from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
-from ._matched import Matched, Method
+from ._matched import Matched, Method, State
 from ._memory import same_bits
 from ._products import linear_of_few
 from ._site_couplings import SiteCouplings, respond
-
-State = tuple[Tensor, Tensor]
 
 _entering = threading.Lock()  # to `frozen`, or leaving it
 
@@ -130,14 +128,14 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         frozen = self._frozen  # read once: another thread may be leaving the context
         if frozen is not None:
             return self._thawed(frozen, x)
-        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
-            return _matched.prepare(self.weight(), self.prior, x)
         if self.prior is None:
             precision = self.spin_prior_inv_var.to(x)
-        else:
+        elif isinstance(self.prior, GaussianPrior):
             precision = self.prior.precision().to(x)
             x = x + precision @ self.prior.location.to(x)
             precision = precision.expand(self.num_spins, -1, -1)
+        else:
+            return _matched.prepare(self.weight(), self.prior, x)
         operator = self.coupling_operator(precision)
         factor = None  # for `update`, which is all that is traced, there is no need of it
         if not (torch.compiler.is_compiling() or transformed(operator)):
@@ -165,7 +163,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     @property
     def solve(self) -> Any:
         """The closed form, `solve(context, wanted)`; priors without one have no such attribute."""
-        if self.prior is not None and not isinstance(self.prior, GaussianPrior):
+        if not _is_gaussian(self.prior):
             raise AttributeError(f"{type(self.prior).__name__} has no closed form")
         return self._solve
 
@@ -340,13 +338,18 @@ def _ones(sites: int, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.eye(dim, dtype=dtype, device="cpu").repeat(sites, 1, 1)
 
 
+def _is_gaussian(prior: Prior | None) -> bool:
+    """Whether the equations have a closed form; N(0, 1) is the prior where none is given."""
+    return prior is None or isinstance(prior, GaussianPrior)
+
+
 def _check_method(method: Any, prior: Prior | None) -> None:
     if method is None:
         return
     if isinstance(method, type) or not callable(method):
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
         raise TypeError(f"method must be an inference method such as AdaptiveTAP(), got {got}")
-    if prior is None or isinstance(prior, GaussianPrior):
+    if _is_gaussian(prior):
         raise ValueError(
             "method must be None for a Gaussian prior, whose free energy has an exact closed form; "
             f"got {type(method).__name__}"
@@ -360,10 +363,9 @@ def _check_finite(x: Tensor) -> None:
 
 
 def _check_prior(prior: Prior | None, dim: int, symmetric: bool) -> None:
-    known = GaussianPrior | IsingPrior | PottsPrior | SphericalPrior
     if prior is None:
         return
-    if not isinstance(prior, known):
+    if not isinstance(prior, GaussianPrior | IsingPrior | PottsPrior | SphericalPrior):
         raise TypeError(
             "prior must be a GaussianPrior, IsingPrior, PottsPrior or SphericalPrior, got "
             f"{type(prior).__name__}"
@@ -373,7 +375,7 @@ def _check_prior(prior: Prior | None, dim: int, symmetric: bool) -> None:
         raise ValueError(
             f"prior must have {dim} components like the spins, {name} has {prior.event_shape[0]}"
         )
-    if not isinstance(prior, GaussianPrior) and not symmetric:
+    if not (_is_gaussian(prior) or symmetric):
         raise ValueError(
             f"{name} needs weight_sym_internal and weight_sym_sites: without them there is no spin "
             "system whose response could be matched"
