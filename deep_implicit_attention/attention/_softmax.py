@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deq._linear_map import LinearMap, Pullback
+from ._normalize import normalized, normalized_vjp
 from ._parts import (
     FeedForward,
     Weights,
@@ -20,8 +21,6 @@ from ._parts import (
     inverse_or_identity,
     linear_weights,
     merge_heads,
-    normalized,
-    normalized_vjp,
     split_heads,
 )
 from ._pooling import Couplings, couple

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ..deq import DEQModule
 from ..deq._state import full_precision
 from ..solvers._validate import check_number
-from ._parts import check_sources, hide, normalized, project, split_heads
+from ._normalize import normalized
+from ._parts import check_sources, hide, project, split_heads
 from ._pooling import softmax_couplings
 from ._rotary import rotate
 

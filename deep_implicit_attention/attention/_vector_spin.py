@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._parts import FeedForward, check_positive, hide, merge_heads, normalized, split_heads
+from ._normalize import normalized
+from ._parts import FeedForward, check_positive, hide, merge_heads, split_heads
 from ._pooling import Couplings, couple
 from ._softmax_couplings import Memory, SoftmaxCouplings
 

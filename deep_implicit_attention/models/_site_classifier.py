@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import DEQMeanFieldAttention
-from ..attention._parts import LayerNorm
+from ..attention._normalize import LayerNorm
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
 from ..solvers._validate import check_count, check_number

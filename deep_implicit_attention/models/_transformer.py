@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
-from ..attention._parts import LayerNorm
+from ..attention._normalize import LayerNorm
 from ..attention._softmax_couplings import check_key_mask
 from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State

@@ -17,7 +17,7 @@ from ..attention import (
     DEQVanillaSoftmaxAttention,
     DEQVectorSpinAttention,
 )
-from ..attention._parts import LayerNorm
+from ..attention._normalize import LayerNorm
 from ..deq import DEQModule
 from ..solvers._validate import check_count, check_number
 from ._equilibrium import check_name, equilibrium, starts_of, value_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deep_implicit_attention.attention._parts import LayerNorm
+from deep_implicit_attention.attention._normalize import LayerNorm
 from deep_implicit_attention.models import (
     DeepImplicitAttentionTransformer,
     DeepImplicitAttentionViT,
