@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..deq import DEQModule
 from ..deq._state import full_precision
+from ..solvers._validate import check_counts
 from ._parts import (
     FeedForward,
     Weights,
     check_no_inputs,
-    check_positive,
     check_sources,
     feed_forward,
     gelu_slope,
@@ -48,7 +48,7 @@ class DEQMLPMixerAttention(DEQModule):
 
     def __init__(self, num_spins: int, dim: int, lin_response: bool = True) -> None:
         super().__init__()
-        check_positive(num_spins=num_spins, dim=dim)
+        check_counts(num_spins=num_spins, dim=dim)
         self.num_spins, self.dim, self.lin_response = num_spins, dim, lin_response
         self.sum_over_couplings = FeedForward(num_spins)
         self.correction = FeedForward(dim) if lin_response else None

@@ -13,7 +13,6 @@ from ..deq._linear_map import LinearMap, Pullback
 from ..deq._state import full_precision
 from ..deq._watched import watched
 from ..solvers._scale import is_host
-from ..solvers._validate import check_count
 from ._products import (
     gelu_linear,
     in_parts,
@@ -179,12 +178,6 @@ def inverse_or_identity(matrix: Tensor) -> Tensor:
 def on_sites(matrix: Tensor) -> LinearMap:
     """r ↦ A r_i for every site of `(B, N, d)`."""
     return LinearMap(lambda r: linear(r, matrix), lambda r: linear(r, matrix.mT))
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise unless every size is a positive integer."""
-    for name, size in sizes.items():
-        check_count(name, size)
 
 
 def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) -> None:

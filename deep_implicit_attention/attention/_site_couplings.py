@@ -13,11 +13,11 @@ from ..deq import DEQModule
 from ..deq._map import without_autocast
 from ..deq._state import full_precision
 from ..deq._watched import transformed, watched
-from ..solvers._validate import check_number
+from ..solvers._validate import check_counts, check_number
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ._linear import Factor, solve
 from ._memory import empty
-from ._parts import check_no_inputs, check_positive, check_sources
+from ._parts import check_no_inputs, check_sources
 
 
 class SiteCouplings(DEQModule):
@@ -38,7 +38,7 @@ class SiteCouplings(DEQModule):
         weight_sym_sites: bool,
     ) -> None:
         super().__init__()
-        check_positive(num_spins=num_spins, dim=dim)
+        check_counts(num_spins=num_spins, dim=dim)
         if weight_init_std is None:
             weight_init_std = 1 / math.sqrt(num_spins * dim**2)
         else:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..deq._linear_map import LinearMap, Pullback
+from ..solvers._validate import check_counts
 from ._normalize import normalized, normalized_vjp
 from ._parts import (
     FeedForward,
     Weights,
-    check_positive,
     feed_forward,
     feed_forward_at_zero,
     feed_forward_slope,
@@ -107,13 +107,13 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
-        check_positive(num_spins=num_spins, dim=dim, heads=heads)
+        check_counts(num_spins=num_spins, dim=dim, heads=heads)
         if dim % heads:
             raise ValueError(f"dim must be divisible by heads, got dim={dim}, heads={heads}")
         dim_head = dim // heads if dim_head is None else dim_head
-        check_positive(dim_head=dim_head)
+        check_counts(dim_head=dim_head)
         if correction_width is not None:
-            check_positive(correction_width=correction_width)
+            check_counts(correction_width=correction_width)
             if not lin_response:
                 raise ValueError(
                     "correction_width is the width of f, which lin_response=False drops"

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..solvers._validate import check_counts
 from ._normalize import normalized
-from ._parts import FeedForward, check_positive, hide, merge_heads, split_heads
+from ._parts import FeedForward, hide, merge_heads, split_heads
 from ._pooling import Couplings, couple
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
@@ -73,7 +74,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         rotary_base: float = 10_000.0,
         dropout: float = 0.0,
     ) -> None:
-        check_positive(dim=dim, heads=heads)
+        check_counts(dim=dim, heads=heads)
         if dim % heads or dim // heads < 3:
             raise ValueError(
                 f"dim must be divisible by heads with at least 3 components a head, got "

@@ -13,7 +13,7 @@ from ..attention import DEQMeanFieldAttention
 from ..attention._normalize import LayerNorm
 from ..deq import DEQFixedPoint
 from ..solvers import anderson
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_counts, check_number
 from ._equilibrium import value_of
 from ._image_classifier import ImageClassifier
 
@@ -58,13 +58,7 @@ class SiteClassifier(ImageClassifier):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("image_size", image_size),
-            ("num_classes", num_classes),
-            ("channels", channels),
-            ("dim", dim),
-        ):
-            check_count(name, size)
+        check_counts(image_size=image_size, num_classes=num_classes, channels=channels, dim=dim)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         if len(widths) != len(strides) or not widths:
             raise ValueError(

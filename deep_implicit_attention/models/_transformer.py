@@ -15,7 +15,7 @@ from ..attention._normalize import LayerNorm
 from ..attention._softmax_couplings import check_key_mask
 from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_counts, check_number
 from ._count import count_params
 from ._decode import check_left_padding, check_sampling, sample
 from ._equilibrium import (
@@ -99,14 +99,9 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("num_tokens", num_tokens),
-            ("max_seq_len", max_seq_len),
-            ("dim", dim),
-            ("depth", depth),
-            ("heads", heads),
-        ):
-            check_count(name, size)
+        check_counts(
+            num_tokens=num_tokens, max_seq_len=max_seq_len, dim=dim, depth=depth, heads=heads
+        )
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         check_name("attention", attention, tuple(_ATTENTION))
         check_name("positions", positions, _POSITIONS)

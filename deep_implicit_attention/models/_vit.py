@@ -19,7 +19,7 @@ from ..attention import (
 )
 from ..attention._normalize import LayerNorm
 from ..deq import DEQModule
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_counts, check_number
 from ._equilibrium import check_name, equilibrium, starts_of, value_of
 from ._image_classifier import ImageClassifier
 from ._positions import sinusoids
@@ -119,15 +119,14 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("image_size", image_size),
-            ("patch_size", patch_size),
-            ("num_classes", num_classes),
-            ("dim", dim),
-            ("depth", depth),
-            ("channels", channels),
-        ):
-            check_count(name, size)
+        check_counts(
+            image_size=image_size,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            dim=dim,
+            depth=depth,
+            channels=channels,
+        )
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         check_name("attention", attention, _ATTENTION)
         check_name("stem", stem, ("patch", "convolution"))

@@ -1,4 +1,4 @@
-"""One place where the arguments that all solvers share are checked."""
+"""Checks of arguments at the door: those that all solvers share, and numbers, for every floor."""
 
 from __future__ import annotations
 
@@ -74,6 +74,12 @@ def check_count(name: str, value: int, minimum: int = 1) -> None:
     check_integer(name, value)
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_counts(**values: int) -> None:
+    """Raise unless every value is a positive integer."""
+    for name, value in values.items():
+        check_count(name, value)
 
 
 def check_seed(seed: int) -> None:
