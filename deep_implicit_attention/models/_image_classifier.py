@@ -135,3 +135,17 @@ def _whole_state(layer: DEQFixedPoint, x: Tensor, value: Tensor) -> State:
         return value
     every = tuple(range(len(elements)))
     return DEQFixedPoint(layer.fun, output_elements=every, on_failure="ignore")(x)
+
+
+def convolutions(
+    channels: int, widths: Sequence[int], strides: Sequence[int], dim: int
+) -> nn.Sequential:
+    """3×3 convolutions with batch normalisation and GELU, then a 1×1 convolution to `dim`."""
+    layers: list[nn.Module] = []
+    for before, width, stride in zip((channels, *widths), widths, strides, strict=False):
+        layers += [
+            nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))

@@ -15,7 +15,7 @@ from ..deq import DEQFixedPoint
 from ..solvers import anderson
 from ..solvers._validate import check_count, check_counts, check_number
 from ._equilibrium import value_of
-from ._image_classifier import ImageClassifier
+from ._image_classifier import ImageClassifier, convolutions
 
 
 class SiteClassifier(ImageClassifier):
@@ -69,16 +69,7 @@ class SiteClassifier(ImageClassifier):
             check_count("widths", width)
         if any(stride not in (1, 2) for stride in strides):
             raise ValueError(f"strides must be 1 or 2, got {strides}")
-        layers: list[nn.Module] = []
-        before = channels
-        for width, stride in zip(widths, strides, strict=True):
-            layers += [
-                nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.GELU(),
-            ]
-            before = width
-        self.stem = nn.Sequential(*layers, nn.Conv2d(before, dim, 1))
+        self.stem = convolutions(channels, widths, strides, dim)
         self.image_size, self.channels, self.dim = image_size, channels, dim
         self.grid = image_size
         for stride in strides:

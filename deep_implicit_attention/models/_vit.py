@@ -21,7 +21,7 @@ from ..attention._normalize import LayerNorm
 from ..deq import DEQModule
 from ..solvers._validate import check_count, check_counts, check_number
 from ._equilibrium import check_name, equilibrium, starts_of, value_of
-from ._image_classifier import ImageClassifier
+from ._image_classifier import ImageClassifier, convolutions
 from ._positions import sinusoids
 from ._pretrained import Pretrained
 
@@ -147,7 +147,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         if stem == "patch":
             self.stem: nn.Module = nn.Conv2d(channels, dim, patch_size, patch_size)
         else:
-            self.stem = _convolutions(channels, dim, image_size, self.grid, widths)
+            self.stem = _halving(channels, dim, image_size, self.grid, widths)
         has_token = pooling == "token"
         sites = self.grid**2 + has_token
         self.token = nn.Parameter(torch.randn(1, 1, dim)) if has_token else None
@@ -224,7 +224,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         return [self.fields(z, number) for number, z in enumerate(entering)]
 
 
-def _convolutions(
+def _halving(
     channels: int, dim: int, size: int, grid: int, widths: Sequence[int] | None
 ) -> nn.Sequential:
     """Convolutions from maps of `size` to `dim` channels on a map of `grid`; the last ones halve.
@@ -248,16 +248,8 @@ def _convolutions(
             f"widths must have at least {max(halvings, 1)} entries, one for each halving of the "
             f"map from image_size {size} to {grid} patches a side, got {widths}"
         )
-    layers: list[nn.Module] = []
-    for number, width in enumerate(widths):
-        stride = 2 if number >= len(widths) - halvings else 1
-        before = widths[number - 1] if number else channels
-        layers += [
-            nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, 1))
+    strides = (1,) * (len(widths) - halvings) + (2,) * halvings
+    return convolutions(channels, widths, strides, dim)
 
 
 def _rows_and_columns(grid: int, dim: int) -> Tensor:
