@@ -259,22 +259,24 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         `solutions` are those that ``forward(ids, mask, return_solution=True)`` returned. Costs
         no solve. Dropout is drawn anew.
         """
-        states = [value_of(part) for part in check_solutions(solutions, len(self.blocks))]
-        sources = [self.fields(ids, mask), *states[:-1]]
-        maps = [
-            block.map(x, *_given(mask))  # type: ignore
-            for block, x in zip(self.blocks, sources, strict=True)
+        return [
+            (block.map(x, *_given(mask)), z) for block, x, z in self._driven(ids, solutions, mask)
         ]
-        return list(zip(maps, states, strict=True))
 
     def couplings(
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
     ) -> Tensor:
         """J_ij of every block and head, `(depth, B, heads, T, T)`, for looking."""
+        driven = self._driven(ids, solutions, mask)
+        return torch.stack([block.fun.couplings(x, mask) for block, x, _ in driven])
+
+    def _driven(
+        self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None
+    ) -> list[tuple[Any, Tensor, Tensor]]:
+        """Each block, the fields that drive it, and its equilibrium."""
         states = [value_of(part) for part in check_solutions(solutions, len(self.blocks))]
-        sources = [self.fields(ids, mask), *states[:-1]]
-        pairs = zip(self.blocks, sources, strict=True)
-        return torch.stack([block.fun.couplings(x, mask) for block, x in pairs])  # type: ignore
+        fields = [self.fields(ids, mask), *states[:-1]]
+        return list(zip(self.blocks, fields, states, strict=True))
 
     def spectral_radius(
         self, ids: Tensor, solutions: Sequence[Any], mask: Tensor | None = None
