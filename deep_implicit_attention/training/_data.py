@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import zlib
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._extras import require
-from ._files import data_folder
+from ._files import check_sha256, data_folder
 
 # sha256 of the uncompressed bytes.
 _MNIST = {
@@ -153,12 +152,7 @@ def _read(folder: Path, name: str) -> bytes:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != _MNIST[name]:
-        raise ValueError(
-            f"{path} is damaged or another file: sha256 {found}, expected {_MNIST[name]}; "
-            "delete it and get it anew"
-        )
+    check_sha256(path, content, _MNIST[name])
     return content
 
 

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and the folder that those of data are in."""
+"""Files that appear whole or not at all, and those of data: their folder, and their bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,3 +70,13 @@ def data_folder(data_dir: str | Path | None) -> tuple[str, Path | None]:
         return "data_dir", Path(data_dir)
     folder = os.environ.get("DIA_DATA")
     return "the variable DIA_DATA", None if folder is None else Path(folder)
+
+
+def check_sha256(path: Path, content: bytes, expected: str) -> None:
+    """Raise `ValueError` unless the `content` of `path` has this sha256."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{path} is damaged or another file: sha256 {found}, expected {expected}; delete it "
+            "and get it anew"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..solvers._validate import check_count, check_number
 from ._extras import require
-from ._files import data_folder
+from ._files import check_sha256, data_folder
 
 _SHAKESPEARE = "tinyshakespeare.txt"
 _SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -129,12 +128,7 @@ def shakespeare(data_dir: str | Path | None = None, *, download: bool = True) ->
     """
     path = _shakespeare_file(data_dir, download)
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != _SHAKESPEARE_SHA256:
-        raise ValueError(
-            f"{path} is damaged or another file: sha256 {found}, expected "
-            f"{_SHAKESPEARE_SHA256}; delete it and get it anew"
-        )
+    check_sha256(path, content, _SHAKESPEARE_SHA256)
     return text_data(content.decode())
 
 
