@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,20 +38,23 @@ _AT_A_SOLUTION = (
 )
 
 
+class Forward(NamedTuple):
+    """How a solution was found, which a backward solve follows where it has no settings of its own.
+
+    `rough` says that f has an approximation for the first steps.
+    """
+
+    tol: float
+    max_iter: int
+    on_failure: str
+    preconditioner: Callable[[Tensor], Tensor] | None = None
+    rough: bool = False
+
+
 class Adjoint:
     """Attaches a solution to the graph. Subclasses: `Implicit`, `OneStep`, `Phantom`."""
 
-    def attach(
-        self,
-        f: TracedMap,
-        z: Tensor,
-        *,
-        tol: float,
-        max_iter: int,
-        on_failure: str,
-        preconditioner: Callable[[Tensor], Tensor] | None = None,
-        rough: bool = False,
-    ) -> Tensor:
+    def attach(self, f: TracedMap, z: Tensor, forward: Forward) -> Tensor:
         """`z` `(B, n)`, bit for bit, as a differentiable function of what `f` depends on."""
         raise NotImplementedError
 
@@ -115,31 +118,23 @@ class Implicit(Adjoint):
         ):
             object.__setattr__(self, name, value)
 
-    def attach(
-        self,
-        f: TracedMap,
-        z: Tensor,
-        *,
-        tol: float,
-        max_iter: int,
-        on_failure: str,
-        preconditioner: Callable[[Tensor], Tensor] | None = None,
-        rough: bool = False,
-    ) -> Tensor:
-        if not takes(self.solver, "preconditioner") or "preconditioner" in self.options:
-            preconditioner = None
+    def attach(self, f: TracedMap, z: Tensor, forward: Forward) -> Tensor:
         equation = _Equation(
             self,
-            tol if self.tol is None else self.tol,
-            max_iter if self.max_iter is None else self.max_iter,
-            on_failure,
-            preconditioner,
-            rough and takes(self.solver, "rough") and "rough" not in self.options,
+            forward.tol if self.tol is None else self.tol,
+            forward.max_iter if self.max_iter is None else self.max_iter,
+            forward.on_failure,
+            forward.preconditioner if self._leaves_open("preconditioner") else None,
+            forward.rough and self._leaves_open("rough"),
         )
         tape = None
         if f.closes_over:
             tape = f(z, [t.detach() for t in f.tensors])
         return _attach(f, equation, z, tape, f.kept())
+
+    def _leaves_open(self, option: str) -> bool:
+        """Whether the solver takes an option that the user has not given."""
+        return takes(self.solver, option) and option not in self.options
 
 
 @dataclass(frozen=True)
@@ -162,17 +157,7 @@ class Phantom(Adjoint):
         check_count("steps", self.steps)
         check_number("damping", self.damping, minimum=0.0, below=1.0)
 
-    def attach(
-        self,
-        f: TracedMap,
-        z: Tensor,
-        *,
-        tol: float,
-        max_iter: int,
-        on_failure: str,
-        preconditioner: Callable[[Tensor], Tensor] | None = None,
-        rough: bool = False,
-    ) -> Tensor:
+    def attach(self, f: TracedMap, z: Tensor, forward: Forward) -> Tensor:
         unrolled = z
         for _ in range(self.steps):
             image = f(unrolled, f.tensors)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from ..solvers import Solution, anderson, gmres
 from ..solvers._validate import check_options, takes
-from ._adjoints import Adjoint, Implicit
+from ._adjoints import Adjoint, Forward, Implicit
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
 from ._map import (
@@ -146,8 +146,8 @@ def solve_and_attach(
         flat_preconditioner = on_vectors(state_preconditioner, layout)
         if takes(solver, "preconditioner"):
             solver_options = {"preconditioner": flat_preconditioner, **solver_options}
-    plain = None
-    if rough_args is not None or not torch.is_grad_enabled():
+    differentiable, plain = torch.is_grad_enabled(), None
+    if rough_args is not None or not differentiable:
         plain = plain_arguments(f, args)
     if plain is None:
         rough_args = None  # narrow parameters are widened for f, but not for its approximation
@@ -155,7 +155,7 @@ def solve_and_attach(
         solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
     refuse_transformations()
-    if not torch.is_grad_enabled() and plain is not None:
+    if not differentiable and plain is not None:
         with without_autocast(flat):
             solution = solve(untraced(f, layout, plain), flat)
         value = solution.value.clone()  # a map may return what it was given
@@ -163,7 +163,6 @@ def solve_and_attach(
     traced = TracedMap(f, layout, args)
     if dual(traced.tensors):
         raise RuntimeError(_FORWARD_MODE)
-    differentiable = torch.is_grad_enabled()
 
     with torch.no_grad(), without_autocast(flat):
         constants = [t.detach() for t in traced.tensors]
@@ -183,15 +182,9 @@ def solve_and_attach(
     depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)
     if differentiable and depends:
         with without_autocast(flat):
-            value = adjoint.attach(
-                traced,
-                value,
-                tol=tol,
-                max_iter=max_iter,
-                on_failure=on_failure,
-                preconditioner=flat_preconditioner,
-                rough=rough_args is not None,
-            )
+            rough = rough_args is not None
+            forward = Forward(tol, max_iter, on_failure, flat_preconditioner, rough)
+            value = adjoint.attach(traced, value, forward)
     else:
         value = value.clone()  # a map may return what it was given
     traced.tensors = []  # from here on what autograd saved is all that is held
