@@ -1,4 +1,4 @@
-"""Memory of matrices between all sites, most of what a solve can touch: had, kept and compared."""
+"""Memory of matrices between all sites, which is most of a solve's: taken, used again, compared."""
 
 from __future__ import annotations
 

@@ -61,8 +61,9 @@ class Books:
         What is not `exact` counts neither as converged nor as the best.
         """
         k = len(self.trace)
-        with np.errstate(all="ignore"):  # a copy of g_norm: they are returned apart
-            now = g_norm / (f_norm + self.tiny) if self.relative else 1.0 * g_norm
+        with np.errstate(all="ignore"):
+            # A copy, so that residual and norm of a solution do not share memory.
+            now = g_norm / (f_norm + self.tiny) if self.relative else g_norm.copy()
         if some(f_norm > self.huge):
             # Who comes here by growing runs away; who began here is large, and no more.
             away = (f_norm > self.huge) & (g_norm / _GROWTH > self.first_norm) if k else self.broken
