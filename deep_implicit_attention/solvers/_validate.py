@@ -35,9 +35,9 @@ def check_arguments(
     check_count("max_iter", max_iter)
     if stop_mode not in STOP_MODES:
         raise ValueError(f"stop_mode must be one of {STOP_MODES}, got {stop_mode!r}")
-    for name, map in (("preconditioner", preconditioner), ("rough", rough)):
-        if map is not None and not callable(map):
-            raise TypeError(f"{name} must be callable or None, got {type(map).__name__}")
+    for option, given in (("preconditioner", preconditioner), ("rough", rough)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{option} must be callable or None, got {type(given).__name__}")
 
 
 def check_number(
