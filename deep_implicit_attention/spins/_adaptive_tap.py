@@ -40,4 +40,7 @@ class AdaptiveTAP(ConsistentMethod):
         local = frame.local
         zero = x.new_zeros(*x.shape, x.shape[-1])
         m = local.mean(x, zero) if start is None else start
-        return self.fixed_point(AdaptiveTAPStep(local), (m, zero), x, frame.couplings), None
+        solution = self.fixed_point(
+            AdaptiveTAPStep(local), (m, zero), x, frame.couplings, rounding=local.rounding
+        )
+        return solution, None

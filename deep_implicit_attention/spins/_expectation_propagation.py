@@ -87,7 +87,12 @@ class ExpectationPropagation(ConsistentMethod):
         local, couplings = frame.local, frame.couplings
         schedule = _Schedule(self, local, x.detach(), couplings.detach(), start)
         solution = self.fixed_point(
-            AdaptiveTAPStep(local), schedule.state(), x, couplings, solver=schedule
+            AdaptiveTAPStep(local),
+            schedule.state(),
+            x,
+            couplings,
+            solver=schedule,
+            rounding=local.rounding,
         )
         return solution, schedule.objective
 

@@ -20,6 +20,8 @@ from ._system import SpinSystem
 class Local(nn.Module):
     """A prior as seen in a frame: fields `(B, N, k)`, V and covariances `(B, N, k, k)`."""
 
+    rounding = 0.0  # of the mean, however small it is, in units of the dtype's
+
     def __init__(self, prior: Prior) -> None:
         super().__init__()
         self.prior = prior
@@ -69,6 +71,8 @@ class _Sphere(Local):
 
 
 class _Potts(Local):
+    rounding = 1.0  # a small difference of probabilities of order 1/q, and the part of V in it
+
     def __init__(self, prior: Prior, basis: Tensor) -> None:
         super().__init__(prior)
         self.register_buffer("basis", basis, persistent=False)

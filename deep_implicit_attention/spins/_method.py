@@ -31,7 +31,8 @@ class IteratedMethod:
     Args:
         tol: relative residual at which a sample is solved. The default is for float64; in float32
             residuals stop falling at 1e-7 or above: pass about 1e-5. Variances do not hide small
-            magnetizations: where fields are weak these count in units of their own size.
+            magnetizations: where fields are weak these count in units of their own size (those of
+            Potts spins as far as rounding allows, which for the default is 2e-6).
         max_iter: solver steps at most.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.
@@ -67,11 +68,13 @@ class IteratedMethod:
         start: tuple[Tensor, ...],
         *args: Any,
         solver: Callable[..., Solution] | None = None,
+        rounding: float = 0.0,
     ) -> Solution:
         """Solve `step` for magnetizations, or they and variances, given fields and other `args`.
 
         The report on the forward solve is left to the method. A `solver` given here stands for the
-        method's own and all of its options.
+        method's own and all of its options. `rounding`, in units of the dtype's, is the error that
+        magnetizations have however small they are.
         """
 
         def solve(step: Callable, start: tuple[Tensor, ...], options: dict[str, Any]) -> Solution:
@@ -82,7 +85,9 @@ class IteratedMethod:
         general = {"tol": self.options["tol"], "max_iter": self.options["max_iter"]}
         first = solve(step, start, self.options if solver is None else general | {"solver": solver})
         relative = self.options.get("stop_mode", "rel") == "rel"
-        unit = _unit_of_small(first, args[0]) if relative else None
+        # In a smaller unit this error would be more than the tolerance.
+        least = rounding * torch.finfo(args[0].dtype).eps / (general["tol"] or 1.0)
+        unit = _unit_of_small(first, args[0], least) if relative else None
         if unit is None:
             return first
         # So weak, they are a linear response to the fields: Newton's method has a step to go.
@@ -113,8 +118,10 @@ class IteratedMethod:
         return stays.value
 
 
-def _unit_of_small(solution: Solution, fields: Tensor) -> Tensor | None:
+def _unit_of_small(solution: Solution, fields: Tensor, least: float) -> Tensor | None:
     """The size of magnetizations that variances hide, a power of two, `(B, 1, …)`; 1 elsewhere.
+
+    It is at least `least`.
 
     None where there are none. Without fields m = 0 is a solution, beside which nothing is small.
     """
@@ -123,7 +130,9 @@ def _unit_of_small(solution: Solution, fields: Tensor) -> Tensor | None:
         return None
     size, beside = m.abs().amax(dim=1), V.abs().amax(dim=1)
     small = solution.converged & (fields.detach() != 0).flatten(1).any(dim=1)
-    small &= (size > torch.finfo(m.dtype).tiny) & (size < _SMALL * beside)
+    small &= size > torch.finfo(m.dtype).tiny
+    size = size.clamp_min(least)
+    small &= size < _SMALL * beside
     if not bool(small.any()):
         return None
     unit = torch.where(small, torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent), 1.0)

@@ -74,7 +74,9 @@ class SelfAveragingTAP(IteratedMethod):
 
         alone = local.mean(x, _everywhere(zero, x))
         begin = alone if start is None else frame.coordinates(start.detach())
-        solution = self.fixed_point(_Step(local), (begin, zero), x, couplings, spectrum)
+        solution = self.fixed_point(
+            _Step(local), (begin, zero), x, couplings, spectrum, rounding=local.rounding
+        )
         report(solution, self.on_failure, "SelfAveragingTAP", self.options["tol"], stacklevel=4)
         m, V = solution.value
         log, energy, mean_chi = _read(local, x, couplings, spectrum, m, V)

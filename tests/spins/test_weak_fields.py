@@ -9,6 +9,7 @@ from deep_implicit_attention.spins import (
     ExpectationPropagation,
     IsingPrior,
     NaiveMeanField,
+    PottsPrior,
     SelfAveragingTAP,
     SphericalPrior,
     SpinSystem,
@@ -49,6 +50,20 @@ def test_the_response_is_linear(kind, name, size):
     other = kind()(spins, x[1])
     torch.testing.assert_close(response.magnetization[1], other.magnetization, rtol=1e-12, atol=0)
     assert bool((response.solution.residual <= 1e-10).all())
+
+
+@pytest.mark.parametrize("kind", [AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation])
+@pytest.mark.parametrize("size", [1e-5, 1e-8, 1e-20])
+def test_probabilities_of_potts_spins_are_right_to_rounding(kind, size):
+    """Their deviations from 1/q cannot be solved to less than their rounding."""
+    generator = torch.Generator().manual_seed(0)
+    upper = 0.4 * torch.randn(5, 5, generator=generator, dtype=torch.float64).triu(1)
+    x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    spins = SpinSystem(upper + upper.mT, PottsPrior(4))
+    alone = kind()(spins, 0 * x).susceptibility.view(20, 20)
+    response = kind(on_failure="raise", max_iter=60)(spins, size * x)
+    expected = 1 / 4 + (alone @ (size * x).flatten()).view(5, 4)
+    torch.testing.assert_close(response.magnetization, expected, rtol=0, atol=size**2 + 1e-15)
 
 
 @pytest.mark.parametrize("kind", METHODS)
