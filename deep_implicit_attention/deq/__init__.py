@@ -10,6 +10,7 @@ from ._diagnostics import error_bound, jacobian_norm, jacobian_penalty, spectral
 from ._failure import ConvergenceError, ConvergenceWarning
 from ._fixed_point import fixed_point
 from ._layer import DEQFixedPoint
+from ._linear_map import LinearMap, Pullback
 from ._module import DEQModule
 from ._state_cache import StateCache
 
@@ -19,8 +20,10 @@ __all__ = [
     "DEQFixedPoint",
     "DEQModule",
     "Implicit",
+    "LinearMap",
     "OneStep",
     "Phantom",
+    "Pullback",
     "StateCache",
     "error_bound",
     "fixed_point",

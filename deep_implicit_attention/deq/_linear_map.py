@@ -13,7 +13,8 @@ from ._state import Layout
 
 
 class LinearMap(NamedTuple):
-    """v ↦ A v with its transpose, v ↦ Aᵀ v.
+    """v ↦ A v with its transpose, v ↦ Aᵀ v, for states: what `preconditioner` of a `DEQModule`
+    returns.
 
     A preconditioner A ≈ (1 − L)⁻¹ of an update F may know its `remainder`, z ↦ F(z) − L z or what
     is near it, where that costs less than F: then z ↦ A remainder(z) is a step without an update.
@@ -28,14 +29,16 @@ class LinearMap(NamedTuple):
 
 
 class Pullback(NamedTuple):
-    """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context.
+    """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context: what `vjp` of a `DEQModule`
+    returns.
 
-    `remainder` is v ↦ (∂R/∂z)ᵀ v for the remainder R of the preconditioner, if that has any.
+    `by_context(v, needed)` takes the context with booleans in place of its tensors, whether a
+    derivative by each is wanted, and returns it with the derivatives in it; of several arguments
+    each has its own. `remainder` is v ↦ (∂R/∂z)ᵀ v for the remainder R of the preconditioner, if
+    that has any.
     """
 
     by_state: Callable[[Any], Any]
-    # Takes v and the context (each of several arguments) with booleans in place of its tensors,
-    # whether a derivative by each is wanted; returns this with the derivatives in it.
     by_context: Callable[..., Any]
     remainder: Callable[[Any], Any] | None = None
 

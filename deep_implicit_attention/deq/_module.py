@@ -28,11 +28,11 @@ class DEQModule(nn.Module):
 
     - ``preconditioner(context) -> r ↦ P r``, on states, linear, for every sample by itself: an
       approximation of (1 − ∂F/∂z)⁻¹ for solvers that take one, or None. As a
-      `deq._linear_map.LinearMap` it knows its transpose, which backward needs and autograd finds
-      otherwise; it may know its `remainder`, too, by which solves from zeros begin a step nearer,
-      and that of the `Pullback` (see `vjp`) backward ones. It sees no gradients. Residuals stay
-      those of the plain map, and a sample of whose residual the first preconditioned step leaves
-      more than 0.8 goes on without it.
+      `LinearMap` it knows its transpose, which backward needs and autograd finds otherwise; it may
+      know its `remainder`, too, by which solves from zeros begin a step nearer, and that of the
+      `Pullback` (see `vjp`) backward ones. It sees no gradients. Residuals stay those of the plain
+      map, and a sample of whose residual the first preconditioned step leaves more than 0.8 goes
+      on without it.
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
       backward; or None. The last steps, and the residuals of what is returned, are those of the
@@ -42,8 +42,8 @@ class DEQModule(nn.Module):
     - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
       Derivatives of second and higher order take the plain path. What it returns may use tensors
       of the context and of `vjp` itself, but not read parameters of the module. As a
-      `deq._linear_map.Pullback` it knows the derivatives by the context as well, so that backward
-      needs no evaluation with a graph; `update` must then depend on nothing but z and the context.
+      `Pullback` it knows the derivatives by the context as well, so that backward needs no
+      evaluation with a graph; `update` must then depend on nothing but z and the context.
 
     Where a subclass or an instance has another `update`, none of these (nor `append`) is used that
     was written for the one that it replaces.

@@ -149,3 +149,19 @@ def test_adaptive_tap_for_samples_one_by_one(sites):
     x = torch.randn(3, sites, 8)
     with torch.no_grad():
         torch.testing.assert_close(vmap(lambda one: layer(one[None])[0])(x), layer(x))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_normalised_states(causal):
+    torch.manual_seed(0)
+    module = DEQVanillaSoftmaxAttention(5, 6, heads=2, normalize=True, causal=causal).double()
+    layer = DEQFixedPoint(module, steps=3)
+    x, tangent = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    found = grad(lambda x: layer(x).pow(3).sum())(x)
+    at = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(at).pow(3).sum(), at)
+    close(found, expected)
+    _, along = jvp(lambda x: layer(x).pow(3).sum(), (x,), (tangent,))
+    close(along, (expected * tangent).sum())
+    with torch.no_grad():
+        close(vmap(lambda one: layer(one[None])[0])(x), layer(x))

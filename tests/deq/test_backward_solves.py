@@ -7,8 +7,14 @@ import torch
 from torch.autograd import grad
 
 from deep_implicit_attention.attention import DEQMeanFieldAttention
-from deep_implicit_attention.deq import DEQFixedPoint, Implicit, fixed_point
-from deep_implicit_attention.solvers import picard
+from deep_implicit_attention.deq import (
+    DEQFixedPoint,
+    DEQModule,
+    Implicit,
+    LinearMap,
+    fixed_point,
+)
+from deep_implicit_attention.solvers import gmres, picard
 
 from .conftest import TIGHT
 
@@ -47,3 +53,39 @@ def test_a_preconditioner_of_ones_own_serves_in_the_place_of_the_modules():
     found = grad(z.pow(3).sum(), x)
     assert shapes == {(2, 12)}
     torch.testing.assert_close(found, grad(layer(x).pow(3).sum(), x), rtol=1e-9, atol=1e-9)
+
+
+class Affine(DEQModule):
+    """z = A z + x with an A far from symmetric, and (1 − A)⁻¹ but for a little."""
+
+    def __init__(self, knows_its_transpose):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        a = 0.2 * torch.randn(4, 4, generator=generator, dtype=torch.float64).triu()
+        self.register_buffer("a", a)
+        self.knows_its_transpose = knows_its_transpose
+
+    def update(self, z, context):
+        return z @ self.a.mT + context
+
+    def preconditioner(self, context):
+        inverse = torch.linalg.inv(torch.eye(4).to(self.a) - 0.99 * self.a)
+        if self.knows_its_transpose:
+            return LinearMap(lambda r: r @ inverse.mT, lambda r: r @ inverse)
+        return lambda r: r @ inverse.mT
+
+
+@pytest.mark.parametrize("solver", [picard, gmres])
+@pytest.mark.parametrize("knows_its_transpose", [True, False])
+def test_a_plain_callable_is_transposed_for_backward(solver, knows_its_transpose):
+    module, seen = Affine(knows_its_transpose), []
+    adjoint = Implicit(solver, tol=1e-12, observe=seen.append)
+    layer = DEQFixedPoint(module, adjoint=adjoint, solver_fwd_tol=1e-12)
+    x = torch.arange(8.0, dtype=torch.float64).view(2, 4).requires_grad_()
+    solution = layer(x, return_solution=True)
+    found = grad(solution.value.square().sum(), x)[0]
+    expected = torch.linalg.inv(torch.eye(4).to(module.a) - module.a)
+    torch.testing.assert_close(solution.value, x @ expected.mT)
+    torch.testing.assert_close(found, 2 * solution.value @ expected)
+    # Backward needs as few steps as forward; with P in the place of its transpose many more.
+    assert int(seen[0].steps.max()) <= int(solution.steps.max()) + 1 <= 9

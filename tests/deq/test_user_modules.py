@@ -92,6 +92,30 @@ def test_functional_call_with_constants_differentiates_at_them(rich, x):
     torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_part_that_is_there_twice(x):
+    """By two names, and with a weight that a third part has as well."""
+
+    class Twice(DEQModule):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.again, self.other = self.first, nn.Linear(4, 4)
+            self.other.weight = self.first.weight
+            nn.init.uniform_(self.first.weight, -0.1, 0.1)
+
+        def update(self, z, context):
+            return self.other(torch.tanh(self.again(self.first(z) + context)))
+
+    torch.manual_seed(0)
+    module = Twice().double()
+    tensors = [x, *module.parameters()]
+    assert len(tensors) == 4
+    mine = grad(DEQFixedPoint(module, **TIGHT)(x).pow(3).sum(), tensors)
+    theirs = grad(reference(module, x).pow(3).sum(), tensors)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_branch_that_the_start_does_not_take_is_differentiated(x):
     class Branching(DEQModule):
         def __init__(self):
