@@ -117,7 +117,7 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     def network(x: Tensor) -> Tensor:
         return linear_term(gelu_linear(x, weights.w_in, weights.b_in), weights.w_out, weights.b_out)
 
-    return in_parts(network, len(weights.b_in), x)
+    return in_parts(network, weights.b_in.shape[0], x)
 
 
 def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
@@ -138,7 +138,7 @@ def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
     def network(v: Tensor, slope: Tensor) -> Tensor:
         return linear_term(linear_times(v, out, slope), back)
 
-    return Pullback(lambda v: in_parts(network, len(weights.b_in), v, slope), by_weights)
+    return Pullback(lambda v: in_parts(network, weights.b_in.shape[0], v, slope), by_weights)
 
 
 def feed_forward_at_zero(weights: Weights) -> Tensor:

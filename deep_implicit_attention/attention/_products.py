@@ -39,10 +39,12 @@ _ALIASED = 4096
 _TALL = 1024
 _FACTORS = 8
 # So many bytes of hidden units are still in the cache when the next product reads them; a network
-# with more of them than some such parts, and at least so many rows a part, is computed in parts.
+# with more of them than some such parts, at least so many rows a part, and so many components a
+# row, is computed in parts.
 _PART = 1 << 20
 _PARTS = 4
 _PART_ROWS = 512
+_WORTH = 32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -149,12 +151,14 @@ def in_parts(network: Callable[..., Tensor], width: int, *states: Tensor) -> Ten
         return network(*states)
     each = width * x.element_size()
     rows, step = x.numel() // x.shape[-1], _PART // each
-    many = rows * each >= _PARTS * _PART and step >= _PART_ROWS
+    many = rows * each >= _PARTS * _PART and step >= _PART_ROWS and x.shape[-1] >= _WORTH
     if not many or watched(*states):
         return network(*states)
     cut = zip(*(state.reshape(rows, -1).split(step) for state in states), strict=True)
-    result = x.new_empty(rows, x.shape[-1])
-    for part, some in zip(result.split(step), cut, strict=True):
+    first = network(*next(cut))
+    result = first.new_empty(rows, x.shape[-1])
+    result[:step] = first
+    for part, some in zip(result[step:].split(step), cut, strict=True):
         part.copy_(network(*some))
     return result.view(x.shape)
 

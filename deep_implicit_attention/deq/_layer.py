@@ -35,8 +35,8 @@ class DEQFixedPoint(nn.Module):
     with shared weights.
 
     A module that has its fixed point in closed form (`solve`, see `DEQModule`) is not iterated to
-    equilibrium: gradients are exact, and the solver, its options, `adjoint` and where to start
-    from change nothing.
+    equilibrium: gradients are exact, and the solver, `adjoint`, where to start from and options
+    but the forward tolerance, by which it is judged, change nothing.
 
     Args:
         fun: the module; kept as `.fun`.

@@ -77,6 +77,12 @@ def transpose(linear: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Ten
     with torch.enable_grad():
         v = torch.zeros_like(like).requires_grad_()
         image = linear(v)
+    if not image.requires_grad:
+        raise RuntimeError(
+            "the preconditioner computes without gradients, so its transpose, which backward "
+            "needs, cannot be found: leave out no_grad and detach, or return a LinearMap, which "
+            "has both"
+        )
     return lambda u: vjp(image, v, u)
 
 

@@ -126,13 +126,14 @@ def _solution(
     converged = finite & (residual <= tol)
     codes = torch.where(converged, Status.CONVERGED.code, otherwise.code)
     codes = torch.where(finite, codes, Status.NONFINITE.code)
-    rows = torch.where(finite, torch.stack(tuple(trace)), torch.inf)
+    residual = torch.where(finite, residual, torch.inf)
+    rows = torch.stack((*trace[:-1], residual))
     return Solution(
         value=value,
-        residual=rows[-1],
+        residual=residual,
         steps=torch.full_like(codes, steps),
         converged=converged,
         codes=codes,
-        trace=rows,
+        trace=torch.where(finite | rows.isfinite(), rows, torch.inf),
         residual_norm=torch.where(finite, norm, torch.inf),
     )

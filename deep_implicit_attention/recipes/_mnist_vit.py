@@ -68,8 +68,7 @@ class MnistViT(ImageRecipe):
     threads: int = 1
     device: Device = "cpu"
 
-    def check(self) -> None:
-        super().check()
+    def check_idle(self) -> None:
         if self.attention == "adaptive-tap":
             refuse(self, "adaptive-tap, which is solved in closed form", "solver", "max_iter")
 

@@ -92,12 +92,14 @@ class Shakespeare(TrainingFlags):
         check_count("length", self.length)
         if self.text is not None and self.data_dir is not None:
             raise ValueError("--data-dir is where Tiny Shakespeare is; with --text it has no use")
-        if self.positions != "rotary":
-            refuse(self, f"positions {self.positions}", "rotary_base")
         if self.learn < 0:
             raise ValueError(f"learn must be at least 0, got {self.learn}")
         if self.sample < 1:
             raise ValueError(f"sample must be at least 1, got {self.sample}")
+
+    def check_idle(self) -> None:
+        if self.positions != "rotary":
+            refuse(self, f"positions {self.positions}", "rotary_base")
 
     def load(self, *, download: bool = True) -> TextData:
         """The text of this recipe; `download=False` takes only what is on this machine."""

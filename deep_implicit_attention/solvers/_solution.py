@@ -85,6 +85,7 @@ class Solution:
             out where f(z) − z is bounded, does not count.
         codes: `(B,)`, the integer codes behind `status`.
         trace: `(steps, B)`, residual at each step; a finished sample repeats its last entry.
+            Infinite for a sample that a layer has left out because it is not finite.
         residual_norm: `(B,)`, the absolute ‖f(z) − z‖ (‖b − A x‖), whatever the stop mode.
         note: what else there is to say about a failure, for the warning.
     """

@@ -55,8 +55,8 @@ class Run:
             yield
 
     def start(self, config: dict[str, Any]) -> None:
-        """Make the folder anew: the configuration, and nothing that recipes and reports have made
-        of an earlier run. Other files stay.
+        """Make the folder anew: the configuration, and no metrics, weights and checkpoints of an
+        earlier run, nor what recipes and reports made of it. Other files stay.
 
         Paths in the configuration become strings.
 

@@ -46,6 +46,7 @@ def by_hand(x, weights):
         ((16, 256, 64), 256, torch.float32, 4),
         ((3, 1377, 48), 256, torch.float32, 5),  # the last part is a smaller one
         ((32, 64, 64), 256, torch.float64, 4),
+        ((512, 128, 16), 64, torch.float32, 1),  # too narrow
         ((15, 256, 64), 256, torch.float32, 1),  # too few to be worth it
         ((16, 128, 32), 2048, torch.float32, 1),  # as many hidden units, of too few rows a part
     ],

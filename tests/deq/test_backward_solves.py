@@ -89,3 +89,15 @@ def test_a_plain_callable_is_transposed_for_backward(solver, knows_its_transpose
     torch.testing.assert_close(found, 2 * solution.value @ expected)
     # Backward needs as few steps as forward; with P in the place of its transpose many more.
     assert int(seen[0].steps.max()) <= int(solution.steps.max()) + 1 <= 9
+
+
+@pytest.mark.parametrize("solver", [picard, gmres])
+def test_a_preconditioner_without_a_graph_is_refused_not_zero(solver):
+    class Detached(Affine):
+        def preconditioner(self, context):
+            return torch.no_grad()(super().preconditioner(context))
+
+    x = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    z = DEQFixedPoint(Detached(False), adjoint=Implicit(solver))(x)
+    with pytest.raises(RuntimeError, match="preconditioner computes without gradients"):
+        z.sum().backward()

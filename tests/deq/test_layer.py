@@ -20,6 +20,7 @@ from deep_implicit_attention.deq import (
     OneStep,
     Phantom,
 )
+from deep_implicit_attention.deq._relax import relax
 from deep_implicit_attention.deq._state import finite_samples
 from deep_implicit_attention.solvers import Solution, Status, anderson, newton_krylov, picard
 
@@ -322,6 +323,13 @@ class TestFailure:
         assert torch.equal(mine[0][keep], theirs[0][keep])
         for a, b in zip(mine[1:], theirs[1:], strict=True):
             torch.testing.assert_close(a, b)
+
+    def test_residuals_before_a_state_overflows_are_kept(self):
+        start = torch.tensor([[1.0], [0.0]])
+        solution = relax(lambda z: 1e15 * z, start, 3, 1e-4, True)
+        assert solution.status == (Status.NONFINITE, Status.CONVERGED)
+        assert solution.trace[:, 0].tolist() == [1.0, torch.inf, torch.inf]
+        assert solution.residual[0] == solution.residual_norm[0] == torch.inf
 
     def test_a_nonfinite_sample_in_the_loss_is_not_hidden(self, layer, fields):
         x = fields.clone()

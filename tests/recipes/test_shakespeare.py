@@ -385,6 +385,17 @@ def test_settings_out_of_range(flags: str, part: str, train: Dia, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_an_earlier_version_may_have_idle_settings(train: Dia, tmp_path: Path) -> None:
+    assert train("--positions", "learned").status == 0
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rotary_base": 50.0}))
+    flags = ["--positions", "learned", "--rotary-base", "50"]
+    assert "--rotary-base has no meaning" in train(*flags).complaint()
+    resumed = train(*flags, "--resume")
+    assert resumed.status == 0, resumed.err
+    assert "is finished" in resumed.out
+
+
 @pytest.mark.parametrize("content", [b"", b"a", b"\xff\xfe"])
 def test_a_file_that_is_no_text(content: bytes, train: Dia, tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(content)

@@ -157,7 +157,7 @@ def test_a_recipe_that_is_not_known_has_curves(recipe: object, copy: Path) -> No
             ["seed must be int, got None", "threads must be int, got 'two'", "tol must be float"],
         ),
         ({"seed": "a"}, ["seed must be int, got 'a'"]),
-        ({"threads": -3}, ["threads must be at least 0, got -3"]),
+        ({"threads": -3}, ["threads must be from 0 to"]),
     ],
 )
 def test_settings_that_cannot_be_used(
@@ -172,7 +172,7 @@ def test_settings_that_cannot_be_used(
 
 
 @pytest.mark.quick("10000.0")
-@pytest.mark.parametrize("factor", [20.0, 1e4])
+@pytest.mark.parametrize("factor", [100.0, 1e4])
 def test_couplings_that_make_plain_steps_run_away(factor: float, copy: Path) -> None:
     """What is finite is shown, on a scale on which the first step and the answer are seen; what is
     not finite is said to be so."""
