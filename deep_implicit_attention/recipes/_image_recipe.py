@@ -95,7 +95,7 @@ class Digits(SiteRecipe):
     """Train on the 1,797 digits of 8×8 pixels bundled with scikit-learn (no download).
 
     A fifth of the images is held out for the test; of the rest a part is set aside to choose the
-    best epoch. Takes a minute on two cores.
+    best epoch. Takes a minute on one core.
     """
 
     run_dir: Path = Path("runs/digits")
