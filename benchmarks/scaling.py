@@ -215,7 +215,8 @@ def main() -> None:
         "arithmetic where small sizes are dispatching or large ones fill the processor better; "
         "above it where couplings outgrow the caches. Softmax couplings are a matrix made "
         "once, or made anew in every evaluation by fused attention, whose exponentials are not "
-        "counted in the arithmetic.\n\n" + "\n".join(lines),
+        "counted in the arithmetic. On a machine shared with others an exponent moves by a tenth "
+        "from run to run.\n\n" + "\n".join(lines),
     )
     lines, memory = without_a_matrix()
     write_section(
