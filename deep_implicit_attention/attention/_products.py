@@ -44,7 +44,7 @@ _FACTORS = 8
 _PART = 1 << 20
 _PARTS = 4
 _PART_ROWS = 512
-_WORTH = 32
+_PART_COMPONENTS = 32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,7 +151,7 @@ def in_parts(network: Callable[..., Tensor], width: int, *states: Tensor) -> Ten
         return network(*states)
     each = width * x.element_size()
     rows, step = x.numel() // x.shape[-1], _PART // each
-    many = rows * each >= _PARTS * _PART and step >= _PART_ROWS and x.shape[-1] >= _WORTH
+    many = rows * each >= _PARTS * _PART and step >= _PART_ROWS and x.shape[-1] >= _PART_COMPONENTS
     if not many or watched(*states):
         return network(*states)
     cut = zip(*(state.reshape(rows, -1).split(step) for state in states), strict=True)
