@@ -176,10 +176,26 @@ def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
 def mismatch(local: Local, white: Whitened, V: Tensor) -> Tensor:
     """T_i = [K − KχK]_ii, `(B, N, k, k)`: χ_ii = C_i − C_i T_i C_i, so it is 0 at a solution."""
     batch, sites, k = V.shape[:3]
+    if k == 1 and not white.factor.requires_grad:
+        return _scalar_mismatch(white, V)
     reached = torch.linalg.solve_triangular(white.factor, white.pulled, upper=False)
     columns = reached.view(batch, sites * k, sites, k)
     gap = local.match(V - torch.einsum("bnik,bnil->bikl", columns, columns))
     return 0.5 * (gap + gap.mT)
+
+
+def _scalar_mismatch(white: Whitened, V: Tensor) -> Tensor:
+    """`mismatch` of scalar spins from M = (1 + cKc)⁻¹, three quarters of the arithmetic.
+
+    As (1 + cKc) M = 1, (KcM)_ij = −M_ij / c_i, but for j = i, where the 1 would swallow what is
+    left of it: there it is the sum r_i = Σ_j M_ij c_j K_ji. Without a graph only, since derivatives
+    of 1 / c_i are out of range for frozen spins.
+    """
+    inverse = torch.cholesky_inverse(white.factor)
+    # M is symmetric, and transposed it lies in memory as cK does.
+    reached = (inverse.mT * white.pulled).sum(dim=1).view_as(V)
+    own = inverse.diagonal(dim1=1, dim2=2).view_as(V)
+    return V * (1 - own) + reached / white.root - white.root * V * reached
 
 
 def respond(white: Whitened, b: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from deep_implicit_attention.spins import (
     SpinSystem,
     sherrington_kirkpatrick,
 )
+from deep_implicit_attention.spins._consistency import AdaptiveTAPStep
+from deep_implicit_attention.spins._frames import frame_of
 
 TIGHT = AdaptiveTAP(tol=1e-13)
 
@@ -207,8 +209,8 @@ def test_halving_the_couplings_divides_the_error_of_m_by_eight():
     assert math.log2(errors[0] / errors[1]) > 2.7
 
 
-def test_a_step_is_one_factorisation_and_one_triangular_solve(monkeypatch):
-    """And reading off everything else, the determinant included, one with its inverse."""
+def test_a_step_is_one_factorisation_and_its_inverse(monkeypatch):
+    """And reading off everything else, the determinant included, one more of each."""
     calls: list[str] = []
 
     def count(module, name):
@@ -235,8 +237,26 @@ def test_a_step_is_one_factorisation_and_one_triangular_solve(monkeypatch):
         count(torch.linalg, name)
     count(torch, "cholesky_inverse")
     solution = AdaptiveTAP()(SpinSystem(couplings, IsingPrior()), x).solution
-    each = ["cholesky_ex", "solve_triangular"]
-    assert calls == each * int(solution.steps) + ["cholesky_ex", "cholesky_inverse"]
+    assert calls == ["cholesky_ex", "cholesky_inverse"] * (int(solution.steps) + 1)
+
+
+@pytest.mark.parametrize("field", [0.3, 9.0, 40.0, 400.0])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_is_that_of_the_equations(field, graph):
+    """Away from a solution, where single spins and response disagree; also with frozen spins."""
+    couplings, x = sherrington_kirkpatrick(9, 0.8, 0.3, 4)
+    x = torch.where(torch.arange(9) < 4, field * x.sign(), x)
+    frame = frame_of(SpinSystem(couplings, IsingPrior()), "AdaptiveTAP")
+    m, V = 0.3 * x.tanh(), 0.4 + 0.1 * torch.arange(9, dtype=torch.float64)
+    state = m.view(1, 9, 1), V.view(1, 9, 1, 1).requires_grad_(graph)
+    new_m, new_V = AdaptiveTAPStep(frame.local)(state, frame.fields(x), frame.couplings)
+    expected = np.tanh(h := (x + couplings @ m - V * m).detach().numpy())
+    np.testing.assert_allclose(new_m.detach().flatten(), expected, rtol=1e-12)
+    # χ = C (1 + KC)⁻¹ and V_i − T_i / (1 − T_i C_i) with T = diag(K − KχK), no C⁻¹ anywhere.
+    C, K = np.diag(np.cosh(h.clip(-300, 300)) ** -2.0), np.diag(V.detach()) - couplings.numpy()
+    T = np.diag(K - K @ C @ np.linalg.inv(np.eye(9) + K @ C) @ K)
+    expected = V.detach().numpy() - T / (1 - T * np.diag(C))
+    np.testing.assert_allclose(new_V.detach().flatten(), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("method", [AdaptiveTAP, ExpectationPropagation])
