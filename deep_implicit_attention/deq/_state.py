@@ -40,6 +40,12 @@ def finite_samples(x: Tensor) -> Tensor:
     return finite.flatten(1).all(dim=1) if x.dim() > 1 else finite
 
 
+def _vectors(part: Tensor) -> Tensor:
+    """`part` `(B, ...)` as `(B, n)`."""
+    # `flatten` is the quicker, but a number a sample has nothing to flatten.
+    return part.flatten(1) if part.dim() > 1 else part[:, None]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of the parts of a state, and whether it is a bare tensor."""
@@ -73,10 +79,8 @@ class Layout:
     def pack(self, state: Any) -> Tensor:
         """`(B, n)`; a view where the state is one tensor."""
         if len(self.shapes) == 1:
-            part = state if self.bare else state[0]
-            # `flatten` is the quicker, but a number a sample has nothing to flatten.
-            return part.flatten(1) if len(self.shapes[0]) > 1 else part[:, None]
-        return torch.cat([part.flatten(1) for part in state], dim=1)
+            return _vectors(state if self.bare else state[0])
+        return torch.cat([_vectors(part) for part in state], dim=1)
 
     def unpack(self, flat: Tensor) -> State:
         """The inverse of `pack`."""

@@ -253,6 +253,22 @@ class TestStates:
         )[0]
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
+    def test_a_part_may_be_one_number_a_sample(self, problem, w, x):
+        def both(z, w, x):
+            level, rest = z
+            return 0.5 * torch.cos(level) + 0.1 * rest.sum(1), problem.map(rest, w, x)
+
+        start = (torch.zeros_like(x[:, 0]), torch.zeros_like(x))
+        level, rest = fixed_point(both, start, (w, x), **TIGHT).value
+        torch.testing.assert_close(rest, problem.unrolled(w, x), rtol=0, atol=1e-11)
+        expected = torch.zeros_like(level)
+        for _ in range(100):
+            expected = 0.5 * torch.cos(expected) + 0.1 * problem.unrolled(w, x).sum(1)
+        torch.testing.assert_close(level, expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            grad(level.sum(), w)[0], grad(expected.sum(), w)[0], rtol=1e-9, atol=1e-9
+        )
+
     def test_arguments_may_be_nested(self, problem, w, x):
         def nested(z, bag):
             return problem.map(z, bag["w"], bag["rest"][0]) * bag["rest"][1]
