@@ -46,8 +46,10 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
         if name.startswith(_FORWARD):
             forward[name.removeprefix(_FORWARD)] = value
         elif name.startswith(_BACKWARD):
-            if value is not None:
-                backward[name.removeprefix(_BACKWARD)] = value
+            name = name.removeprefix(_BACKWARD)
+            # Those that the constructor names are None where they are not given.
+            if value is not None or name not in _BACKWARD_DEFAULTS:
+                backward[name] = value
         elif name not in _OWN:
             raise TypeError(
                 f"DEQFixedPoint: unknown option {name!r}; options are {', '.join(_OWN)}, "

@@ -91,6 +91,29 @@ def test_a_plain_callable_is_transposed_for_backward(solver, knows_its_transpose
     assert int(seen[0].steps.max()) <= int(solution.steps.max()) + 1 <= 9
 
 
+def test_backward_alone_may_do_without_the_preconditioner():
+    x = torch.arange(8.0, dtype=torch.float64).view(2, 4).requires_grad_()
+    layer = DEQFixedPoint(Affine(False), picard, solver_bwd_max_iter=100)
+    asked = []
+    module = layer.fun
+    preconditioner = module.preconditioner
+
+    def counted(context):
+        inner = preconditioner(context)
+
+        def apply(r):
+            asked.append("forward")
+            return inner(r)
+
+        return LinearMap(apply, lambda r: asked.append("backward") or inner(r))
+
+    module.preconditioner = counted
+    layer(x, solver_bwd_preconditioner=None).sum().backward()
+    assert set(asked) == {"forward"}
+    layer(x).sum().backward()
+    assert set(asked) == {"forward", "backward"}
+
+
 @pytest.mark.parametrize("solver", [picard, gmres])
 def test_a_preconditioner_without_a_graph_is_refused_not_zero(solver):
     class Detached(Affine):
