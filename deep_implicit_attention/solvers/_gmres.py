@@ -70,7 +70,7 @@ def gmres(
     converged = b_norm == 0
     stalled = singular = torch.zeros_like(converged)
     steps = torch.zeros(batch, dtype=torch.long, device=b.device)
-    trace = b.new_zeros(max_iter + 1, batch)  # the last row takes what is nobody's
+    trace, vectors = b.new_zeros(1, batch), 0  # the last row takes what is nobody's
     while True:
         active = finite & ~converged & ~stalled & (steps < max_iter)
         if not active.any():
@@ -80,8 +80,11 @@ def gmres(
         )
         if preconditioner is not None:
             correction = preconditioner(correction)
+        vectors += len(rows)
+        if vectors >= len(trace):  # which is not made for `max_iter`: few solves come near it
+            trace = torch.cat([trace, b.new_zeros(vectors, batch)])
         for j, row in enumerate(rows):
-            place = torch.where(used > j, steps + j, max_iter)
+            place = torch.where(used > j, steps + j, len(trace) - 1)
             trace.scatter_(0, place[None], (row / scale)[None])
         steps += used
         trial = x + correction

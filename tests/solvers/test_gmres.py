@@ -115,6 +115,26 @@ def test_restart_begins_anew_with_what_is_left(restart, make_system):
     torch.testing.assert_close(solution.value, first + second, rtol=1e-12, atol=1e-14)
 
 
+def test_the_trace_goes_on_over_restarts(make_system):
+    """With restart 1 each vector is the best multiple of the residual, by itself."""
+    matrices, b = make_system()
+    solution = gmres(matvec_of(matrices), b, tol=0.0, max_iter=7, restart=1)
+    assert solution.trace.shape[0] == 7
+    left = b
+    for row in solution.trace:
+        image = matvec_of(matrices)(left)
+        left = left - (image * left).sum(1, True) / image.square().sum(1, True) * image
+        torch.testing.assert_close(row, left.norm(dim=1) / b.norm(dim=1))
+
+
+def test_a_limit_that_is_never_met_costs_nothing(make_system):
+    matrices, b = make_system()
+    few = gmres(matvec_of(matrices), b, tol=1e-8, max_iter=100)
+    many = gmres(matvec_of(matrices), b, tol=1e-8, max_iter=10**15)
+    assert torch.equal(many.value, few.value)
+    assert torch.equal(many.trace, few.trace)
+
+
 def test_further_vectors_never_make_it_worse(make_system):
     """At the limit of float32, where another Krylov space may well come out a bit worse."""
     matrices, b = make_system(batch=64, n=8, dtype=torch.float32)
