@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,8 +207,8 @@ class _Equation:
         # The equation is linear: at order one, small gradients do not underflow in the solver.
         unit = None if "stop_mode" not in settings and _moderate(g) else power_of_two(g)
         g = g if unit is None else g / unit
-        if solver is gmres:
-            solution = gmres(lambda u: u - product(u), g, **settings)
+        if is_gmres(solver):
+            solution = solver(lambda u: u - product(u), g, **settings)
         else:
             start = g
             if self.preconditioner is not None:
@@ -225,6 +226,13 @@ class _Equation:
             judged = solution.accepting(~torch.isfinite(g).all(dim=1))
             report(judged, self.on_failure, "backward solve", self.tol, stacklevel=2)
         return solution.value if unit is None else solution.value * unit
+
+
+def is_gmres(solver: Callable) -> bool:
+    """Whether `solver` is `gmres`, whatever options it is bound to."""
+    while isinstance(solver, partial):
+        solver = solver.func
+    return solver is gmres
 
 
 def _moderate(g: Tensor) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..solvers import Solution, anderson, gmres
+from ..solvers import Solution, anderson
 from ..solvers._validate import check_options, takes
-from ._adjoints import Adjoint, Forward, Implicit
+from ._adjoints import Adjoint, Forward, Implicit, is_gmres
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
 from ._map import (
@@ -105,7 +105,7 @@ def check_fixed_point_solver(solver: Callable) -> None:
     """Raise unless `solver` can be meant to solve z = f(z)."""
     if not callable(solver):
         raise TypeError(f"solver must be callable, got {type(solver).__name__}")
-    if solver is gmres:
+    if is_gmres(solver):
         raise TypeError("gmres solves linear systems; it can be the solver of Implicit only")
 
 

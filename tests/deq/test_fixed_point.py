@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -408,6 +409,13 @@ class TestOptions:
     def test_bad_adjoints(self, make, error, message):
         with pytest.raises(error, match=message):
             make()
+
+    def test_gmres_may_be_bound_to_its_options(self, problem, w, x):
+        bound = Implicit(partial(gmres, restart=2), tol=1e-12, max_iter=200)
+        options = {**TIGHT, "adjoint": bound}
+        mine = grad(solve(problem, w, x, **options).square().sum(), [w, x])
+        theirs = grad(solve(problem, w, x).square().sum(), [w, x])
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
     def test_every_backward_option_arrives(self, problem, w, x):
         seen = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -226,6 +227,8 @@ class TestRefusals:
             DEQFixedPoint(rich, gmres)
         with pytest.raises(TypeError, match="linear systems"):
             fixed_point(lambda z: z, x, solver=gmres)
+        with pytest.raises(TypeError, match="linear systems"):
+            fixed_point(lambda z: z, x, solver=partial(gmres, restart=3))
 
     @pytest.mark.parametrize("diagnose", [spectral_radius, jacobian_norm, jacobian_penalty])
     def test_diagnostics_in_inference_mode(self, diagnose):
