@@ -94,11 +94,21 @@ def error_bound(solution: Solution, contraction: float | Tensor) -> Tensor:
     ‖z − z*‖ ≤ ‖f(z) − z‖ / (1 − L); infinite where L ≥ 1. L must bound ‖∂f/∂z‖ between z and
     z*, as the vector-spin mechanism's β/2 does everywhere (in its own norm); `jacobian_norm` is
     its value at one point.
+
+    Raises:
+        ValueError: for L < 0, and a tensor that is neither one number nor one a sample, `(B,)`.
     """
     norm = solution.residual_norm
     if not isinstance(contraction, Tensor):
         check_number("contraction", contraction, minimum=0.0)
         contraction = norm.new_tensor(float(contraction))
+    if contraction.dim() and contraction.shape != norm.shape:
+        raise ValueError(
+            f"contraction must be a number or of shape {tuple(norm.shape)}, got "
+            f"{tuple(contraction.shape)}"
+        )
+    if bool((contraction < 0).any()):
+        raise ValueError(f"contraction must be at least 0, got {contraction.min().item():g}")
     contraction = contraction.to(norm)
     return torch.where(contraction < 1, norm / (1 - contraction), math.inf)
 

@@ -143,8 +143,10 @@ def test_error_bound_holds_and_is_infinite_without_contraction():
     assert bool((error <= bound).all())
     assert bool((bound < 20 * error).all())
     assert bool(error_bound(solution, 1.0).isinf().all())
-    with pytest.raises(ValueError, match="contraction"):
-        error_bound(solution, -0.1)
+    assert torch.equal(error_bound(solution, torch.full_like(bound, 0.8)), bound)
+    for wrong in (-0.1, torch.tensor([0.5, -0.1, 0.5, 0.5]), torch.full((4, 1), 0.8)):
+        with pytest.raises(ValueError, match="contraction"):
+            error_bound(solution, wrong)
 
 
 @pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm, penalty])
