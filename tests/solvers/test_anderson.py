@@ -59,12 +59,14 @@ def test_states_stay_on_their_device_whatever_the_default_is(make_problem):
     assert torch.equal(found.value, expected.value)
 
 
-def test_a_sample_that_settles_fast_by_itself_takes_picard_steps(make_problem, record):
-    problem = make_problem(batch=3, n=12, norm=0.25)
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_a_sample_that_settles_fast_by_itself_takes_picard_steps(damping, make_problem, record):
+    problem = make_problem(batch=3, n=12, norm=0.2)
     accelerated, plain = record(problem.f), record(problem.f)
-    anderson(accelerated, problem.z0, tol=1e-12, max_iter=9)
-    picard(plain, problem.z0, tol=1e-12, max_iter=9)
-    torch.testing.assert_close(accelerated.seen, plain.seen, rtol=0, atol=0)
+    anderson(accelerated, problem.z0, tol=1e-12, max_iter=9, damping=damping)
+    picard(plain, problem.z0, tol=1e-12, max_iter=9, damping=damping)
+    rounding = 1e-15 if damping else 0.0
+    torch.testing.assert_close(accelerated.seen, plain.seen, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("m", [4, 10, 200])
@@ -138,6 +140,15 @@ def test_equal_iterates_are_survived(ridge, record):
     assert [z[0, 0].item() for z in f.seen] == list(range(9))
 
 
+def test_where_its_problem_cannot_be_solved_it_takes_picard_steps(record):
+    """Residuals that halve: their differences are parallel to the last digit."""
+    residuals = iter([8.0, 4.0, 2.0, 1.0, 0.5])
+    f = record(lambda z: z + next(residuals))
+    anderson(f, torch.zeros(1, 4), ridge=0.0, m=2, tol=0.0, max_iter=5)
+    assert torch.equal(f.seen[3], f.seen[2] + 2.0)
+    assert torch.equal(f.seen[4], f.seen[3] + 1.0)
+
+
 def test_singular_sample_leaves_the_acceleration_of_the_others_alone(make_problem):
     problem = make_problem(batch=3)
 
@@ -150,15 +161,16 @@ def test_singular_sample_leaves_the_acceleration_of_the_others_alone(make_proble
     assert torch.equal(together.value[[0, 2]], alone.value[[0, 2]])
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-17, 1e17])
-def test_small_and_large_states_take_the_same_steps(size):
+def test_small_and_large_states_take_the_same_steps(size, damping):
     torch.manual_seed(0)
     matrix, c = 0.8 * torch.randn(4, 20, 20) / 20**0.5, torch.randn(4, 20)
 
     def steps(size):
         found = anderson(
             lambda z: (matrix @ z[:, :, None])[:, :, 0] + size * c,
-            torch.zeros(4, 20), tol=1e-5, max_iter=60,
+            torch.zeros(4, 20), tol=1e-5, max_iter=60, damping=damping,
         )  # fmt: skip
         assert bool(found.converged.all())
         return found.steps
