@@ -83,6 +83,17 @@ def test_assign_starts_the_average_anew() -> None:
         assert torch.equal(model.weight, now)
 
 
+def test_complex_parameters_are_averaged_as_real_ones_are() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.tensor([1 + 2j]))
+    average = MovingAverage(model, 0.5)
+    nn.init.zeros_(model.weight)
+    average.update(9)  # d = 9 / 18
+    with average.in_model():
+        assert model.weight.item() == 0.5 + 1j
+    assert model.weight.item() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_average_of_narrow_weights_moves(dtype: torch.dtype) -> None:
     """Each step by less than their resolution."""
