@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deep_implicit_attention.training import Checkpoints, Plan, Run, Trainer
+from deep_implicit_attention.training._course import Course
 
 Build = Callable[..., Any]
 
@@ -276,3 +277,14 @@ def test_the_average_of_narrow_weights_is_resumed_with_all_its_digits(
     assert again.average.wide().keys() == expected.keys()
     for name, value in again.average.wide().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_means_go_on_from_sums_that_a_version_without_counts_has_written() -> None:
+    """Three steps of mean 2, then one of 4 that gives another name as well."""
+    course = Course(step=3, sums={"loss": 6.0}, batches=3)
+    assert course.means() == {"loss": 2.0}
+    course.add({"loss": 4.0, "other": 1.0})
+    assert course.means() == {"loss": 2.5, "other": 1.0}
+    course.start_anew()
+    course.add({"other": 3.0})
+    assert course.means() == {"other": 3.0}
