@@ -37,6 +37,17 @@ def test_an_absolute_tolerance_is_that_of_gradients_of_order_one(weight):
     assert torch.equal(gradient(weight), gradient(1.0))
 
 
+@pytest.mark.parametrize(("size", "unit"), [(3.0, 1.0), (3.0 * 2.0**-40, 2.0**-39)])
+def test_what_is_observed_is_scaled_only_where_gradients_are_far_from_order_one(size, unit):
+    slopes, seen = torch.tensor([0.9, 0.5], dtype=torch.float64), []
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    adjoint = Implicit(tol=1e-12, observe=seen.append)
+    z = fixed_point(lambda z, x: slopes * z + x, x.detach(), (x,), adjoint=adjoint).value
+    found = grad(size * z.sum(), x)[0]
+    torch.testing.assert_close(found, size / (1 - slopes)[None], rtol=1e-10, atol=0)
+    assert torch.equal(seen[0].value, found / unit)
+
+
 def test_a_preconditioner_of_ones_own_serves_in_the_place_of_the_modules():
     torch.manual_seed(0)
     module = DEQMeanFieldAttention(4, 3).double()
@@ -124,3 +135,17 @@ def test_a_preconditioner_without_a_graph_is_refused_not_zero(solver):
     z = DEQFixedPoint(Detached(False), adjoint=Implicit(solver))(x)
     with pytest.raises(RuntimeError, match="preconditioner computes without gradients"):
         z.sum().backward()
+
+
+def test_solvers_that_take_no_preconditioner_solve_without_it():
+    def own(f, z0, *, tol, max_iter):
+        return picard(f, z0, tol=tol, max_iter=max_iter)
+
+    module = Affine(True)
+    limits = {"solver_fwd_max_iter": 100, "solver_bwd_max_iter": 100}
+    layer = DEQFixedPoint(module, own, solver_fwd_tol=1e-12, solver_bwd_tol=1e-12, **limits)
+    x = torch.arange(8.0, dtype=torch.float64).view(2, 4).requires_grad_()
+    z = layer(x)
+    expected = torch.linalg.inv(torch.eye(4).to(module.a) - module.a)
+    torch.testing.assert_close(z, x @ expected.mT)
+    torch.testing.assert_close(grad(z.square().sum(), x)[0], 2 * z @ expected)
