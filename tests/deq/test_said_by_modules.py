@@ -21,6 +21,7 @@ from deep_implicit_attention.deq import (
 )
 from deep_implicit_attention.deq._linear_map import Pullback
 from deep_implicit_attention.deq._module import of_its_update
+from deep_implicit_attention.solvers import Status
 
 from .conftest import TIGHT, reference
 
@@ -314,7 +315,8 @@ def test_residuals_without_a_solver_are_right_whatever_the_size(size):
         assert not solution.converged.any()
 
 
-def test_a_residual_that_is_no_number_is_no_convergence():
+@pytest.mark.parametrize("residual", [0.5, torch.inf, torch.nan])
+def test_one_sample_with_a_residual_that_is_not_small_has_not_converged(residual):
     class Unknown(DEQModule):
         def update(self, z, context):
             return context
@@ -323,12 +325,35 @@ def test_a_residual_that_is_no_number_is_no_convergence():
             return context
 
         def residual(self, context, state):
-            unknown = torch.tensor([0.0, torch.nan])
-            return unknown, unknown
+            found = torch.tensor([0.0, residual])
+            return found, found
 
     x = torch.ones(2, 3)
     solution = DEQFixedPoint(Unknown(), on_failure="ignore")(x, return_solution=True)
     assert solution.converged.tolist() == [True, False]
+
+
+def test_an_element_that_is_not_finite_is_no_convergence_whatever_the_residual():
+    class Pair(DEQModule):
+        def initial_state(self, x):
+            return x, x
+
+        def update(self, z, context):
+            return context, context.sqrt()
+
+        def solve(self, context, wanted):
+            return self.update(None, context)
+
+        def residual(self, context, state):
+            return context.new_zeros(len(context)), context.new_zeros(len(context))
+
+    x = torch.tensor([[4.0], [-1.0]])
+    options = {"on_failure": "ignore", "output_elements": (0, 1)}
+    solution = DEQFixedPoint(Pair(), **options)(x, return_solution=True)
+    assert solution.status == (Status.CONVERGED, Status.NONFINITE)
+    assert [part[0].item() for part in solution.value] == [4.0, 2.0]
+    assert all(bool(part[1].isnan()) for part in solution.value)
+    assert torch.equal(DEQFixedPoint(Pair(), on_failure="raise")(x), x)
 
 
 def test_derivatives_are_not_those_of_a_map_that_is_overridden():
