@@ -357,6 +357,18 @@ class TestFailure:
         norm = 2.0 if solver is gmres else (gap + u).norm(dim=1)
         torch.testing.assert_close(solution.residual, gap.norm(dim=1) / norm, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("solver", [gmres, anderson])
+    def test_a_gradient_with_a_number_that_is_none_is_not_the_solves_failure(
+        self, problem, w, x, solver
+    ):
+        value = solve(problem, w, x, adjoint=Implicit(solver), on_failure="raise")
+        weight = torch.ones_like(value)
+        (expected,) = grad(value, x, weight, retain_graph=True)
+        weight[1, 0] = torch.nan
+        (found,) = grad(value, x, weight)
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
+        assert bool(found[1].isnan().any())
+
     def test_a_failed_backward_solve_raises_if_told_so(self, problem, w, x):
         adjoint = Implicit(max_iter=1, tol=1e-10)
         value = solve(problem, w, x, adjoint=adjoint, on_failure="raise")
