@@ -133,6 +133,13 @@ def test_tied_weights_are_saved_twice() -> None:
     assert torch.equal(model[0].weight, state["0.weight"])
 
 
+def test_weights_in_another_order_of_memory_are_saved(checkpoints: Checkpoints) -> None:
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert not model.weight.is_contiguous()
+    checkpoints.write(1, {"model": whole_tensors(model.state_dict())}, {})
+    assert torch.equal(checkpoints.read(1).parts["model"]["weight"], model.weight)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
