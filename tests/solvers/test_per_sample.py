@@ -191,6 +191,18 @@ def test_each_failure_has_its_status(failure, status, steps):
     assert int(solution.steps) == steps
 
 
+def test_a_sample_that_grew_before_it_was_lost_has_diverged():
+    def f(z):
+        lost = torch.where(z.abs() > 1e3, torch.nan, 4 * z + 1)
+        return torch.where(torch.arange(len(z))[:, None] == 0, lost, 0.8 * z + 1)
+
+    start = torch.zeros(2, 1, dtype=torch.float64)
+    assert picard(f, start[:1]).status == (Status.DIVERGED,)
+    together = picard(f, start)
+    assert together.status == (Status.DIVERGED, Status.CONVERGED)
+    assert bool(together.trace.isfinite().all())
+
+
 @pytest.mark.parametrize("bad_value", [torch.nan, torch.inf])
 def test_gmres_flags_a_sample_with_a_non_finite_right_hand_side(bad_value, dtype, make_problem):
     problem = make_problem(batch=4, n=6, dtype=dtype)

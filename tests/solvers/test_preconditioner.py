@@ -84,3 +84,12 @@ def test_a_bad_preconditioner_is_dropped_where_it_does_not_help(solver, make_pro
     assert torch.equal(found.value[good], plain.value[good])
     assert torch.equal(found.steps[~good], plain.steps[~good] + 1)
     torch.testing.assert_close(found.value[~good], plain.value[~good], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2.0**-30, 2.0**30])
+def test_the_size_of_a_preconditioner_changes_no_newton_step(size, dtype, make_problem):
+    problem = make_problem(batch=3, n=6, dtype=dtype)
+    plain = newton_krylov(problem.f, problem.z0, tol=1e-5)
+    scaled = newton_krylov(problem.f, problem.z0, tol=1e-5, preconditioner=lambda r: size * r)
+    assert torch.equal(scaled.steps, plain.steps)
+    torch.testing.assert_close(scaled.value, plain.value, rtol=1e-6, atol=0)
