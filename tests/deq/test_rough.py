@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from deep_implicit_attention.deq import DEQFixedPoint, DEQModule
+from deep_implicit_attention.deq import DEQFixedPoint, DEQModule, Implicit
+from deep_implicit_attention.solvers import anderson, newton_krylov
 
 
 class Rounded(DEQModule):
@@ -42,16 +43,20 @@ class Rounded(DEQModule):
         return context[0], (weight * 100).round() / 100, "rough"
 
 
-TIGHT = {"solver_fwd_tol": 1e-8, "solver_bwd_tol": 1e-8, "solver_fwd_max_iter": 200,
-         "solver_bwd_max_iter": 200, "on_failure": "raise"}  # fmt: skip
+FORWARD = {"solver_fwd_tol": 1e-8, "solver_fwd_max_iter": 200, "on_failure": "raise"}
+TIGHT = {**FORWARD, "solver_bwd_tol": 1e-8, "solver_bwd_max_iter": 200}
 
 
 def results(module, **options):
-    layer = DEQFixedPoint(module, **TIGHT)
+    return results_of(DEQFixedPoint(module, **TIGHT), **options)
+
+
+def results_of(layer, **options):
+    weight = layer.fun.weight
     torch.manual_seed(1)
-    x = torch.randn(3, 2, 6, dtype=module.weight.dtype).requires_grad_()
+    x = torch.randn(3, 2, 6, dtype=weight.dtype).requires_grad_()
     z = layer(x, **options)
-    return [z, *torch.autograd.grad(z.pow(3).sum(), [x, module.weight])]
+    return [z, *torch.autograd.grad(z.pow(3).sum(), [x, weight])]
 
 
 @pytest.mark.parametrize("from_own_weight", [False, True])
@@ -66,6 +71,19 @@ def test_first_steps_are_rough_and_answers_exact(from_own_weight):
     assert module.seen.count("update, rough") >= 2
     assert module.seen.count("vjp, rough") >= 2
     assert len([what for what in module.seen if what.endswith("exact")]) < exact
+
+
+@pytest.mark.parametrize("options", [{"rough": None}, {"solver": newton_krylov}])
+def test_backward_does_without_where_it_is_told_to_or_its_solver_takes_none(options):
+    module = Rounded().double()
+    expected = results(module)
+    module.seen.clear()
+    adjoint = Implicit(**{"solver": anderson, "tol": 1e-8, "max_iter": 200} | options)
+    layer = DEQFixedPoint(module, adjoint=adjoint, **FORWARD)
+    for ours, theirs in zip(results_of(layer), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert "update, rough" in module.seen
+    assert "vjp, rough" not in module.seen
 
 
 def test_it_may_be_gone_when_the_gradient_comes():
