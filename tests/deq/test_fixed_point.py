@@ -82,6 +82,15 @@ def test_gradient_does_not_depend_on_settings(problem, w, x, adjoint, options):
     torch.testing.assert_close(grad(value.square().sum(), w)[0], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("solver", [gmres, anderson])
+def test_a_map_that_does_not_read_its_state(solver, x):
+    z = fixed_point(lambda z, x: x.sin(), x, (x,), adjoint=Implicit(solver)).value
+    (first,) = grad(z.sum(), x, create_graph=True)
+    assert torch.equal(z, x.sin())
+    torch.testing.assert_close(first, x.cos())
+    torch.testing.assert_close(grad(first.sum(), x)[0], -x.sin())
+
+
 def test_gradient_does_not_depend_on_the_start(problem, w, x):
     expected = grad(problem.unrolled(w, x).square().sum(), w)[0]
     start = problem.unrolled(w, x, 10)
