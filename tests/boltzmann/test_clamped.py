@@ -11,7 +11,15 @@ from deep_implicit_attention.boltzmann import _clamped, _learn
 from deep_implicit_attention.boltzmann._clamped import Means, clamp, means
 from deep_implicit_attention.boltzmann._learn import _Response
 from deep_implicit_attention.boltzmann._parameters import pack
-from deep_implicit_attention.spins import sherrington_kirkpatrick
+from deep_implicit_attention.spins import (
+    TAP,
+    AdaptiveTAP,
+    Exact,
+    IsingPrior,
+    NaiveMeanField,
+    SpinSystem,
+    sherrington_kirkpatrick,
+)
 
 
 def test_a_clamped_spin_stays_however_many_others_pull() -> None:
@@ -26,6 +34,25 @@ def test_a_clamped_spin_stays_however_many_others_pull() -> None:
     assert len(sites) == 50
     assert (response.m[:, 30] == 1).all()
     assert (response.m[:, 31:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("exact", Exact()),
+        ("naive", NaiveMeanField(tol=1e-12)),
+        ("tap", TAP(tol=1e-12)),
+        ("adaptive_tap", AdaptiveTAP(tol=1e-12)),
+    ],
+)
+def test_covariances_are_those_of_the_inference_method(kind: Any, method: Any) -> None:
+    """Which finds them by derivatives, or by a Cholesky factor."""
+    J, x = sherrington_kirkpatrick(6, 0.5, 0.3, seed=0)
+    fields = torch.stack([x, -2 * x])
+    covariance = means(kind, J, fields).covariance
+    assert covariance is not None
+    expected = method(SpinSystem(J, IsingPrior()), fields).covariance
+    torch.testing.assert_close(covariance(), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["tap", "adaptive_tap"])
