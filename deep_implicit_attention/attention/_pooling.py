@@ -191,6 +191,8 @@ def _allowed(q: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
 
 
 def _fused(q: Tensor, k: Tensor, z: Tensor, scale: float, causal: bool) -> Tensor:
+    if scale <= 0:  # torch multiplies by it what is hidden, too, which is −∞
+        q, scale = q * scale, 1.0
     return F.scaled_dot_product_attention(q, k, z, is_causal=causal, scale=scale)
 
 

@@ -229,6 +229,17 @@ class TestFused:
         expected = module.update(z, module.prepare(x))
         torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("scale", [0.0, -1.5])
+    def test_logits_multiplied_by_zero_or_turned_round(self, scale, monkeypatch):
+        torch.manual_seed(0)
+        module = DEQVanillaSoftmaxAttention(6, 4, heads=2, scale=scale, causal=True).double()
+        x = 0.5 * torch.randn(2, 6, 4).double()
+        expected = self.respond(module, x)
+        for long in (100, 1):
+            monkeypatch.setattr(_pooling, "_FUSED", 1)
+            monkeypatch.setattr(_pooling, "_LONG", long)
+            torch.testing.assert_close(self.respond(module, x), expected, rtol=1e-8, atol=1e-9)
+
     def test_no_matrix_is_made_of_many_sites(self):
         module = DEQVanillaSoftmaxAttention(8, 4, heads=2)
         context = module.prepare(torch.randn(1, 2048, 4, requires_grad=True))
