@@ -72,9 +72,10 @@ def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, in full precision; for layers without bias that act on the sources only."""
+    """`layer(x)`, in full precision; for layers that act on the sources only."""
     if _is_plain(layer):
-        return linear(x, full_precision(layer.weight))  # type: ignore[arg-type]
+        weight, bias = map(full_precision, (layer.weight, layer.bias))
+        return linear(x, weight, bias)
     return _call(layer, x)
 
 

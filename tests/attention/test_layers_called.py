@@ -59,6 +59,17 @@ def test_a_projection_with_a_forward_of_its_own_is_called(name, own, layer, x):
     assert adapted.up.grad.norm() > 0
 
 
+@pytest.mark.parametrize("name", ["to_q", "to_k"])
+def test_a_projection_may_have_a_bias(name, layer, x):
+    module = layer.fun
+    setattr(module, name, nn.Linear(4, 4))
+    q, k = (p(x).view(2, 5, 2, 2).transpose(1, 2) for p in (module.to_q, module.to_k))
+    expected = (module.scale * q @ k.mT).softmax(dim=-1)
+    torch.testing.assert_close(module.couplings(x), expected)
+    layer(x).square().sum().backward()
+    assert getattr(module, name).bias.grad.isfinite().all()
+
+
 def test_an_adapter_of_a_narrow_module_is_called_in_its_precision(layer, x):
     layer = layer.bfloat16()
     layer.fun.to_q = Adapted(layer.fun.to_q)
