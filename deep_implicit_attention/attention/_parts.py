@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
 
 
 def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer that acts on the state, for the context.
+    """Weight and bias of a layer that acts on the state, for the context; 0 where it has none.
 
     During a solve the layer is not called, so hooks and a `forward` of its own would silently do
     nothing.
@@ -68,7 +68,8 @@ def linear_weights(layer: nn.Linear) -> tuple[Tensor, Tensor]:
             f"{layer} acts inside a solve by its weight and bias, where its own `forward` is not "
             "called: use torch.nn.utils.parametrize or torch.nn.utils.parametrizations instead"
         )
-    return full_precision(layer.weight), full_precision(layer.bias)
+    weight, bias = map(full_precision, (layer.weight, layer.bias))
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:

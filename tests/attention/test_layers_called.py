@@ -70,6 +70,21 @@ def test_a_projection_may_have_a_bias(name, layer, x):
     assert getattr(module, name).bias.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", ["to_out", "correction.expand", "correction.contract"])
+def test_a_layer_inside_a_solve_may_lack_a_bias(name, normalize, x):
+    torch.manual_seed(0)
+    module = DEQVanillaSoftmaxAttention(5, 4, heads=2, normalize=normalize)
+    layer, plain = DEQFixedPoint(module), module.get_submodule(name)
+    nn.init.zeros_(plain.bias)
+    expected = layer(x)
+    (by_weight,) = torch.autograd.grad(expected.sin().sum(), plain.weight)
+    plain.bias = None
+    z = layer(x)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(torch.autograd.grad(z.sin().sum(), plain.weight)[0], by_weight)
+
+
 def test_an_adapter_of_a_narrow_module_is_called_in_its_precision(layer, x):
     layer = layer.bfloat16()
     layer.fun.to_q = Adapted(layer.fun.to_q)
