@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ._state import State
 
+_NONE: Any = object()  # a context may be None
+
 
 class DEQModule(nn.Module):
     """A map z ↦ update(z, context) whose fixed point `DEQFixedPoint` finds.
@@ -77,8 +79,18 @@ class DEQModule(nn.Module):
         """One step of the mean-field equations."""
         raise NotImplementedError(f"{type(self).__name__} must implement update(z, context)")
 
-    def forward(self, z: Any, context: Any) -> Any:
-        """The same as `update`."""
+    def forward(self, z: Any, context: Any = _NONE) -> Any:
+        """The same as `update`.
+
+        Raises:
+            TypeError: for fields alone, which are what `DEQFixedPoint` takes.
+        """
+        if context is _NONE:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} is a map of a state and a context: its fixed point in fields x is "
+                f"DEQFixedPoint({name}(...))(x)"
+            )
         return self.update(z, context)
 
 

@@ -253,6 +253,12 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"mask.*positional"):
             layer(torch.zeros(2, 5, 4), mask=torch.ones(2, 5, dtype=torch.bool))
 
+    def test_a_mechanism_called_with_fields_alone(self, rich, x):
+        with pytest.raises(TypeError, match=r"state and a context.*DEQFixedPoint\(Rich\(...\)\)"):
+            rich(x)
+        with pytest.raises(TypeError, match=r"DEQFixedPoint\(DEQVanillaSoftmaxAttention"):
+            spectral_radius(DEQVanillaSoftmaxAttention(5, 4), torch.zeros(2, 5, 4))
+
     @pytest.mark.parametrize("initial", [lambda x: x[:, :2], lambda x: (x, x)])
     def test_initial_states_of_another_layout(self, rich, x, initial):
         with pytest.raises((TypeError, ValueError), match="map must"):
