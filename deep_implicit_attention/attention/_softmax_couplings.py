@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,12 @@ class SoftmaxCouplings(DEQModule):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
 
-    def sources(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def sources(self, x: Tensor, mask: Tensor | None = None, *others: Any) -> Tensor:
+        if others:
+            raise TypeError(
+                f"{type(self).__name__} takes x and a key mask, got {len(others)} more: queries "
+                "and keys are made of x, and the state serves as the values"
+            )
         check_sources(x, self.dim, None, self._weight_like(x))
         check_key_mask(mask, x)
         return hide(x, mask)

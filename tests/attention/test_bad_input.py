@@ -96,6 +96,16 @@ def test_masks_for_mechanisms_without(make):
         DEQFixedPoint(make(4, 6))(torch.zeros(3, 4, 6), mask)
 
 
+@pytest.mark.parametrize(
+    ("make", "sites"),
+    [(DEQVanillaSoftmaxAttention, {"num_spins": 4}), (DEQVectorSpinAttention, {})],
+)
+def test_queries_keys_and_values_are_refused(make, sites):
+    x = torch.zeros(3, 4, 6)
+    with pytest.raises(TypeError, match=f"{make.__name__} takes x and a key mask, got 1 more"):
+        DEQFixedPoint(make(dim=6, heads=2, **sites))(x, x, x)
+
+
 @pytest.mark.parametrize("options", [{"steps": 2}, {"initial_state": "input"}])
 def test_empty_batches_at_any_horizon(case, options):
     empty = tuple(mask[:0] for mask in case.inputs)
