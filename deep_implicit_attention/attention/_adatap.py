@@ -22,6 +22,7 @@ from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method, State
 from ._memory import same_bits
+from ._parts import check_is_tensor
 from ._products import linear_of_few
 from ._site_couplings import SiteCouplings, respond
 
@@ -235,6 +236,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
                 "no Boltzmann distribution"
             )
         _check_method(method, self.prior)
+        check_is_tensor(x)
         with without_autocast(x):
             x = self.sources(full_precision(x))
             _check_finite(x)

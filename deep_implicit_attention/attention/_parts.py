@@ -184,6 +184,7 @@ def on_sites(matrix: Tensor) -> LinearMap:
 
 def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) -> None:
     """Raise unless `x` is `(B, N, d)` of the right sizes, dtype and device."""
+    check_is_tensor(x)
     sites = "N" if num_spins is None else str(num_spins)
     if x.dim() != 3 or x.shape[2] != dim or num_spins not in (None, x.shape[1]):
         raise ValueError(f"x must have shape (batch, {sites}, {dim}), got {tuple(x.shape)}")
@@ -193,6 +194,12 @@ def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) ->
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
+
+
+def check_is_tensor(x: Any) -> None:
+    """Raise unless `x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
 
 
 def check_no_inputs(module: nn.Module, inputs: tuple) -> None:

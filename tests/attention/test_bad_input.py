@@ -122,6 +122,15 @@ def test_the_input_is_not_changed(case, x):
         assert torch.equal(now, then)
 
 
+def test_fields_that_are_no_tensor(case, x):
+    calls = [DEQFixedPoint(case.module), case.module.couplings]
+    if isinstance(case.module, DEQAdaTAPMeanFieldAttention) and case.module.symmetric:
+        calls.append(case.module.free_energy)
+    for call in calls:
+        with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+            call(x.detach().numpy())
+
+
 def test_weights_that_are_not_finite_are_reported_for_every_sample(case, x):
     for parameter in case.module.parameters():
         parameter.data.fill_(torch.nan)
