@@ -334,6 +334,11 @@ class DEQFixedPoint(nn.Module):
             parts[0] = x
         if state is not None:
             whole: Any = state.value if isinstance(state, Solution) else state
+            if not isinstance(whole, Tensor | tuple | list):
+                raise TypeError(
+                    "state must be a tensor, a tuple of them or a Solution, got "
+                    f"{type(whole).__name__}"
+                )
             given = [whole] if isinstance(whole, Tensor) else list(whole)
             given = [part.value if isinstance(part, Solution) else part for part in given]
             places = range(len(parts)) if len(given) == len(parts) else self.output_elements

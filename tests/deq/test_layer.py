@@ -196,6 +196,9 @@ class TestInitialState:
             layer(fields, state=fields[:2])
         with pytest.raises(ValueError, match="state must have"):
             layer(fields, state=(fields, fields))
+        for wrong, kind in ((fields.detach().numpy(), "ndarray"), (0.0, "float")):
+            with pytest.raises(TypeError, match=f"state must be a tensor.*got {kind}"):
+                layer(fields, state=wrong)
 
 
 class TestOptions:
