@@ -97,9 +97,28 @@ class ImageClassifier(nn.Module):
     def loss(self, scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy in nats.
 
+        Args:
+            scores: `(B, num_classes)`, what the model returns for images.
+            labels: `(B,)`, or probabilities `(B, num_classes)`.
+            smoothing: the share of a label that is spread over all classes.
+
         Raises:
-            ValueError: for labels that are no classes.
+            TypeError: for labels that are no tensor.
+            ValueError: for scores and labels of other shapes, and labels that are no classes.
         """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        if scores.dim() != 2:
+            raise ValueError(
+                "scores must have shape (batch, classes), as the model returns them, got "
+                f"{tuple(scores.shape)}"
+            )
+        expected = scores.shape if labels.is_floating_point() else scores.shape[:1]
+        if labels.shape != expected:
+            raise ValueError(
+                f"labels must have shape {tuple(expected)} as the scores do, got "
+                f"{tuple(labels.shape)}"
+            )
         if not labels.is_floating_point():  # else they are probabilities
             check_classes("labels", labels, scores.shape[-1])
         return F.cross_entropy(scores, labels, label_smoothing=smoothing)

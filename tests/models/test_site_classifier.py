@@ -207,6 +207,23 @@ def test_loss_is_mean_cross_entropy_in_nats(smoothing: float) -> None:
     assert loss.item() == pytest.approx(total / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scores", "labels", "error", "named"),
+    [
+        (images(2), torch.tensor([1, 0]), ValueError, "scores must have shape.*as the model"),
+        (torch.zeros(2, 3), [1, 0], TypeError, "labels must be a tensor, got list"),
+        (torch.zeros(2, 3), torch.zeros(2), ValueError, r"labels must have shape \(2, 3\)"),
+        (torch.zeros(2, 3), torch.tensor([[1, 0]]), ValueError, r"shape \(2,\) as the scores do"),
+        (torch.zeros(2, 3), torch.tensor([1, 3]), ValueError, "labels must be from 0 to 2, got 3"),
+    ],
+)
+def test_what_a_loss_is_not_of(
+    scores: Tensor, labels: Any, error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
+        build().loss(scores, labels)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = build(dropout=0.5, dim=8).eval()
     x = images(2)
