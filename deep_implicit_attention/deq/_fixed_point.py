@@ -90,7 +90,13 @@ _FORWARD_MODE = (
 
 
 def refuse_transformations() -> None:
-    """Raise where `torch.func` hides the numbers that a solver looks at."""
+    """Raise where `torch.func` hides the numbers that a solver looks at, or a trace keeps them."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would keep the steps that its example takes of a solve to tolerance, "
+            "which is a loop on data: use a layer with a fixed number of steps, "
+            "DEQFixedPoint(..., steps=K)"
+        )
     if not torch._C._are_functorch_transforms_active():
         return
     if forward_ad._current_level >= 0:

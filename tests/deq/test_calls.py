@@ -124,6 +124,18 @@ def test_a_solve_cannot_be_exported():
         torch.export.export(layer, (torch.randn(2, 5, 4),))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_solve_cannot_be_traced():
+    """The trace would be of the steps, and the numbers in them, that its example takes."""
+    module, x = DEQMeanFieldAttention(5, 4), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"would keep the steps .*steps=K"):
+            torch.jit.trace(DEQFixedPoint(module), (x,))
+        layer = DEQFixedPoint(module, steps=3)
+        traced = torch.jit.trace(layer, (x,))
+        torch.testing.assert_close(traced(-2 * x), layer(-2 * x))
+
+
 def test_a_parametrisation_is_evaluated_once_a_call():
     calls = []
 
