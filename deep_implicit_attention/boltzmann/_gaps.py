@@ -34,6 +34,9 @@ from ._warnings import FitWarning, warn
 
 # Largest change of a first or second moment at which gaps count as filled.
 FILLED = 1e-6
+# Part of a variance that rounds which end there may have left of one on its way to zero. Of equal
+# columns it falls by the part of rows with gaps in each round: to less than this up to 99 %.
+_ROUNDING = 100 * FILLED
 # Observations of a pair, per spin, below which C⁻¹ is not trusted to fill gaps. From n rows it is
 # too large by n/(n − N − 1), twice at this many, and what it fills in only confirms it.
 _ENOUGH = 2.0
@@ -179,9 +182,7 @@ def _rounds(
     moments = dataclasses.replace(start, count=total + extra)
     change, step = torch.inf, 0
     while step < settings.max_iter and change > FILLED:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            precision, used = inverse_covariance(moments, settings.l2, rho)
+        precision, used = _inverse(moments, settings.l2, rho)
         if rho is None and used:
             return None, torch.inf
         m, second = _expect(data, gaps, moments.mean, precision)
@@ -190,12 +191,23 @@ def _rounds(
         moved = second - moments.second, m - moments.mean
         change = max(difference.abs().max().item() for difference in moved)
         moments, step = Moments(m, second, total + extra), step + 1
+    if not extra:  # with which no variance goes to zero
+        moments = dataclasses.replace(moments, rounding=_ROUNDING)
+        if rho is None and _inverse(moments, settings.l2, rho)[1]:
+            return None, torch.inf
     # Spins have C_ii = 1 − m_i², which regressions know on average only; correlations stay.
     C, m = moments.covariance, moments.mean
     scale = ((1 - m.square()) / C.diagonal()).sqrt()
     second = torch.outer(scale, scale) * C + torch.outer(m, m)
     second.fill_diagonal_(1.0)
     return Filled(dataclasses.replace(moments, second=second), rho, step), change
+
+
+def _inverse(moments: Moments, l2: float, rho: float | None) -> tuple[Tensor, float]:
+    """`inverse_covariance` without a word on shrinkage."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return inverse_covariance(moments, l2, rho)
 
 
 def _expect(data: Data, gaps: list[_Part], m: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from ._warnings import FitWarning, warn
 
 # Spins up to which a pseudocount stands for a row of every state.
 _ALL_STATES = 10
+# Part of its variance that a spin which follows from others may have left by rounding.
+_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ class Moments:
         mean: m_i = ⟨S_i⟩, `(N,)`.
         second: ⟨S_i S_j⟩, `(N, N)`, diagonal 1.
         count: how many observations they are means of.
+        rounding: part of a variance that counts as none.
     """
 
     mean: Tensor
     second: Tensor
     count: float
+    rounding: float = _ROUNDING
 
     @property
     def covariance(self) -> Tensor:
@@ -157,7 +161,9 @@ def inverse_covariance(
         return (basis * eigenvalues) @ basis.mT, rho
     factor, failed = torch.linalg.cholesky_ex(covariance)
     # The pivots are variances of a spin given those before it: none is small beside its own.
-    singular = bool(failed) or bool((factor.diagonal().square() < 1e-10 * variance).any())
+    # Shrinking leaves no variance on its way to zero.
+    least = _ROUNDING if rho else moments.rounding
+    singular = bool(failed) or bool((factor.diagonal().square() < least * variance).any())
     if singular and shrinkage is None:
         rho = optimal_shrinkage(moments)
         warn(

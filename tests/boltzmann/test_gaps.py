@@ -265,14 +265,20 @@ def test_gaps_in_a_constant_column_alone_change_nothing_else(
     assert machine.fields_[2] == pytest.approx(np.arctanh(499 / 500), rel=1e-12)
 
 
+@pytest.mark.parametrize(("column", "every"), [(2, 11), (0, 3), (0, 2)])
 @pytest.mark.parametrize("method", RESPONSES)
-def test_equal_columns_with_gaps_are_shrunk_and_said(method: str, X: np.ndarray) -> None:
+def test_equal_columns_with_gaps_are_shrunk_and_said(
+    method: str, column: int, every: int, X: np.ndarray
+) -> None:
+    """Also where gaps are in one of the two, and the rounds approach a C without inverse slowly."""
     X = np.c_[X, X[:, 0]]
-    X[::11, 2] = np.nan
+    X[::every, column] = np.nan
     with pytest.warns(FitWarning, match="follow from others too closely .* it is shrunk by"):
         machine = BoltzmannMachine(method).fit(X)
     assert 0 < machine.shrinkage_ < 0.2
     assert np.abs(machine.couplings_).max() < 100
+    with pytest.raises(ValueError, match="singular with shrinkage=0"):
+        BoltzmannMachine(method, shrinkage=0.0).fit(X)
 
 
 def extrapolating(sure: float) -> np.ndarray:
