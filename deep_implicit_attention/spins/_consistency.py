@@ -299,6 +299,6 @@ def _exact(system: SpinSystem, prior: GaussianPrior, fields: Tensor, method: str
         cavity_variance=V.reshape(*fields.shape, d),
         solution=None,
         method=method,
-        _covariance=lambda: answer.covariance,
-        _susceptibility=lambda: answer.covariance,
+        _covariance=answer._covariance,
+        _susceptibility=answer._susceptibility,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,12 +62,12 @@ class Exact:
             log, m, chi = _gaussian(system, system.prior, x)
             second = chi + m.unsqueeze(2) * m.unsqueeze(1)
             energy = -0.5 * (system.matrix() * second).sum(dim=(1, 2)) - (x * m).sum(dim=1)
-            make = lambda: chi  # noqa: E731
+            make = Later(lambda: chi, chi)
         elif _weighs_equally(system.prior):
             log, m, energy, make = self._enumerate(system, x)
         else:
             raise TypeError(f"Exact has no answer for {type(system.prior).__name__}")
-        covariance = lambda: make().reshape(*batch, *event, *event)  # noqa: E731
+        covariance = functools.partial(_shaped, make, (*batch, *event, *event))
         return Response(
             magnetization=m.reshape(fields.shape),
             log_partition=log.reshape(batch),
@@ -78,9 +79,7 @@ class Exact:
             _susceptibility=covariance,
         )
 
-    def _enumerate(
-        self, system: SpinSystem, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
+    def _enumerate(self, system: SpinSystem, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Later]:
         """log Z, means, energies and covariances (when called) by summation over all states."""
         n, matrix = system.num_spins, system.matrix()
         levels = _levels(system, x)
@@ -144,6 +143,10 @@ class Exact:
 
         energy = -own / total - (x * m).sum(dim=1)
         return log + total.log(), m, energy, Later(covariance, x, matrix)
+
+
+def _shaped(make: Later, shape: tuple[int, ...]) -> Tensor:
+    return make().reshape(shape)
 
 
 def _weighs_equally(prior: Any) -> bool:

@@ -16,7 +16,7 @@ from ._blocks import diagonal_blocks
 from ._exact import factorise
 from ._gaussian import GaussianPrior
 from ._mcmc import Sampling, report, summarise
-from ._response import Response
+from ._response import Later, Response
 from ._system import SpinSystem, check_system
 from ._tempering import Replicas, bennett
 
@@ -134,8 +134,8 @@ class GibbsSampler:
             cavity_variance=None,
             solution=None,
             method="GibbsSampler",
-            _covariance=lambda: covariance,
-            _susceptibility=lambda: covariance,
+            _covariance=Later(lambda: covariance),
+            _susceptibility=Later(lambda: covariance),
             sampling=sampling,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Response:
     Everything is differentiable with respect to couplings, fields and prior parameters that carry
     gradients; of a sampled response only `log_partition` is, once (`GibbsSampler`). What is
     computed when asked for raises `RuntimeError` if they were changed in place after the call.
+    Pickling and `copy.deepcopy` ask for it.
 
     Attributes:
         magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
@@ -101,6 +103,11 @@ class Later:
                 value = self.compute()
             self.kept[graph] = value if graph else value.detach()
         return self.kept[graph]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The value alone, which is computed for it: what computes it has no place in a file."""
+        self()
+        return {"compute": None, "graph": True in self.kept, "inputs": [], "kept": self.kept}
 
 
 def total_derivative(respond: Callable[[Tensor], Tensor], fields: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from deep_implicit_attention.spins import (
     Exact,
     ExpectationPropagation,
     GaussianPrior,
+    GibbsSampler,
     IsingPrior,
     NaiveMeanField,
     PottsPrior,
@@ -111,6 +114,41 @@ def test_what_was_asked_before_the_change_stays(kind):
     x.add_(1.0)
     for name, value in zip(NAMES, before, strict=True):
         torch.testing.assert_close(getattr(response, name), value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+@each_method
+def test_responses_can_be_pickled_and_copied(kind, copied):
+    couplings, x = tensors()
+    response = copied(kind()(SpinSystem(couplings, IsingPrior()), x))
+    couplings.mul_(0.0)  # which the copy does not read
+    couplings, x = tensors()
+    again = kind()(SpinSystem(couplings, IsingPrior()), x)
+    for name in ("magnetization", "log_partition", "energy", *NAMES):
+        torch.testing.assert_close(getattr(response, name), getattr(again, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("without_graph", [False, True])
+def test_a_response_with_a_graph_can_be_pickled(without_graph):
+    response = attached(TAP)[0]
+    with torch.set_grad_enabled(not without_graph):
+        loaded = pickle.loads(pickle.dumps(response))
+    for name in NAMES:
+        value = getattr(loaded, name).detach()
+        torch.testing.assert_close(value, getattr(response, name).detach())
+
+
+def test_known_covariances_can_be_pickled():
+    prior = GaussianPrior(torch.zeros(2).double(), torch.eye(2).double())
+    system = SpinSystem(tensors()[0] / 4, prior)
+    x = torch.ones(4, 2, dtype=torch.float64)
+    sampler = GibbsSampler(num_samples=4, burn_in=0, on_failure="ignore")
+    for method in (Exact(), AdaptiveTAP(), sampler):
+        response = method(system, x)
+        loaded = pickle.loads(pickle.dumps(response))
+        for name in NAMES:
+            value = getattr(response, name).detach()
+            torch.testing.assert_close(getattr(loaded, name).detach(), value, rtol=0, atol=0)
 
 
 @pytest.mark.quick("True-ising-*", "True-potts-NaiveMeanField")
