@@ -38,8 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     shakespeare = Annotated[recipes.Shakespeare, tyro.conf.subcommand("shakespeare")]
     mnist_vit = Annotated[recipes.MnistViT, tyro.conf.subcommand("mnist-vit")]
     every = digits | mnist | mnist_vit | shakespeare
+    # Without a name of its own the recipe's group of flags does not repeat its description.
+    nameless = tyro.conf.arg(name="")
 
-    def train(recipe: tyro.conf.OmitSubcommandPrefixes[every]) -> int:  # type: ignore
+    def train(
+        recipe: Annotated[tyro.conf.OmitSubcommandPrefixes[every], nameless],  # type: ignore
+    ) -> int:
         """Train a model by a recipe: solver steps, residual and spectral radius are shown live.
 
         The folder of the run holds config.json, metrics.jsonl (one line an evaluation, the test

@@ -390,6 +390,8 @@ def test_help_names_every_setting(
         flag = re.escape("--" + field.name.replace("_", "-"))
         # The flag, what it takes or its negation, and then words on it.
         assert re.search(rf"{flag}\b[^\n]*\n?[^\n]*[a-z]{{2,}} [a-z]{{2,}}", text), field.name
+    first = (recipe.__doc__ or "").splitlines()[0]
+    assert text.count(first[:60]) == 1
     assert "MNIST" in text or "scikit-learn" in text
 
 
