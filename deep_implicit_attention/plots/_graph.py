@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -68,7 +69,8 @@ def coupling_graph(
     right.set(title=drawn, xticks=[], yticks=[])
     right.margins(0.1)
     right.invert_yaxis()
-    _bare(right)
+    # Axes that keep their box: for those that shrink in it too little room is left for the title.
+    _bare(right, adjustable="datalim")
     return figure
 
 
@@ -289,7 +291,7 @@ def _visible(token: str) -> str:
     return token.replace("\n", "↵").replace(" ", "␣").replace("$", r"\$")
 
 
-def _bare(axes: Axes) -> None:
-    axes.set_aspect("equal")
+def _bare(axes: Axes, adjustable: Literal["box", "datalim"] = "box") -> None:
+    axes.set_aspect("equal", adjustable=adjustable)
     for side in axes.spines.values():
         side.set_visible(False)

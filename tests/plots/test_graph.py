@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.patches import FancyArrowPatch
@@ -86,6 +87,20 @@ def test_arrows_are_few_enough_to_be_told_apart() -> None:
     strongest = sorted((i, j) for i in range(30) for j in range(30) if i != j)[-120:]
     assert set(arrows(axes)) == {(j, i) for i, j in strongest}
     assert axes.get_xlabel().startswith("the 120 strongest")
+
+
+@pytest.mark.parametrize("side", [1, 7, 8])
+def test_what_was_drawn_is_said_within_the_figure(side: int) -> None:
+    rows, columns = np.divmod(np.arange(side**2), side)
+    places = np.concatenate([[[-1.5, (side - 1) / 2]], np.stack([columns, rows], axis=1)])
+    drawn = np.random.default_rng(0).random((len(places), len(places)))
+    figure = coupling_graph(drawn + drawn.T, places, [str(i) for i in range(len(places))])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    title = figure.axes[1].title.get_window_extent(canvas.get_renderer())
+    assert title.y1 <= figure.bbox.y1
+    assert title.x0 >= 0
+    assert title.x1 <= figure.bbox.x1
 
 
 def test_the_image_lies_under_the_graph_where_its_pixels_are(strengths: np.ndarray) -> None:
