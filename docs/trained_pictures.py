@@ -73,7 +73,9 @@ def settling() -> Figure:
         _, (solution,) = model(test.images[:1], steps=steps, return_solution=True)
         states.append(solution.value[0].numpy())
         residuals.append(solution.residual.item())
-    return plots.relaxation(np.stack(states), residuals, emphasised=0, tolerance=1e-3)
+    return plots.relaxation(
+        np.stack(states), residuals, emphasised=0, name="class token", tolerance=1e-3
+    )
 
 
 @torch.no_grad()

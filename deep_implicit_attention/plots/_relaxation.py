@@ -20,14 +20,16 @@ def relaxation(
     *,
     steps: ArrayLike | None = None,
     emphasised: int | None = None,
+    name: str | None = None,
     tolerance: float | None = None,
     title: str = "",
 ) -> Figure:
     """Magnetizations of one sample against relaxation steps, beside the residual.
 
     `magnetizations` are `(steps, N)`, of scalar spins, or `(steps, N, d)`, whose lengths ‖z_i‖ are
-    drawn, one line a site; the site `emphasised` is thick. `residuals` `(steps,)` are relative,
-    ‖F(z) − z‖ / ‖F(z)‖. `steps` are the numbers of the steps, by default 1, 2, ...
+    drawn, one line a site; the site `emphasised` is thick, and has `name` in the legend, by
+    default its number. `residuals` `(steps,)` are relative, ‖F(z) − z‖ / ‖F(z)‖. `steps` are the
+    numbers of the steps, by default 1, 2, ...
     """
     z, residuals = np.asarray(magnetizations, float), np.asarray(residuals, float)
     if z.ndim not in (2, 3) or len(z) != len(residuals):
@@ -35,6 +37,8 @@ def relaxation(
             "magnetizations must have shape (steps, N) or (steps, N, d) and residuals (steps,), "
             f"got {z.shape} and {residuals.shape}"
         )
+    if name is not None and emphasised is None:
+        raise ValueError(f"name is that of the site emphasised, of which there is none: {name!r}")
     lines = z if z.ndim == 2 else np.linalg.norm(z, axis=-1)
     at = np.arange(1, len(z) + 1) if steps is None else np.asarray(steps)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -44,8 +48,8 @@ def relaxation(
         if site != emphasised:
             left.plot(at, line, color=COLOURS[2], alpha=alpha, linewidth=1, label=f"_site {site}")
     if emphasised is not None:
-        name = f"site {emphasised}"
-        left.plot(at, lines[:, emphasised], color=COLOURS[4], linewidth=2.2, label=name)
+        label = f"site {emphasised}" if name is None else name
+        left.plot(at, lines[:, emphasised], color=COLOURS[4], linewidth=2.2, label=label)
         left.legend(frameon=False)
     what = "magnetization $m_i$" if z.ndim == 2 else "length ‖$z_i$‖ of the magnetization"
     left.set(xlabel="relaxation step", ylabel=f"{what} (dimensionless)", title=title)

@@ -64,6 +64,15 @@ def test_relaxation_draws_every_site(components: int | None) -> None:
         assert {to_hex(line.get_color()) for line in axes.lines} <= OKABE_ITO
 
 
+def test_relaxation_names_the_emphasised_site() -> None:
+    z = np.zeros((3, 2))
+    left, _ = relaxation(z, [0.3, 0.2, 0.1], emphasised=0, name="class token").axes
+    (text,) = left.get_legend().get_texts()
+    assert text.get_text() == "class token"
+    with pytest.raises(ValueError, match="name"):
+        relaxation(z, [0.3, 0.2, 0.1], name="class token")
+
+
 def test_relaxation_counts_steps_from_one() -> None:
     left, right = relaxation(np.zeros((3, 2)), [0.3, 0.2, 0.1]).axes
     for axes in (left, right):
