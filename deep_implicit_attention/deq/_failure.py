@@ -10,6 +10,10 @@ from ..solvers import Solution, Status
 OnFailure = Literal["ignore", "warn", "raise"]
 _POLICIES = get_args(OnFailure)
 
+# What the options are called that the sentence of a status speaks of.
+OF_A_LAYER = "In a layer these are solver_fwd_max_iter, solver_fwd_tol and so on."
+OF_ITS_GRADIENT = "In a layer these are solver_bwd_max_iter, solver_bwd_tol and so on."
+
 
 class ConvergenceWarning(UserWarning):
     """A solve did not reach its tolerance for some samples."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..solvers import Solution, Status, anderson
 from ._adjoints import Adjoint
-from ._failure import OnFailure, report
+from ._failure import OF_A_LAYER, OnFailure, report
 from ._fixed_point import check_fixed_point_solver, refuse_transformations, solve_and_attach
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
@@ -222,7 +222,7 @@ class DEQFixedPoint(nn.Module):
                 settings.on_failure,
                 type(self.fun).__name__,
                 settings.tol,
-                _LEFT_OUT if poisoned else "",
+                _LEFT_OUT if poisoned else OF_A_LAYER,
                 stacklevel=7,
             )
         return self._narrowed(solution, x)

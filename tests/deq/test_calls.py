@@ -158,6 +158,14 @@ def test_warnings_point_at_the_caller():
     assert caught[0].filename == __file__
 
 
+def test_warnings_call_options_as_the_layer_does():
+    module, x = DEQMeanFieldAttention(5, 4), torch.randn(2, 5, 4, requires_grad=True)
+    for part in ("fwd", "bwd"):
+        layer = DEQFixedPoint(module, **{f"solver_{part}_max_iter": 1, f"solver_{part}_tol": 1e-6})
+        with pytest.warns(ConvergenceWarning, match=f"solver_{part}_max_iter.*_{part}_tol"):
+            layer(x, solver_fwd_preconditioner=None).sum().backward()
+
+
 def test_warnings_of_cached_states_point_at_the_caller():
     module = DEQVanillaSoftmaxAttention(4, 4, causal=True)
     layer = DEQFixedPoint(module, solver_fwd_max_iter=1, solver_fwd_tol=1e-9)
