@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from deep_implicit_attention.deq import DEQModule
+from deep_implicit_attention.deq import DEQModule, fixed_point
 
 TIGHT = {
     "solver_fwd_tol": 1e-13,
@@ -71,6 +73,12 @@ def unroll(w: Tensor, x: Tensor, steps: int = 500) -> Tensor:
     return z
 
 
+def solve(w: Tensor, x: Tensor, **options: Any) -> Tensor:
+    """The fixed point, to the last digits unless `options` say otherwise."""
+    tight = {"tol": 1e-13, "max_iter": 300, **options}
+    return fixed_point(tanh_map, torch.zeros_like(x), (w, x), **tight).value
+
+
 @pytest.fixture
 def w() -> Tensor:
     torch.manual_seed(0)
@@ -91,6 +99,7 @@ def problem():
         map = staticmethod(tanh_map)
         module = TanhModule
         unrolled = staticmethod(unroll)
+        solve = staticmethod(solve)
 
     return Problem
 

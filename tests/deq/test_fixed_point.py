@@ -1,26 +1,21 @@
-"""`fixed_point`: exact gradients of every order, or a refusal; failures that are heard."""
+"""`fixed_point`: exact gradients of every order, or a refusal."""
 
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from deep_implicit_attention.deq import (
-    ConvergenceError,
-    ConvergenceWarning,
     Implicit,
     OneStep,
     Phantom,
     fixed_point,
 )
 from deep_implicit_attention.solvers import (
-    Status,
     anderson,
     broyden,
     gmres,
@@ -32,13 +27,9 @@ SOLVERS = [picard, anderson, broyden, newton_krylov]
 TIGHT = {"tol": 1e-13, "max_iter": 300}
 
 
-def solve(problem, w, x, **options):
-    return fixed_point(problem.map, torch.zeros_like(x), (w, x), **{**TIGHT, **options}).value
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_value_and_gradients_are_those_of_a_long_unroll(problem, w, x, solver):
-    value = solve(problem, w, x, solver=solver)
+    value = problem.solve(w, x, solver=solver)
     reference = problem.unrolled(w, x)
     torch.testing.assert_close(value, reference, rtol=0, atol=1e-11)
     weights = torch.linspace(-1, 2, value.numel(), dtype=x.dtype).view_as(value)
@@ -53,7 +44,7 @@ def test_value_and_gradients_are_those_of_a_long_unroll(problem, w, x, solver):
 @pytest.mark.quick("anderson", "broyden")
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradcheck_and_gradgradcheck(problem, w, x, solver):
-    function = lambda w, x: solve(problem, w, x, solver=solver)  # noqa: E731
+    function = lambda w, x: problem.solve(w, x, solver=solver)  # noqa: E731
     assert gradcheck(function, (w, x), eps=1e-6, atol=1e-6)
     assert gradgradcheck(function, (w, x), eps=1e-6, atol=1e-6, fast_mode=True)
 
@@ -64,7 +55,7 @@ def test_third_derivatives_are_those_of_a_long_unroll(problem, w, x):
         second = grad(first.pow(2).sum(), w, create_graph=True)[0]
         return grad(second.pow(2).sum(), (w, x))
 
-    mine = third(lambda w, x: solve(problem, w, x))
+    mine = third(lambda w, x: problem.solve(w, x))
     theirs = third(lambda w, x: problem.unrolled(w, x, 200))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
@@ -78,7 +69,7 @@ def test_third_derivatives_are_those_of_a_long_unroll(problem, w, x):
 @pytest.mark.parametrize("options", [{}, {"solver": picard, "damping": 0.4}, {"m": 2}])
 def test_gradient_does_not_depend_on_settings(problem, w, x, adjoint, options):
     expected = grad(problem.unrolled(w, x).square().sum(), w)[0]
-    value = solve(problem, w, x, adjoint=adjoint, **options)
+    value = problem.solve(w, x, adjoint=adjoint, **options)
     torch.testing.assert_close(grad(value.square().sum(), w)[0], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -140,7 +131,7 @@ class TestClosures:
 
 class TestApproximateAdjoints:
     def test_one_step_is_the_derivative_of_one_step(self, problem, w, x):
-        value = solve(problem, w, x, adjoint=OneStep())
+        value = problem.solve(w, x, adjoint=OneStep())
         fixed = problem.unrolled(w, x).detach()
         expected = grad(problem.map(fixed, w, x).square().sum(), (w, x))
         for mine, theirs in zip(grad(value.square().sum(), (w, x)), expected, strict=True):
@@ -151,7 +142,7 @@ class TestApproximateAdjoints:
         exact = grad(problem.unrolled(w, x).square().sum(), w)[0]
         errors = []
         for steps in (2, 20, 200):
-            value = solve(problem, w, x, adjoint=Phantom(steps, damping))
+            value = problem.solve(w, x, adjoint=Phantom(steps, damping))
             errors.append((grad(value.square().sum(), w)[0] - exact).norm().item())
         assert errors[0] > 10 * errors[1]
         assert errors[2] < 1e-9
@@ -159,7 +150,7 @@ class TestApproximateAdjoints:
     @pytest.mark.parametrize("adjoint", [OneStep(), Phantom(3)])
     def test_second_derivatives_raise(self, problem, w, x, adjoint):
         for loss in (torch.sum, lambda z: z.square().sum()):
-            value = solve(problem, w, x, adjoint=adjoint)
+            value = problem.solve(w, x, adjoint=adjoint)
             gradient = grad(loss(value), w, create_graph=True)[0]
             with pytest.raises(RuntimeError, match="second derivatives"):
                 grad(gradient.sum(), w)
@@ -168,20 +159,20 @@ class TestApproximateAdjoints:
     def test_the_value_is_the_iterate_bit_for_bit(self, problem, w, x, adjoint):
         options = {"tol": 1e-3, "adjoint": adjoint}
         with torch.no_grad():
-            plain = solve(problem, w, x, **options)
-        assert torch.equal(solve(problem, w, x, **options), plain)
+            plain = problem.solve(w, x, **options)
+        assert torch.equal(problem.solve(w, x, **options), plain)
 
 
 class TestGraph:
     def test_two_forwards_before_one_backward(self, problem, w, x):
-        first, second = solve(problem, w, x), solve(problem, w, 2 * x)
+        first, second = problem.solve(w, x), problem.solve(w, 2 * x)
         together = grad(first.sum() + second.square().sum(), w)[0]
-        alone = grad(solve(problem, w, x).sum(), w)[0]
-        other = grad(solve(problem, w, 2 * x).square().sum(), w)[0]
+        alone = grad(problem.solve(w, x).sum(), w)[0]
+        other = grad(problem.solve(w, 2 * x).square().sum(), w)[0]
         torch.testing.assert_close(together, alone + other)
 
     def test_backward_twice_with_retain_graph(self, problem, w, x):
-        loss = solve(problem, w, x).square().sum()
+        loss = problem.solve(w, x).square().sum()
         first = grad(loss, w, retain_graph=True)[0]
         assert torch.equal(grad(loss, w)[0], first)
 
@@ -189,9 +180,9 @@ class TestGraph:
     def test_checkpointing(self, problem, w, x, reentrant):
         from torch.utils.checkpoint import checkpoint
 
-        value = checkpoint(lambda w, x: solve(problem, w, x), w, x, use_reentrant=reentrant)
+        value = checkpoint(lambda w, x: problem.solve(w, x), w, x, use_reentrant=reentrant)
         value.square().sum().backward()
-        expected = grad(solve(problem, w, x).square().sum(), w)[0]
+        expected = grad(problem.solve(w, x).square().sum(), w)[0]
         torch.testing.assert_close(w.grad, expected)
 
     def test_bytes_saved_do_not_depend_on_steps(self, problem, w, x):
@@ -204,7 +195,7 @@ class TestGraph:
                 return t
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                solve(problem, w, x, solver=picard, tol=0.0, max_iter=steps, on_failure="ignore")
+                problem.solve(w, x, solver=picard, tol=0.0, max_iter=steps, on_failure="ignore")
             return total
 
         assert 0 < saved(5) == saved(500)
@@ -221,13 +212,13 @@ class TestGraph:
         def alive() -> int:
             return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-        solve(problem, w, x).sum().backward()
+        problem.solve(w, x).sum().backward()
         gc.collect()
         before = alive()
         gc.disable()  # a cycle would need the collector
         try:
             for _ in range(5):
-                solve(problem, w, x).sum().backward()
+                problem.solve(w, x).sum().backward()
             leaked = alive() - before
         finally:
             gc.enable()
@@ -320,131 +311,8 @@ class TestStates:
 
     def test_empty_batch(self, problem, w):
         x = torch.zeros(0, 4, dtype=torch.float64, requires_grad=True)
-        value = solve(problem, w, x)
+        value = problem.solve(w, x)
         value.sum().backward()
         assert value.shape == (0, 4)
         assert w.grad is not None
         assert not w.grad.any()
-
-
-class TestFailure:
-    """Couplings that diverge: status, residual, and words that say what to try."""
-
-    @staticmethod
-    def expanding(z, x):
-        return 3 * z + x
-
-    def test_warns_with_evidence(self, x):
-        with pytest.warns(ConvergenceWarning, match=r"3 of 3 samples.*diverged.*couplings weaker"):
-            solution = fixed_point(self.expanding, torch.zeros_like(x), (x,), solver=picard)
-        assert set(solution.status) == {Status.DIVERGED}
-        assert bool(torch.isfinite(solution.value).all())
-
-    def test_raises_or_keeps_quiet_if_told_so(self, x):
-        start = torch.zeros_like(x)
-        with pytest.raises(ConvergenceError, match="tolerance") as caught:
-            fixed_point(self.expanding, start, (x,), solver=picard, on_failure="raise")
-        assert caught.value.solution.residual.shape == (3,)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            fixed_point(self.expanding, start, (x,), solver=picard, on_failure="ignore")
-
-    @pytest.mark.parametrize("solver", [gmres, anderson])
-    def test_a_backward_solve_cut_short_warns_and_reports(self, problem, w, x, solver):
-        seen = []
-        adjoint = Implicit(solver, max_iter=1, tol=1e-10, observe=seen.append)
-        value = solve(problem, w, x, adjoint=adjoint)
-        with pytest.warns(ConvergenceWarning, match="backward solve: 3 of 3"):
-            value.sum().backward()
-        (solution,) = seen
-        assert not bool(solution.converged.any())
-        # The residual is the true one of u = (∂f/∂z)ᵀ u + g.
-        z = problem.unrolled(w, x).detach().requires_grad_()
-        image = problem.map(z, w, x)
-        u = solution.value
-        gap = grad(image, z, u)[0] + 1 - u
-        norm = 2.0 if solver is gmres else (gap + u).norm(dim=1)
-        torch.testing.assert_close(solution.residual, gap.norm(dim=1) / norm, rtol=1e-6, atol=0)
-
-    @pytest.mark.parametrize("solver", [gmres, anderson])
-    def test_a_gradient_with_a_number_that_is_none_is_not_the_solves_failure(
-        self, problem, w, x, solver
-    ):
-        value = solve(problem, w, x, adjoint=Implicit(solver), on_failure="raise")
-        weight = torch.ones_like(value)
-        (expected,) = grad(value, x, weight, retain_graph=True)
-        weight[1, 0] = torch.nan
-        (found,) = grad(value, x, weight)
-        assert torch.equal(found[[0, 2]], expected[[0, 2]])
-        assert bool(found[1].isnan().any())
-
-    def test_a_failed_backward_solve_raises_if_told_so(self, problem, w, x):
-        adjoint = Implicit(max_iter=1, tol=1e-10)
-        value = solve(problem, w, x, adjoint=adjoint, on_failure="raise")
-        with pytest.raises(ConvergenceError, match="backward solve"):
-            value.sum().backward()
-
-    def test_one_bad_sample_leaves_the_gradients_of_the_others(self, problem, w, x):
-        bad = x.detach().clone()
-        bad[1, 0] = torch.nan
-        bad.requires_grad_()
-        with pytest.warns(ConvergenceWarning, match="nonfinite: 1"):
-            value = solve(problem, w, bad)
-        assert bool(value[1].isnan().all())
-        mine = grad(value[[0, 2]].square().sum(), bad)[0]
-        theirs = grad(solve(problem, w, x)[[0, 2]].square().sum(), x)[0]
-        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
-
-
-class TestOptions:
-    def test_unknown_solver_options_are_refused_with_a_list(self, x):
-        with pytest.raises(TypeError, match=r"unknown option 'window'.*\bm\b"):
-            fixed_point(lambda z: z, torch.zeros_like(x), window=3)
-        with pytest.raises(TypeError, match="unknown option 'm'"):
-            Implicit(gmres, m=3)
-
-    @pytest.mark.parametrize(
-        ("options", "error", "message"),
-        [
-            ({"tol": -1.0}, ValueError, "tol"),
-            ({"max_iter": 0}, ValueError, "max_iter"),
-            ({"on_failure": "shout"}, ValueError, "on_failure"),
-            ({"adjoint": "implicit"}, TypeError, "adjoint"),
-        ],
-    )
-    def test_bad_values(self, x, options, error, message):
-        with pytest.raises(error, match=message):
-            fixed_point(lambda z: 0 * z, torch.zeros_like(x), **options)
-
-    @pytest.mark.parametrize(
-        ("make", "error", "message"),
-        [
-            (lambda: Implicit(tol=-1.0), ValueError, "tol"),
-            (lambda: Implicit(max_iter=0), ValueError, "max_iter"),
-            (lambda: Implicit(observe=3), TypeError, "observe"),
-            (lambda: Implicit(solver="gmres"), TypeError, "solver"),
-            (lambda: Phantom(0), ValueError, "steps"),
-            (lambda: Phantom(3, 1.0), ValueError, "damping"),
-        ],
-    )
-    def test_bad_adjoints(self, make, error, message):
-        with pytest.raises(error, match=message):
-            make()
-
-    def test_gmres_may_be_bound_to_its_options(self, problem, w, x):
-        bound = Implicit(partial(gmres, restart=2), tol=1e-12, max_iter=200)
-        options = {**TIGHT, "adjoint": bound}
-        mine = grad(solve(problem, w, x, **options).square().sum(), [w, x])
-        theirs = grad(solve(problem, w, x).square().sum(), [w, x])
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
-
-    def test_every_backward_option_arrives(self, problem, w, x):
-        seen = {}
-
-        def spy(f, z0, *, tol, max_iter, m, ridge):
-            seen.update(tol=tol, max_iter=max_iter, m=m, ridge=ridge)
-            return anderson(f, z0, tol=tol, max_iter=max_iter, m=m, ridge=ridge)
-
-        adjoint = Implicit(spy, tol=1e-7, max_iter=77, m=3, ridge=1e-5)
-        solve(problem, w, x, adjoint=adjoint).sum().backward()
-        assert seen == {"tol": 1e-7, "max_iter": 77, "m": 3, "ridge": 1e-5}

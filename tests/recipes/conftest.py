@@ -20,7 +20,7 @@ from PIL import Image
 
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
-from deep_implicit_attention.recipes import report_run
+from deep_implicit_attention.recipes import _compare, report_run
 from deep_implicit_attention.training import ImageData
 
 TINY = "--epochs 2 --batch-size 32 --widths 4 --strides 2 --dim 3 --threads 1 --learning-rate 0.01"
@@ -217,3 +217,9 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             savefig(self, file, format=format, **options)
 
     monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dia ising` without its picture."""
+    monkeypatch.setattr(_compare, "_draw", lambda *_, **__: None)

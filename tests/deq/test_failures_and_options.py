@@ -1,0 +1,146 @@
+"""`fixed_point` where a solve fails, and options that are wrong."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd import grad
+
+from deep_implicit_attention.deq import (
+    ConvergenceError,
+    ConvergenceWarning,
+    Implicit,
+    Phantom,
+    fixed_point,
+)
+from deep_implicit_attention.solvers import (
+    Status,
+    anderson,
+    gmres,
+    picard,
+)
+
+
+class TestFailure:
+    """Couplings that diverge: status, residual, and words that say what to try."""
+
+    @staticmethod
+    def expanding(z, x):
+        return 3 * z + x
+
+    def test_warns_with_evidence(self, x):
+        with pytest.warns(ConvergenceWarning, match=r"3 of 3 samples.*diverged.*couplings weaker"):
+            solution = fixed_point(self.expanding, torch.zeros_like(x), (x,), solver=picard)
+        assert set(solution.status) == {Status.DIVERGED}
+        assert bool(torch.isfinite(solution.value).all())
+
+    def test_raises_or_keeps_quiet_if_told_so(self, x):
+        start = torch.zeros_like(x)
+        with pytest.raises(ConvergenceError, match="tolerance") as caught:
+            fixed_point(self.expanding, start, (x,), solver=picard, on_failure="raise")
+        assert caught.value.solution.residual.shape == (3,)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fixed_point(self.expanding, start, (x,), solver=picard, on_failure="ignore")
+
+    @pytest.mark.parametrize("solver", [gmres, anderson])
+    def test_a_backward_solve_cut_short_warns_and_reports(self, problem, w, x, solver):
+        seen = []
+        adjoint = Implicit(solver, max_iter=1, tol=1e-10, observe=seen.append)
+        value = problem.solve(w, x, adjoint=adjoint)
+        with pytest.warns(ConvergenceWarning, match="backward solve: 3 of 3"):
+            value.sum().backward()
+        (solution,) = seen
+        assert not bool(solution.converged.any())
+        # The residual is the true one of u = (∂f/∂z)ᵀ u + g.
+        z = problem.unrolled(w, x).detach().requires_grad_()
+        image = problem.map(z, w, x)
+        u = solution.value
+        gap = grad(image, z, u)[0] + 1 - u
+        norm = 2.0 if solver is gmres else (gap + u).norm(dim=1)
+        torch.testing.assert_close(solution.residual, gap.norm(dim=1) / norm, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("solver", [gmres, anderson])
+    def test_a_gradient_with_a_number_that_is_none_is_not_the_solves_failure(
+        self, problem, w, x, solver
+    ):
+        value = problem.solve(w, x, adjoint=Implicit(solver), on_failure="raise")
+        weight = torch.ones_like(value)
+        (expected,) = grad(value, x, weight, retain_graph=True)
+        weight[1, 0] = torch.nan
+        (found,) = grad(value, x, weight)
+        assert torch.equal(found[[0, 2]], expected[[0, 2]])
+        assert bool(found[1].isnan().any())
+
+    def test_a_failed_backward_solve_raises_if_told_so(self, problem, w, x):
+        adjoint = Implicit(max_iter=1, tol=1e-10)
+        value = problem.solve(w, x, adjoint=adjoint, on_failure="raise")
+        with pytest.raises(ConvergenceError, match="backward solve"):
+            value.sum().backward()
+
+    def test_one_bad_sample_leaves_the_gradients_of_the_others(self, problem, w, x):
+        bad = x.detach().clone()
+        bad[1, 0] = torch.nan
+        bad.requires_grad_()
+        with pytest.warns(ConvergenceWarning, match="nonfinite: 1"):
+            value = problem.solve(w, bad)
+        assert bool(value[1].isnan().all())
+        mine = grad(value[[0, 2]].square().sum(), bad)[0]
+        theirs = grad(problem.solve(w, x)[[0, 2]].square().sum(), x)[0]
+        assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
+
+
+class TestOptions:
+    def test_unknown_solver_options_are_refused_with_a_list(self, x):
+        with pytest.raises(TypeError, match=r"unknown option 'window'.*\bm\b"):
+            fixed_point(lambda z: z, torch.zeros_like(x), window=3)
+        with pytest.raises(TypeError, match="unknown option 'm'"):
+            Implicit(gmres, m=3)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"tol": -1.0}, ValueError, "tol"),
+            ({"max_iter": 0}, ValueError, "max_iter"),
+            ({"on_failure": "shout"}, ValueError, "on_failure"),
+            ({"adjoint": "implicit"}, TypeError, "adjoint"),
+        ],
+    )
+    def test_bad_values(self, x, options, error, message):
+        with pytest.raises(error, match=message):
+            fixed_point(lambda z: 0 * z, torch.zeros_like(x), **options)
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda: Implicit(tol=-1.0), ValueError, "tol"),
+            (lambda: Implicit(max_iter=0), ValueError, "max_iter"),
+            (lambda: Implicit(observe=3), TypeError, "observe"),
+            (lambda: Implicit(solver="gmres"), TypeError, "solver"),
+            (lambda: Phantom(0), ValueError, "steps"),
+            (lambda: Phantom(3, 1.0), ValueError, "damping"),
+        ],
+    )
+    def test_bad_adjoints(self, make, error, message):
+        with pytest.raises(error, match=message):
+            make()
+
+    def test_gmres_may_be_bound_to_its_options(self, problem, w, x):
+        bound = Implicit(partial(gmres, restart=2), tol=1e-12, max_iter=200)
+        mine = grad(problem.solve(w, x, adjoint=bound).square().sum(), [w, x])
+        theirs = grad(problem.solve(w, x).square().sum(), [w, x])
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+    def test_every_backward_option_arrives(self, problem, w, x):
+        seen = {}
+
+        def spy(f, z0, *, tol, max_iter, m, ridge):
+            seen.update(tol=tol, max_iter=max_iter, m=m, ridge=ridge)
+            return anderson(f, z0, tol=tol, max_iter=max_iter, m=m, ridge=ridge)
+
+        adjoint = Implicit(spy, tol=1e-7, max_iter=77, m=3, ridge=1e-5)
+        problem.solve(w, x, adjoint=adjoint).sum().backward()
+        assert seen == {"tol": 1e-7, "max_iter": 77, "m": 3, "ridge": 1e-5}
