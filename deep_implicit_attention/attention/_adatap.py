@@ -80,7 +80,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
             each symmetry makes that of the couplings about 1/√2 of it.
         weight_training: False makes the couplings a buffer.
         weight_sym_internal: symmetrise each J_ij.
-        weight_sym_sites: symmetrise J_ij = J_ji.
+        weight_sym_sites: symmetrise J_ij = J_ji. With both P − J is read in one half only, so a
+            subclass whose own `weight()` lacks a symmetry has to say so here.
         lin_response: False is naive mean field, V = 0 (for a Gaussian prior the same z).
         prior: prior of a spin, shared by all sites; its parameters are trained with the module. By
             default N(0, 1), kept as the buffer `spin_prior_inv_var` `(N, d, d)` of the P_i.
