@@ -26,6 +26,7 @@ from deep_implicit_attention.spins import (
     SpinSystem,
     sherrington_kirkpatrick,
 )
+from examples.shakespeare import train
 
 
 class Clock:
@@ -107,6 +108,28 @@ def test_the_loss_of_a_text_is_the_mean_over_its_windows() -> None:
     found = language.evaluate(Model(), torch.arange(68 * language.LENGTH + 1))
     expected = {"loss": 2.0, "residual": 2 * 1.5e-3, "worst": 70e-3, "steps": 9.0}
     assert found == pytest.approx(expected)
+
+
+def test_iterations_are_timed_with_as_many_steps_as_a_long_run_has() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(65, 65))
+            self.drawn: list[int] = []
+
+        def forward(self, ids: Tensor, steps: int, state: Any = None, **_: Any) -> Any:
+            if torch.is_grad_enabled():
+                return self.weight[ids]
+            self.drawn.append(steps)
+            return None, None
+
+        def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return logits.gather(2, targets[..., None]).sum()
+
+    model, relax = Model(), 4
+    ids = torch.randint(65, (100_000,), generator=torch.Generator().manual_seed(0))
+    train(model, ids, language.ITERATIONS, language.TYPICAL, relax, 4)
+    assert sum(model.drawn) / language.ITERATIONS == relax / 2
 
 
 def test_no_equilibrium_model_is_larger_than_an_explicit_one() -> None:
