@@ -13,7 +13,7 @@ BATCH, LENGTH, RATE, WARMUP = 12, 64, 2e-3, 100
 
 
 # %% the loop
-def train(model, ids, iterations, seed, relax=4, learn=4, rate=RATE):
+def train(model, ids, iterations, seed, relax=2, learn=4, rate=RATE):
     """AdamW, warm-up, cosine; up to `relax` steps towards equilibrium, `learn` with a graph."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]

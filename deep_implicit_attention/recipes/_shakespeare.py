@@ -47,7 +47,7 @@ class Shakespeare(TrainingFlags):
     """iterations in which the learning rate rises; then it falls by a cosine to a tenth"""
     weight_decay: float = 0.1
     clip: float | None = 1.0
-    relax: int = 4
+    relax: int = 2
     """steps towards equilibrium without a gradient, at most: each batch draws from 0 to this"""
     learn: int = 4
     """steps after them with a gradient; 0 is the equilibrium with its exact implicit gradient"""

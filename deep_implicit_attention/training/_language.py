@@ -65,7 +65,7 @@ class Language(Task):
         length: int,
         batch_size: int,
         *,
-        relax: int = 4,
+        relax: int = 2,
         learn: int | None = 4,
         jacobian_penalty: float = 0.0,
         evaluate_windows: int = 100,
