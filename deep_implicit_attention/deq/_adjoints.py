@@ -22,7 +22,7 @@ from torch.autograd import Function
 from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
-from ._failure import OF_ITS_GRADIENT, report
+from ._failure import report
 from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
@@ -224,9 +224,8 @@ class _Equation:
         if not solution.all_converged():
             # A gradient that was not finite when it came is not the solve's failure.
             judged = solution.accepting(~torch.isfinite(g).all(dim=1))
-            report(
-                judged, self.on_failure, "backward solve", self.tol, OF_ITS_GRADIENT, stacklevel=2
-            )
+            where = {"stacklevel": 2, "in_a_layer": "solver_bwd_"}
+            report(judged, self.on_failure, "backward solve", self.tol, **where)
         return solution.value if unit is None else solution.value * unit
 
 

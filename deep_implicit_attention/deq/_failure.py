@@ -10,10 +10,6 @@ from ..solvers import Solution, Status
 OnFailure = Literal["ignore", "warn", "raise"]
 _POLICIES = get_args(OnFailure)
 
-# What the options are called that the sentence of a status speaks of.
-OF_A_LAYER = "In a layer these are solver_fwd_max_iter, solver_fwd_tol and so on."
-OF_ITS_GRADIENT = "In a layer these are solver_bwd_max_iter, solver_bwd_tol and so on."
-
 
 class ConvergenceWarning(UserWarning):
     """A solve did not reach its tolerance for some samples."""
@@ -46,8 +42,12 @@ def report(
     tol: float,
     advice: str = "",
     stacklevel: int = 3,
+    in_a_layer: str = "",
 ) -> None:
-    """Warn or raise, as `on_failure` says, if any sample of `solution` failed."""
+    """Warn or raise, as `on_failure` says, if any sample of `solution` failed.
+
+    `in_a_layer` is what the options of this solver begin with there.
+    """
     if on_failure == "ignore" or solution.all_converged():
         return
     solution = solution.accepting(solution.codes == Status.FIXED_STEPS.code)
@@ -58,6 +58,9 @@ def report(
     counts = ", ".join(f"{kind}: {failed.count(kind)}" for kind in kinds)
     worst = solution.residual[~solution.converged].max().item()
     sentences = [f"{kind}: {kind.sentence}" for kind in kinds]
+    if in_a_layer and Status.MAX_ITER in kinds:
+        names = f"{in_a_layer}max_iter, {in_a_layer}tol"
+        sentences.append(f"Options of a layer are called {names} and so on.")
     message = " ".join(
         part
         for part in (

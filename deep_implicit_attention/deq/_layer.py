@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..solvers import Solution, Status, anderson
+from ..solvers._validate import check_is_tensor
 from ._adjoints import Adjoint
-from ._failure import OF_A_LAYER, OnFailure, report
+from ._failure import OnFailure, report
 from ._fixed_point import check_fixed_point_solver, refuse_transformations, solve_and_attach
 from ._map import TracedMap, in_autocast, outside_inference_mode, without_autocast
 from ._module import of_its_update
@@ -148,8 +149,7 @@ class DEQFixedPoint(nn.Module):
         settings = self._settings
         if overrides:
             settings = parse(self.solver, override(self._options, overrides))
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        check_is_tensor("x", x)
         if not x.is_floating_point():
             raise TypeError(f"x must have a real floating dtype, got {x.dtype}")
         evidence = (return_solution and measure) or debug
@@ -222,8 +222,9 @@ class DEQFixedPoint(nn.Module):
                 settings.on_failure,
                 type(self.fun).__name__,
                 settings.tol,
-                _LEFT_OUT if poisoned else OF_A_LAYER,
+                _LEFT_OUT if poisoned else "",
                 stacklevel=7,
+                in_a_layer="solver_fwd_",
             )
         return self._narrowed(solution, x)
 

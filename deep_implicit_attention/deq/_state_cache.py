@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution
-from ._failure import OF_A_LAYER, report
+from ._failure import report
 from ._layer import DEQFixedPoint
 from ._map import without_autocast
 from ._module import of_its_update
@@ -72,8 +72,8 @@ def _solved(layer: DEQFixedPoint, fields: Tensor, context: Any, overrides: Any) 
     with without_autocast(fields):
         solution = layer._solve(fields, context, None, settings, evidence=True)
     name = type(layer.fun).__name__
-    stacklevel = 5  # past `torch.no_grad` as well
-    report(solution, settings.on_failure, name, settings.tol, OF_A_LAYER, stacklevel)
+    where = {"stacklevel": 5, "in_a_layer": "solver_fwd_"}  # past `torch.no_grad` as well
+    report(solution, settings.on_failure, name, settings.tol, **where)
     parts = solution.value
     value = parts[0] if len(parts) == 1 else tuple(parts)
     return StateCache(layer, context, solution.with_value(value))

@@ -55,10 +55,15 @@ def check_number(
         raise ValueError(f"{name} must be at least {minimum:g}{upper}, got {value}")
 
 
-def check_tensor(name: str, value: Any) -> None:
-    """Raise unless `value` is a tensor in float32 or float64."""
+def check_is_tensor(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor, of whatever dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor in float32 or float64."""
+    check_is_tensor(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 

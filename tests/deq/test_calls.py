@@ -164,6 +164,9 @@ def test_warnings_call_options_as_the_layer_does():
         layer = DEQFixedPoint(module, **{f"solver_{part}_max_iter": 1, f"solver_{part}_tol": 1e-6})
         with pytest.warns(ConvergenceWarning, match=f"solver_{part}_max_iter.*_{part}_tol"):
             layer(x, solver_fwd_preconditioner=None).sum().backward()
+    with pytest.warns(ConvergenceWarning) as caught:
+        DEQFixedPoint(module)(torch.full_like(x, torch.nan))
+    assert "max_iter" not in str(caught[0].message)
 
 
 def test_warnings_of_cached_states_point_at_the_caller():
