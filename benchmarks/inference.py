@@ -119,7 +119,8 @@ def main() -> None:
         "Inference",
         f"{provenance('make bench-full')}, one thread.\n\n"
         f"Ising spins with SK couplings, β = {BETA}, to relative residual {tolerances}. Ratios of "
-        f"times in one process, method and linear algebra in turns, median of {TURNS}.\n\n"
+        f"times in one process, method and linear algebra in turns, median of {TURNS}; from one "
+        "process to the next those of `AdaptiveTAP` differ by up to a half.\n\n"
         "`AdaptiveTAP`, whose step is a Cholesky factorisation and the inverse from it "
         "(`torch.linalg.cholesky_ex`, `torch.cholesky_inverse`):\n\n" + "\n".join(lines),
     )
