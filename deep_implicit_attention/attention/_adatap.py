@@ -15,6 +15,7 @@ from ..deq._map import without_autocast
 from ..deq._state import full_precision
 from ..deq._watched import transformed, watched
 from ..solvers._scale import is_host, relative
+from ..solvers._validate import check_is_tensor
 from ..spins import GaussianPrior, IsingPrior, PottsPrior, SphericalPrior
 from ..spins._blocks import block_diagonal, diagonal_blocks
 from ..spins._prior import Prior
@@ -22,7 +23,6 @@ from . import _matched
 from ._linear import Factor, factorise, inverse, log_determinant, solve
 from ._matched import Matched, Method, State
 from ._memory import same_bits
-from ._parts import check_is_tensor
 from ._products import linear_of_few
 from ._site_couplings import SiteCouplings, respond
 
@@ -237,7 +237,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
                 "no Boltzmann distribution"
             )
         _check_method(method, self.prior)
-        check_is_tensor(x)
+        check_is_tensor("x", x)
         with without_autocast(x):
             x = self.sources(full_precision(x))
             _check_finite(x)

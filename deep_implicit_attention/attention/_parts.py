@@ -13,6 +13,7 @@ from ..deq._linear_map import LinearMap, Pullback
 from ..deq._state import full_precision
 from ..deq._watched import watched
 from ..solvers._scale import is_host
+from ..solvers._validate import check_is_tensor
 from ._products import (
     gelu_linear,
     in_parts,
@@ -184,7 +185,7 @@ def on_sites(matrix: Tensor) -> LinearMap:
 
 def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) -> None:
     """Raise unless `x` is `(B, N, d)` of the right sizes, dtype and device."""
-    check_is_tensor(x)
+    check_is_tensor("x", x)
     sites = "N" if num_spins is None else str(num_spins)
     if x.dim() != 3 or x.shape[2] != dim or num_spins not in (None, x.shape[1]):
         raise ValueError(f"x must have shape (batch, {sites}, {dim}), got {tuple(x.shape)}")
@@ -194,12 +195,6 @@ def check_sources(x: Tensor, dim: int, num_spins: int | None, weight: Tensor) ->
         )
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weights are on {weight.device}")
-
-
-def check_is_tensor(x: Any) -> None:
-    """Raise unless `x` is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
 
 
 def check_no_inputs(module: nn.Module, inputs: tuple) -> None:

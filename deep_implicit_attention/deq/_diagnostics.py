@@ -102,12 +102,12 @@ def error_bound(solution: Solution, contraction: float | Tensor) -> Tensor:
     if not isinstance(contraction, Tensor):
         check_number("contraction", contraction, minimum=0.0)
         contraction = norm.new_tensor(float(contraction))
-    if contraction.dim() and contraction.shape != norm.shape:
+    elif contraction.dim() and contraction.shape != norm.shape:
         raise ValueError(
             f"contraction must be a number or of shape {tuple(norm.shape)}, got "
             f"{tuple(contraction.shape)}"
         )
-    if bool((contraction < 0).any()):
+    elif bool((contraction < 0).any()):
         raise ValueError(f"contraction must be at least 0, got {contraction.min().item():g}")
     contraction = contraction.to(norm)
     return torch.where(contraction < 1, norm / (1 - contraction), math.inf)

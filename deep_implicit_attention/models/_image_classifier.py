@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..deq import DEQFixedPoint, spectral_radius
 from ..deq._map import in_autocast
 from ..deq._state import State
+from ..solvers._validate import check_is_tensor
 from ._count import count_params
 from ._equilibrium import check_classes, check_solutions, penalty_of, value_of
 
@@ -106,8 +107,7 @@ class ImageClassifier(nn.Module):
             TypeError: for labels that are no tensor.
             ValueError: for scores and labels of other shapes, and labels that are no classes.
         """
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        check_is_tensor("labels", labels)
         if scores.dim() != 2:
             raise ValueError(
                 "scores must have shape (batch, classes), as the model returns them, got "

@@ -191,10 +191,10 @@ def _scalar_mismatch(white: Whitened, V: Tensor) -> Tensor:
     left of it: there it is the sum r_i = Σ_j M_ij c_j K_ji. Without a graph only, since derivatives
     of 1 / c_i are out of range for frozen spins.
     """
-    inverse = torch.cholesky_inverse(white.factor)
-    # M is symmetric, and transposed it lies in memory as cK does.
-    reached = (inverse.mT * white.pulled).sum(dim=1).view_as(V)
-    own = inverse.diagonal(dim1=1, dim2=2).view_as(V)
+    M = torch.cholesky_inverse(white.factor)
+    # It is symmetric, and transposed it lies in memory as cK does.
+    reached = (M.mT * white.pulled).sum(dim=1).view_as(V)
+    own = M.diagonal(dim1=1, dim2=2).view_as(V)
     return V * (1 - own) + reached / white.root - white.root * V * reached
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_is_tensor, check_number
 
 
 def sherrington_kirkpatrick(
@@ -51,8 +51,7 @@ def hopfield(patterns: Tensor, beta: float = 1.0) -> Tensor:
         TypeError, ValueError: for patterns that are not real numbers `(P, N)`.
     """
     check_number("beta", beta)
-    if not isinstance(patterns, Tensor):
-        raise TypeError(f"patterns must be a tensor, got {type(patterns).__name__}")
+    check_is_tensor("patterns", patterns)
     if patterns.dim() != 2 or not patterns.shape[1]:
         raise ValueError(
             f"patterns must have shape (P, N) with N at least 1, got {tuple(patterns.shape)}"

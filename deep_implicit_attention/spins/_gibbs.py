@@ -10,7 +10,7 @@ from torch import Generator, Size, Tensor
 
 from ..deq._failure import OnFailure, check_on_failure
 from ..deq._refusal import reroute
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_is_tensor, check_number
 from ._block_gibbs import BlockGibbs
 from ._blocks import diagonal_blocks
 from ._exact import factorise
@@ -127,6 +127,7 @@ class GibbsSampler:
         log = reroute(log.to(tape), tape, _SAMPLED) if tape.requires_grad else log.to(tape)
         report(sampling, self.on_failure, self.max_r_hat, stacklevel=3)
         covariance = covariance.reshape(*batch, *event, *event)
+        known = Later(lambda: covariance)
         return Response(
             magnetization=m.reshape(fields.shape),
             log_partition=log.reshape(batch),
@@ -134,8 +135,8 @@ class GibbsSampler:
             cavity_variance=None,
             solution=None,
             method="GibbsSampler",
-            _covariance=Later(lambda: covariance),
-            _susceptibility=Later(lambda: covariance),
+            _covariance=known,
+            _susceptibility=known,
             sampling=sampling,
         )
 
@@ -171,8 +172,7 @@ class GibbsSampler:
         if start is None:
             spins = system.prior.sample(x.new_zeros(shape), generator)
         else:
-            if not isinstance(start, Tensor):
-                raise TypeError(f"start must be a tensor, got {type(start).__name__}")
+            check_is_tensor("start", start)
             expected = (self.num_chains, *fields.shape)
             if start.shape != expected:
                 raise ValueError(f"start must have shape {expected}, got {tuple(start.shape)}")

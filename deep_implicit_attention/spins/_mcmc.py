@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..deq._failure import ConvergenceError, ConvergenceWarning, OnFailure
+from ..solvers._validate import check_is_tensor
 
 # Components whose series are worked on at a time.
 _CHUNK = 256
@@ -162,8 +163,7 @@ def _halves(draws: Tensor) -> Tensor:
 
     Draws that are integers become float64.
     """
-    if not isinstance(draws, Tensor):
-        raise TypeError(f"draws must be a tensor, got {type(draws).__name__}")
+    check_is_tensor("draws", draws)
     if draws.dim() < 2 or len(draws) < 4:
         raise ValueError(
             f"draws must be (samples, chains, ...), at least 4 samples, got {tuple(draws.shape)}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..solvers._validate import check_tensor
+from ..solvers._validate import check_is_tensor, check_tensor
 from ._prior import Prior
 
 # Rows checked at a time, so that what is checked is never copied whole.
@@ -70,8 +70,7 @@ class SpinSystem:
 
     def check_fields(self, fields: Tensor) -> None:
         """Raise unless `fields` is `(*batch, N, *event_shape)`, of the couplings' dtype, finite."""
-        if not isinstance(fields, Tensor):
-            raise TypeError(f"fields must be a tensor, got {type(fields).__name__}")
+        check_is_tensor("fields", fields)
         expected = (self.num_spins, *self.event_shape)
         if fields.shape[fields.dim() - len(expected) :] != expected:
             shape = ", ".join(map(str, expected))
