@@ -192,9 +192,9 @@ def _scalar_mismatch(white: Whitened, V: Tensor) -> Tensor:
     of 1 / c_i are out of range for frozen spins.
     """
     M = torch.cholesky_inverse(white.factor)
+    own = M.diagonal(dim1=1, dim2=2).clone().view_as(V)
     # It is symmetric, and transposed it lies in memory as cK does.
-    reached = (M.mT * white.pulled).sum(dim=1).view_as(V)
-    own = M.diagonal(dim1=1, dim2=2).view_as(V)
+    reached = M.mT.mul_(white.pulled).sum(dim=1).view_as(V)
     return V * (1 - own) + reached / white.root - white.root * V * reached
 
 

@@ -68,6 +68,14 @@ def test_a_ratio_of_times_is_that_of_one_run_to_one_unit(monkeypatch: pytest.Mon
     assert inference.median_ratio(run, unit, 3) == 4.0
 
 
+def test_a_unit_is_timed_on_both_sides_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=clock))
+    # Once to warm up, and then 1 and 3 seconds by turns.
+    unit = clock.takes(9.0, 1.0, 3.0, 1.0, 3.0, 1.0, 3.0)
+    assert inference.median_ratio(clock.takes(4.0), unit, 1) == 2.0
+
+
 def test_a_storage_is_saved_once() -> None:
     x, w = (torch.ones(50, requires_grad=True) for _ in range(2))
     assert saved_bytes(lambda: x * x + x.view(5, 10).flatten() * w) == 2 * 50 * 4
