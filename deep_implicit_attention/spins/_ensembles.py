@@ -32,6 +32,7 @@ def sherrington_kirkpatrick(
     check_count("num_spins", num_spins)
     check_number("beta", beta)
     check_number("field", field, minimum=0.0)
+    check_count("seed", seed, minimum=0)
     rng = np.random.default_rng(seed)
     upper = np.triu(rng.normal(size=(num_spins, num_spins)), 1)
     couplings = beta / np.sqrt(num_spins) * (upper + upper.T)

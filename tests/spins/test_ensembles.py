@@ -64,6 +64,8 @@ class TestEnsembles:
         (lambda: hopfield(torch.ones(3, 0)), ValueError, r"patterns must.*\(3, 0\)"),
         (lambda: sherrington_kirkpatrick(3, math.nan), ValueError, "beta must be finite, got nan"),
         (lambda: sherrington_kirkpatrick(3, 1, -1), ValueError, "field must be at least 0, got -1"),
+        (lambda: sherrington_kirkpatrick(3, seed=-1), ValueError, "seed must be at least 0, got"),
+        (lambda: sherrington_kirkpatrick(3, seed=1.0), TypeError, "seed must be an integer"),
         (lambda: ferromagnet(3, math.inf), ValueError, "beta must be finite, got inf"),
         (lambda: lattice(4), TypeError, r"shape must be the sides.*\(4, 4\), got 4"),
         (lambda: lattice((4, 0)), ValueError, "shape must be at least 1, got 0"),
