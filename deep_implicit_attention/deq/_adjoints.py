@@ -269,6 +269,10 @@ class _Attach(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
+        if torch.compiler.is_compiling():
+            # Of a compiled function that calls `backward`: a loop on data, as the forward solve is.
+            eager: Any = torch.compiler.disable(_Attach.backward)
+            return eager(ctx, g)
         if is_legacy_batchedtensor(g):
             raise RuntimeError(
                 "gradients of a fixed point are solved for one vector at a time: leave out "

@@ -7,7 +7,7 @@ import torch
 from torch import multiprocessing, nn
 
 from deep_implicit_attention.attention import DEQMeanFieldAttention, DEQVanillaSoftmaxAttention
-from deep_implicit_attention.deq import DEQFixedPoint
+from deep_implicit_attention.deq import DEQFixedPoint, DEQModule
 
 
 def _network() -> nn.Module:
@@ -103,3 +103,36 @@ class _Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
+
+
+_compiled: list[bool] = []  # whether a compiler was at work, at each update
+
+
+class _Tanh(DEQModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def update(self, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        _compiled.append(torch.compiler.is_compiling())
+        return torch.tanh(self.linear(z) / 4 + context)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_leaves_both_solves_out():
+    torch.manual_seed(0)
+    layer = DEQFixedPoint(_Tanh())
+
+    def step(x: torch.Tensor) -> None:
+        layer(x).square().sum().backward()
+
+    x = _batch().float()
+    step(x)
+    expected = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    _compiled.clear()
+    torch.compile(step, backend="eager")(x)
+    assert _compiled
+    assert not any(_compiled)
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
