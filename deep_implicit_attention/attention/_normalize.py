@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..deq._map import in_autocast
+from ..deq._state import full_precision
 from ..deq._watched import transformed
 
 _EPS = 1e-5
@@ -39,7 +40,12 @@ class LayerNorm(nn.LayerNorm):
         wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         mixed = in_autocast(x) or x.dtype != self.weight.dtype
         if mixed or not wanted or torch.compiler.is_compiling():
-            return super().forward(x)
+            if x.dtype == self.weight.dtype or full_precision(x) is not x:
+                return super().forward(x)
+            # After a narrow model's layer under autocast x is float32; torch takes no narrower
+            # weights on the host.
+            weight, bias = map(full_precision, (self.weight, self.bias))
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         return _Normalized.apply(x, self.weight, self.bias)
 
 

@@ -190,8 +190,10 @@ def test_narrow_models_generate() -> None:
         assert model.generate(ids, 3, mask=mask).shape == (2, 8)
         torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.02)
     model.bfloat16()
-    assert model.generate(ids, 3, mask=mask).shape == (2, 8)
-    torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.05)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            assert model.generate(ids, 3, mask=mask).shape == (2, 8)
+            torch.testing.assert_close(model(ids, mask).float(), exact, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -120,6 +120,8 @@ def test_narrow_and_empty_batches(attention: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.testing.assert_close(model(batch).float(), exact, rtol=0, atol=0.05)
         narrow = model.bfloat16()(batch.bfloat16())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model(batch).float(), exact, rtol=0, atol=0.05)
     assert narrow.dtype == torch.bfloat16
     torch.testing.assert_close(narrow.float(), exact, rtol=0, atol=0.05)
 
