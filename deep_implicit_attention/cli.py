@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: tyro evaluates annotations that name local recipes.
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -144,7 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(ising)
     app.command(boltzmann)
     try:
-        return app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
+        try:
+            return app.cli(args=arguments, prog="dia", description=_DESCRIPTION)
+        finally:
+            print(end="", flush=True)  # what fails at exit only is told in two lines
+    except BrokenPipeError:
+        # Who reads the output, as head does, has read enough: no complaint, not at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as rich ends a command
     except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:
         named = isinstance(error, OSError) and error.strerror and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore

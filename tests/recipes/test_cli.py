@@ -7,9 +7,11 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -424,6 +426,21 @@ def test_what_is_not_understood(
     assert stop.value.code == 2
     assert capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # so output fails at the exit, or at once
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "deep_implicit_attention.cli", "--help"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 1
 
 
 # --- mnist ----------------------------------------------------------------------------------
