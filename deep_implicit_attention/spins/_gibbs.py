@@ -83,8 +83,7 @@ class GibbsSampler:
         on_failure: OnFailure = "warn",
     ) -> None:
         check_count("num_samples", num_samples)
-        if burn_in != 0:
-            check_count("burn_in", burn_in)
+        check_count("burn_in", burn_in, minimum=0)
         check_count("num_chains", num_chains)
         check_count("num_temperatures", num_temperatures)
         check_count("thin", thin)
