@@ -31,8 +31,10 @@ class IteratedMethod:
     Args:
         tol: relative residual at which a sample is solved. The default is for float64; in float32
             residuals stop falling at 1e-7 or above: pass about 1e-5. Variances do not hide small
-            magnetizations: where fields are weak these count in units of their own size (those of
-            Potts spins as far as rounding allows, which for the default is 2e-6).
+            magnetizations: where fields are weak these count in units of their own size. What is
+            small of Potts spins is the difference from 1/q. It counts as far as rounding allows,
+            which for the default is 2e-6; with `NaiveMeanField` and `TAP`, which solve for m as
+            it is, beside 1/q only: in fields of 1e-8 it is right to a per cent.
         max_iter: solver steps at most.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.
