@@ -10,7 +10,7 @@ from ._frames import Frame
 
 
 class AdaptiveTAP(ConsistentMethod):
-    """The equations of Opper and Winther (2001, Phys. Rev. E 64, 056131), for any prior:
+    """The equations of Opper and Winther (2001, Phys. Rev. E 64, 056131):
 
         m_i = mean(h_i, V_i),   h_i = x_i + Σ_j J_ij m_j − V_i m_i,   C_i = covariance(h_i, V_i)
         Λ_i = V_i + C_i⁻¹,   χ = (blockdiag Λ − J)⁻¹,   V_i = Λ_i − (χ_ii)⁻¹

@@ -42,7 +42,9 @@ class ConsistentMethod(IteratedMethod):
         """Solve for fields `(*batch, N, *event)`.
 
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
-        spins without couplings.
+        spins without couplings. Raises `TypeError` for a prior that is no instance of
+        `IsingPrior`, as a subclass for any other scalar spin is, `PottsPrior`, `SphericalPrior` or
+        `GaussianPrior`.
         """
         check_system(system)
         system.check_fields(fields)

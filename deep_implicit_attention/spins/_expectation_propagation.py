@@ -29,7 +29,7 @@ _PART = 25
 
 class ExpectationPropagation(ConsistentMethod):
     """Expectation propagation (Minka 2001) in the form of expectation consistency (Opper, Winther
-    2005, JMLR 6), for any prior: each ρ_i is replaced by a Gaussian term exp(g_iᵀS − ½ SᵀΛ_i S),
+    2005, JMLR 6): each ρ_i is replaced by a Gaussian term exp(g_iᵀS − ½ SᵀΛ_i S),
 
         r(S) ∝ exp( ½ SᵀJS + xᵀS + gᵀS − ½ SᵀΛS ),   χ = (Λ − J)⁻¹,   μ = χ (x + g)
 

@@ -47,7 +47,7 @@ class SelfAveragingTAP(IteratedMethod):
 
         `start` are magnetizations to begin with, of the shape of `fields`; by default those of
         spins without couplings. Raises `TypeError` for a Gaussian prior and for couplings
-        `(N, N, d, d)`, which `AdaptiveTAP` has equations for.
+        `(N, N, d, d)`, which `AdaptiveTAP` has equations for, and for the priors it has none for.
         """
         check_system(system)
         if isinstance(system.prior, GaussianPrior):
