@@ -42,14 +42,14 @@ class BlockGibbs:
         blocks: the sites of each block, in the order of the sweep.
 
     Raises:
-        TypeError: for a prior that has no `sample`.
+        TypeError: for a prior that has no `sample`, or a `log_partition` of its own beside the
+            `sample` of its base class.
     """
 
     def __init__(self, system: SpinSystem) -> None:
         check_system(system)
         self.prior = system.prior
-        if type(self.prior).sample is Prior.sample:
-            raise TypeError(f"{type(self.prior).__name__} has no sample(field, generator)")
+        _check_sample(type(self.prior))
         self.sites = (system.num_spins, system.event_shape.numel())
         couplings = system.couplings.detach()
         coupled = couplings != 0 if couplings.dim() == 2 else (couplings != 0).any(3).any(2)
@@ -129,6 +129,18 @@ class BlockGibbs:
     def log_weight(self, packed: Tensor, x: Tensor) -> Tensor:
         """½ Σ_ij S_iᵀ J_ij S_j + Σ_i x_i·S_i, `(M,)`."""
         return (packed * (0.5 * _pull(self._matrix, packed).view_as(x) + x)).sum(dim=(0, 1))
+
+
+def _check_sample(prior: type[Prior]) -> None:
+    """Raise `TypeError` unless `sample` can be meant to draw from what `log_partition` sums."""
+    if prior.sample is Prior.sample:
+        raise TypeError(f"{prior.__name__} has no sample(field, generator)")
+    owner = next(kind for kind in prior.__mro__ if "sample" in vars(kind))
+    if getattr(owner, "log_partition", prior.log_partition) is not prior.log_partition:
+        raise TypeError(
+            f"{prior.__name__} has a log_partition of its own, but the sample(field, generator) of "
+            f"{owner.__name__}, which draws with other weights"
+        )
 
 
 def _pull(rows: Tensor, packed: Tensor) -> Tensor:

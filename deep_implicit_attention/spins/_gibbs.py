@@ -66,7 +66,7 @@ class GibbsSampler:
     Raises:
         ValueError: for options out of range, a Gaussian system with P − J not positive definite,
             and starts that are no states.
-        TypeError: for a prior that has no `sample`.
+        TypeError: for a prior that has no `sample`, or one of other weights (`BlockGibbs`).
         ConvergenceError: with ``on_failure="raise"``; its `solution` is the `Sampling`.
     """
 

@@ -10,8 +10,10 @@ import torch
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
+    BlockGibbs,
     Exact,
     ExpectationPropagation,
+    GibbsSampler,
     IsingPrior,
     NaiveMeanField,
     PottsPrior,
@@ -117,14 +119,29 @@ def test_a_subclass_of_a_prior_is_not_taken_for_its_base():
     expected = torch.full_like(none, torch.tensor(1.0).tanh().item())
     for method in (NaiveMeanField(), AdaptiveTAP()):
         torch.testing.assert_close(method(system, none).magnetization, expected, rtol=1e-6, atol=0)
-    with pytest.raises(TypeError, match="Biased"):
-        Exact()(system, none)
+    for method in (Exact(), GibbsSampler()):
+        with pytest.raises(TypeError, match="Biased"):
+            method(system, none)
 
     class Named(PottsPrior):
         pass
 
     potts = SpinSystem(torch.zeros(2, 2, dtype=torch.float64), Named(3))
     Exact()(potts, torch.zeros(2, 3, dtype=torch.float64))
+    BlockGibbs(potts)
+
+
+def test_a_subclass_with_weights_of_its_own_is_sampled_by_its_own_sample():
+    class Drawn(Biased):
+        def sample(self, field, generator=None):
+            return super().sample(field + 1, generator)
+
+    couplings, x = sherrington_kirkpatrick(4, 0.5, 0.3, seed=0)
+    sampler = GibbsSampler(num_samples=200, burn_in=50, num_temperatures=3, on_failure="ignore")
+    response = sampler(SpinSystem(couplings, Drawn()), x)
+    exact = Exact()(SpinSystem(couplings, IsingPrior()), x + 1).magnetization
+    gap = (response.magnetization - exact).abs() / response.sampling.standard_error
+    assert gap.max() < 5
 
 
 def test_the_moments_of_a_subclass_may_depend_on_the_variance_of_the_field():
