@@ -62,8 +62,10 @@ def check_is_tensor(name: str, value: Any) -> None:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise unless `value` is a tensor in float32 or float64."""
+    """Raise unless `value` is a dense tensor in float32 or float64."""
     check_is_tensor(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
 

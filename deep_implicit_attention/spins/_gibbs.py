@@ -93,6 +93,8 @@ class GibbsSampler:
             self.seed = operator.index(seed)
         except TypeError:
             raise TypeError(f"seed must be an integer, got {type(seed).__name__}") from None
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
         if num_samples < 4 or num_chains < 2:
             raise ValueError(
                 "num_samples must be at least 4 and num_chains at least 2, so that chains can be "

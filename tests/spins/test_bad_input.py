@@ -63,6 +63,10 @@ class TestSystems:
         with pytest.raises(ValueError, match=message.format(r"0, 1, 0, 1")):
             SpinSystem(pair, PottsPrior(2))
 
+    def test_sparse_couplings(self):
+        with pytest.raises(TypeError, match=r"must be a dense tensor, got torch\.sparse"):
+            SpinSystem(ferromagnet(3).to_sparse(), IsingPrior())
+
     def test_asymmetry_far_down(self):
         """Rows are looked at in portions."""
         couplings = ferromagnet(600)

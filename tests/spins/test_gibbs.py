@@ -345,6 +345,7 @@ class TestUse:
             ({"num_temperatures": 0}, ValueError, "num_temperatures must be at least 1"),
             ({"thin": 0}, ValueError, "thin must be at least 1"),
             ({"seed": 0.5}, TypeError, "seed must be an integer"),
+            ({"seed": 2**64}, ValueError, r"seed must be from.* to 2\*\*64 - 1"),
             ({"max_r_hat": 0.9}, ValueError, "max_r_hat must be at least 1"),
             ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
         ],
