@@ -55,6 +55,11 @@ def value_of(part: Any) -> Any:
 
 def starts_of(state: Sequence[Any] | None, blocks: nn.ModuleList) -> list[Any]:
     """Where the relaxation of each of the blocks starts: a state, a `Solution`, or None."""
+    if not isinstance(state, tuple | list | None):  # a tensor or a `Solution` has parts, too
+        raise TypeError(
+            f"state must be a tuple or list of {len(blocks)}, a state or a Solution for each "
+            f"block, got {type(state).__name__}"
+        )
     starts = [None] * len(blocks) if state is None else list(state)
     if len(starts) != len(blocks):
         raise ValueError(f"state must have {len(blocks)} parts, got {len(starts)}")

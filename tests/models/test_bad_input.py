@@ -75,3 +75,13 @@ def test_what_are_no_solutions() -> None:
         for look in (model.maps, model.couplings, model.spectral_radius, model.jacobian_penalty):
             with pytest.raises(ValueError, match="solutions must be the 2 that the model returns"):
                 look(ids, wrong)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_state_that_is_not_one_for_each_block(depth: int) -> None:
+    model, ids = build(depth=depth), tokens(2, 3)
+    _, solutions = model(ids, return_solution=True)
+    # A solution can be unpacked into two, and a tensor into its samples.
+    for wrong in (solutions[0], solutions[0].value, 0):
+        with pytest.raises(TypeError, match=f"state must be a tuple or list of {depth}, .* got"):
+            model(ids, state=wrong)
