@@ -121,6 +121,7 @@ class ImageClassifier(nn.Module):
             )
         if not labels.is_floating_point():  # else they are probabilities
             check_classes("labels", labels, scores.shape[-1])
+            labels = labels.long()  # torch takes no int32
         return F.cross_entropy(scores, labels, label_smoothing=smoothing)
 
     def count_params(self) -> int:

@@ -195,15 +195,16 @@ def test_gradient_equals_finite_differences() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_loss_is_mean_cross_entropy_in_nats(smoothing: float) -> None:
+def test_loss_is_mean_cross_entropy_in_nats(smoothing: float, dtype: torch.dtype) -> None:
     scores = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]])
     total = 0.0
     for row, label in zip(scores.tolist(), [1, 0], strict=True):
         norm = math.log(sum(math.exp(s) for s in row))
         target = [smoothing / 3 + (1 - smoothing) * (k == label) for k in range(3)]
         total += sum(p * (norm - s) for p, s in zip(target, row, strict=True))
-    loss = build().loss(scores, torch.tensor([1, 0]), smoothing)
+    loss = build().loss(scores, torch.tensor([1, 0], dtype=dtype), smoothing)
     assert loss.item() == pytest.approx(total / 2, rel=1e-6)
 
 
