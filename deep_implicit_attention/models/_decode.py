@@ -24,14 +24,15 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[T
     for number, prompt in enumerate(prompts):
         try:
             rows.append(torch.as_tensor(prompt))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # the last for None
             raise ValueError(
                 f"prompt {number} must be a sequence of ids, got {prompt!r}"
             ) from error
     if not rows:
         raise ValueError("prompts must hold at least one prompt")
     for number, row in enumerate(rows):
-        if row.dim() != 1 or not len(row) or row.is_floating_point():
+        whole = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
+        if row.dim() != 1 or not len(row) or not whole:
             raise ValueError(f"prompt {number} must be a sequence of at least one id, got {row}")
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.long, device=rows[0].device)

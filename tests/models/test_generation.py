@@ -170,6 +170,9 @@ def test_wrong_prompts() -> None:
     for prompts, message in (
         ([], "at least one"),
         ([[1], []], "prompt 1"),
+        ([[1], None], "prompt 1"),
+        ([[1], [True, False]], "prompt 1"),
+        ([[1], [1j]], "prompt 1"),
         ([[0.5]], "prompt 0"),
         (["ab"], "prompt 0 must be a sequence of ids, got 'ab'"),
     ):
