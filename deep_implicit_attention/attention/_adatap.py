@@ -69,7 +69,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
     With any other prior V depends on the sample and the equations are iterated: `IsingPrior()`
     makes every component a spin (N·d scalar spins, V diagonal), `PottsPrior(d)` and
-    `SphericalPrior(d, R)` live on the vector. These priors need both symmetries.
+    `SphericalPrior(d, R)` live on the vector, the last with V = v·1 and only the traces of C_i and
+    χ_ii matched. These priors need both symmetries.
 
     Wrap it in `DEQFixedPoint`; x is `(B, N, d)`, the state is (z `(B, N, d)`, V `(B, N, d, d)`).
 
