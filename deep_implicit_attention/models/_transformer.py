@@ -72,7 +72,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
             couplings only).
         rotary_base: of rotary positions: pairs of components turn by 1 to about 1 / base a site.
         dropout: of the components of x and, in every block, of what the sum over couplings and f
-            add, while training; drawn once for a solve.
+            add (of vector spins, f only), while training; drawn once for a solve.
         weight_norm: magnitude and direction of every weight that acts on x or z apart
             (`torch.nn.utils.parametrizations.weight_norm`), put together once for a solve.
         solver: ``"anderson"``, ``"broyden"``, ``"newton_krylov"`` or ``"picard"``.

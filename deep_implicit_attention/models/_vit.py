@@ -86,7 +86,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
             softmax couplings only, by the number of the site row by row; ``"none"``, for free
             couplings know their sites.
         dropout: of the fields of every block and, for softmax couplings, of what the sum over
-            couplings and f add, while training; drawn once for a solve.
+            couplings and f add (of vector spins, f only), while training; drawn once for a solve.
         weight_norm: magnitude and direction of the weights of every linear layer in the blocks
             apart (`torch.nn.utils.parametrizations.weight_norm`), put together once for a solve;
             ``"adaptive-tap"`` has none.
