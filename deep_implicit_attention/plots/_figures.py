@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -43,11 +44,24 @@ def learning_curves(
         axes.plot(epochs, validation, color=COLOURS[2], label="validation")
         axes.set(xlabel="epoch", ylabel=title, yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        mark_lone(axes.lines)
         axes.legend(frameon=False)
         axes.grid(alpha=0.3, which="both")
     right.set_yscale("symlog", linthresh=1.0)
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])  # its own limit cuts marks in half
     return figure
+
+
+def mark_lone(lines: Iterable[Line2D]) -> None:
+    """Mark the points that have no neighbour to be joined with: a line alone does not show them."""
+    for line in lines:
+        there = np.isfinite(np.asarray(line.get_ydata(), float))
+        joined = np.zeros_like(there)
+        joined[1:] |= there[:-1]
+        joined[:-1] |= there[1:]
+        lone = there & ~joined
+        if lone.any():
+            line.set(marker=".", markevery=lone)
 
 
 def _error(accuracy: Sequence[float]) -> np.ndarray:
@@ -107,6 +121,7 @@ def convergence(trace: np.ndarray | Tensor, tolerance: float, title: str = "") -
     alpha = min(1.0, max(0.3, 2 / trace.shape[1]))
     axes.plot(steps, trace, color=COLOURS[2], alpha=alpha, linewidth=1)
     axes.plot(steps, middle, color=COLOURS[0], linewidth=2, label="median")
+    mark_lone(axes.lines)
     axes.axhline(tolerance, color=COLOURS[4], linestyle="--", label=f"tolerance {tolerance:g}")
     axes.set(
         xlabel="solver step", ylabel="relative residual ‖f(z) − z‖ / ‖f(z)‖", yscale="log",

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from ._curves import Panel, curves
-from ._figures import COLOURS
+from ._figures import COLOURS, mark_lone
 
 
 def relaxation(
@@ -50,6 +50,8 @@ def relaxation(
     if emphasised is not None:
         label = f"site {emphasised}" if name is None else name
         left.plot(at, lines[:, emphasised], color=COLOURS[4], linewidth=2.2, label=label)
+    mark_lone(left.lines)
+    if emphasised is not None:
         left.legend(frameon=False)
     what = "magnetization $m_i$" if z.ndim == 2 else "length ‖$z_i$‖ of the magnetization"
     left.set(xlabel="relaxation step", ylabel=f"{what} (dimensionless)", title=title)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from deep_implicit_attention.plots import (
     convergence,
     coupling_graph,
     learning_curves,
+    relaxation,
 )
 
 OKABE_ITO = {
@@ -46,6 +48,20 @@ def named(axes: Axes) -> bool:
     labels = {line.get_label() for line in axes.lines if not line.get_label().startswith("_")}
     shown = {text.get_text() for text in legend.get_texts()} if legend else set()
     return bool(axes.get_xlabel() and axes.get_ylabel()) and labels == shown
+
+
+def seen(figure: Figure, line: Line2D) -> bool:
+    """Whether the picture is another one without the line (and its legend)."""
+    canvas = FigureCanvasAgg(figure)
+    if legend := line.axes.get_legend():  # type: ignore[union-attr]
+        legend.remove()
+    pictures = []
+    for visible in (True, False):
+        line.set_visible(visible)
+        canvas.draw()
+        pictures.append(np.array(canvas.buffer_rgba()))
+    line.set_visible(True)
+    return bool((pictures[0] != pictures[1]).any())
 
 
 # --- learning curves ------------------------------------------------------------------------
@@ -275,3 +291,31 @@ def test_what_cannot_be_drawn_is_named() -> None:
         learning_curves([1, 2], [1, 1], [1], [1, 1], [1, 1])
     trace = torch.rand(4, 3, requires_grad=True)
     assert len(convergence(trace, 1e-3).axes[0].lines) == 5
+
+
+# --- lone points ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["one epoch", "one step", "samples done at once", "one state"])
+def test_points_that_no_line_joins_are_seen(what: str) -> None:
+    trace = np.array([[0.5, 1e-4], [1e-3, np.nan], [1e-4, np.nan]])
+    figure = {
+        "one epoch": lambda: learning_curves([1], [2.0], [1.9], [0.4], [0.5]),
+        "one step": lambda: convergence(trace[:1], 1e-3),
+        "samples done at once": lambda: convergence(trace, 1e-3),
+        "one state": lambda: relaxation(np.array([[0.5, 0.3]]), [0.1], emphasised=1),
+    }[what]()
+    for axes in figure.axes:
+        for line in axes.lines:
+            assert seen(figure, line), line.get_label()
+
+
+def test_a_single_epoch_is_inside_the_axes() -> None:
+    _, error = learning_curves([1], [2.0], [1.9], [0.1], [0.12]).axes
+    _, top = error.transAxes.inverted().transform(error.transData.transform((1, 90.0)))
+    assert 0.5 < top < 0.995
+
+
+def test_points_that_a_line_joins_have_no_marks() -> None:
+    trace = 10.0 ** -np.arange(6).reshape(3, 2)
+    assert {line.get_marker() for line in convergence(trace, 1e-3).axes[0].lines} == {"None"}
