@@ -46,11 +46,14 @@ def curves(*panels: Panel, reference: Sequence[str] = ("exact",)) -> Figure:
     dashed, then dotted, then dash-dotted, their points as dots.
 
     Raises:
-        ValueError: without a panel, and for more other names than there are styles, six.
+        ValueError: without a panel or anything in it, and for more other names than there are
+            styles, six.
     """
     if not panels:
         raise ValueError("panels must be one at least, got none")
     named = dict.fromkeys(name for panel in panels for name in (*panel.lines, *panel.points))
+    if not named:
+        raise ValueError("panels must have a line or points, got none")
     others = [name for name in named if name not in reference]
     if len(others) > len(STYLES) or len(reference) > len(_DASHES):
         raise ValueError(

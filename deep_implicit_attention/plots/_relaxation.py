@@ -30,17 +30,25 @@ def relaxation(
     drawn, one line a site; the site `emphasised` is thick, and has `name` in the legend, by
     default its number. `residuals` `(steps,)` are relative, ‖F(z) − z‖ / ‖F(z)‖. `steps` are the
     numbers of the steps, by default 1, 2, ...
+
+    Raises:
+        ValueError: for arrays of other shapes, a site `emphasised` that is not there, and a `name`
+            without one.
     """
     z, residuals = np.asarray(magnetizations, float), np.asarray(residuals, float)
-    if z.ndim not in (2, 3) or len(z) != len(residuals):
+    if z.ndim not in (2, 3) or residuals.shape != z.shape[:1]:
         raise ValueError(
             "magnetizations must have shape (steps, N) or (steps, N, d) and residuals (steps,), "
             f"got {z.shape} and {residuals.shape}"
         )
     if name is not None and emphasised is None:
         raise ValueError(f"name is that of the site emphasised, of which there is none: {name!r}")
+    if emphasised is not None and not 0 <= emphasised < z.shape[1]:
+        raise ValueError(f"emphasised must be one of {z.shape[1]} sites, got {emphasised}")
     lines = z if z.ndim == 2 else np.linalg.norm(z, axis=-1)
     at = np.arange(1, len(z) + 1) if steps is None else np.asarray(steps)
+    if at.shape != residuals.shape:
+        raise ValueError(f"steps must have shape {residuals.shape} as residuals, got {at.shape}")
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     alpha = min(1.0, max(0.15, 6 / max(1, lines.shape[1])))
@@ -83,9 +91,10 @@ def magnetization_maps(
     in it lies over the maps: a line at half of its range, which leaves their colours alone.
     """
     maps = np.asarray(maps, float)
-    if maps.ndim != 3 or len(maps) != len(captions):
+    if maps.ndim != 3 or not len(maps) or len(maps) != len(captions):
         raise ValueError(
-            f"maps must have shape (n, H, W) with n captions, got {maps.shape} and {len(captions)}"
+            f"maps must have shape (n, H, W), n at least 1, with n captions, got {maps.shape} and "
+            f"{len(captions)}"
         )
     bright = None if image is None else np.asarray(image, float)
     if bright is not None and bright.ndim not in (2, 3):

@@ -14,7 +14,7 @@ def image_rows(rows: Mapping[str, np.ndarray], title: str = "") -> Figure:
     Values are from −1 (black) to 1 (white); NaN are drawn grey-blue, as what is not known.
 
     Raises:
-        ValueError: for no rows, or rows of different lengths.
+        ValueError: for no rows or images, or rows of different lengths.
     """
     if not rows:
         raise ValueError("there must be at least one row of images")
@@ -22,6 +22,8 @@ def image_rows(rows: Mapping[str, np.ndarray], title: str = "") -> Figure:
     if len(set(counts.values())) != 1:
         raise ValueError(f"rows must have equally many images, got {counts}")
     columns = next(iter(counts.values()))
+    if not columns:
+        raise ValueError("rows must have at least one image each, got none")
     figure = Figure(figsize=(1.9 + 0.62 * columns, 0.4 + 0.66 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (name, images) in zip(grid, rows.items(), strict=True):

@@ -108,3 +108,5 @@ def test_more_names_than_can_be_told_apart() -> None:
 def test_no_panel() -> None:
     with pytest.raises(ValueError, match="panels"):
         curves()
+    with pytest.raises(ValueError, match="panels must have a line or points, got none"):
+        curves(Panel("x", "y"))

@@ -84,6 +84,14 @@ def test_relaxation_without_a_residual_for_each_step() -> None:
         relaxation(np.zeros((3, 2)), [0.1, 0.2])
     with pytest.raises(ValueError, match="magnetizations"):
         relaxation(np.zeros(3), [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"steps must have shape \(2,\) as residuals, got \(3,\)"):
+        relaxation(np.zeros((2, 2)), [0.1, 0.2], steps=[1, 2, 3])
+
+
+@pytest.mark.parametrize("site", [-1, 2])
+def test_relaxation_emphasises_a_site_that_is_there(site: int) -> None:
+    with pytest.raises(ValueError, match=f"emphasised must be one of 2 sites, got {site}"):
+        relaxation(np.zeros((2, 2)), [0.1, 0.2], emphasised=site)
 
 
 # --- maps -----------------------------------------------------------------------------------
@@ -141,6 +149,8 @@ def test_the_outline_of_the_image_lies_over_the_maps() -> None:
 def test_maps_without_captions() -> None:
     with pytest.raises(ValueError, match="captions"):
         magnetization_maps(np.zeros((2, 2, 2)), ["a"])
+    with pytest.raises(ValueError, match="n at least 1"):
+        magnetization_maps(np.zeros((0, 2, 2)), [])
 
 
 # --- horizon --------------------------------------------------------------------------------

@@ -41,3 +41,5 @@ def test_rows_of_different_lengths() -> None:
         image_rows({"a": np.zeros((1, 2, 2)), "b": np.zeros((2, 2, 2))})
     with pytest.raises(ValueError, match="at least one row"):
         image_rows({})
+    with pytest.raises(ValueError, match="at least one image"):
+        image_rows({"a": np.zeros((0, 2, 2))})
