@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ._checkpoint import Checkpoints, whole_tensors
+from ._checkpoint import Checkpoints, load_model, whole_tensors
 from ._files import locked, unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
@@ -161,14 +161,15 @@ class Run:
         (self.folder / WEIGHTS).unlink(missing_ok=True)
 
     def load_weights(self, model: nn.Module) -> None:
-        """Put the best weights into `model`."""
+        """Put the best weights into `model`; `ValueError` for another model's and damaged ones."""
         path = self.folder / WEIGHTS
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} has no checkpoint ({WEIGHTS})")
         try:
-            model.load_state_dict(load_file(path))
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise ValueError(f"{path} does not fit this model: {error}") from error
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        load_model(model, tensors, path)
 
     def _make_folder(self) -> None:
         try:

@@ -59,7 +59,7 @@ def test_a_run_of_another_version(copy: Path) -> None:
     assert "Watch it settle" in page.titles
     (copy / "config.json").write_text(json.dumps({**config, "dim": 4}))
     page = reported(copy)
-    assert any("does not fit this model" in notice for notice in page.notices)
+    assert any("is of another model" in notice for notice in page.notices)
     assert "Training" in page.titles
     assert "Couplings" not in page.titles
     (copy / "config.json").write_text(json.dumps({**config, "recipe": "of tomorrow"}))

@@ -119,7 +119,10 @@ def test_weights_that_do_not_fit(run: Run, case: str) -> None:
     path.write_bytes(broken.get(case, content))
     with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
         run.load_weights(layer(1, width=4 if case == "other model" else 3))
-    assert str(path) in str(caught.value)
+    told = str(caught.value)
+    assert str(path) in told
+    assert "\n" not in told
+    assert ("is of another model" if case == "other model" else "is damaged") in told
 
 
 def test_start_removes_metrics_and_weights_of_an_earlier_run(run: Run) -> None:
