@@ -121,8 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         Gibbs sampler where there are too many states to enumerate.
 
         The folder of the run holds config.json, metrics.jsonl (one line for each method and beta),
-        answers.npz (couplings, fields, magnetizations and covariances of the table) and ising.png
-        (magnetizations and covariances against the exact ones, error against beta).
+        answers.npz (couplings, fields, magnetizations and covariances of the table) and
+        ising.png (magnetizations and covariances against the exact ones, error against beta).
         """
         recipes.run_ising(recipe)
         return 0
@@ -131,8 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
         """Let Boltzmann machines learn binarised digits by several methods, complete the lower half
         of held-out ones, and draw digits.
 
-        The folder of the run holds config.json, metrics.jsonl (one line a method), machine.npz
-        (couplings and fields of the best machine), completions.png and samples.png.
+        The folder of the run holds config.json, metrics.jsonl (one line a method),
+        machine.npz (couplings and fields of the best machine), completions.png and samples.png.
         """
         recipes.run_boltzmann(recipe)
         return 0

@@ -406,6 +406,18 @@ def test_help_names_the_recipes(capsys: pytest.CaptureFixture) -> None:
     assert "mnist" in text
 
 
+@pytest.mark.parametrize("command", ["train", "report", "ising", "boltzmann"])
+def test_help_breaks_no_line_before_a_bracket(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tyro takes a line that begins with no letter for a new paragraph.
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("(") and line != "(required)"] == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
