@@ -23,7 +23,8 @@ from ._update import Update, count, solver_option, start_near
 
 _LEFT_OUT = (
     "The gradients of shared parameters are not finite for this batch unless the samples whose "
-    "input is nonfinite are left out of the loss."
+    "input is nonfinite are left out of the loss. Layers before this one need them left out of "
+    "the batch."
 )
 
 
