@@ -28,6 +28,11 @@ _LEFT_OUT = (
 )
 
 
+def _exporting() -> bool:
+    """`torch.compiler.is_exporting`, true to the compiler of torch 2.11 wherever it traces."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 class DEQFixedPoint(nn.Module):
     """Returns the fixed point z = fun.update(z, context) driven by the input, with gradients.
 
@@ -165,7 +170,7 @@ class DEQFixedPoint(nn.Module):
             solution = self._respond_traceably(x, inputs, state, settings, evidence)
         elif not compiling:
             solution = self._respond(x, inputs, state, settings, evidence)
-        elif settings.steps is None and torch.compiler.is_exporting():
+        elif settings.steps is None and _exporting():
             raise RuntimeError(
                 "a solve to tolerance, which is a loop on data, cannot be exported: use a layer "
                 "with a fixed number of steps, DEQFixedPoint(..., steps=K)"
