@@ -59,7 +59,7 @@ class ExpectationPropagation(ConsistentMethod):
 
     Sequential updates and the double loop work with the terms, which of an Ising spin in a field h
     grow as e^{2|h|}, and V_i = Λ_i − (χ_ii)⁻¹ loses as many digits: in a field from about 8 on in
-    float64, 5 in float32, where the spin is as good as fixed, they end above the tolerance and say
+    float64, 4 in float32, where the spin is as good as fixed, they end above the tolerance and say
     so. Parallel updates do not.
 
     Cost: O(B N³ d³) a step, for the double loop with a larger constant that grows as d⁶, since it
