@@ -12,6 +12,7 @@ tables of docs/results.md.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 import warnings
@@ -147,6 +148,8 @@ def hundred_spins() -> float:
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     exact_moments()
