@@ -16,6 +16,7 @@ from ._adjoints import Adjoint, Forward, Implicit, is_gmres
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
 from ._map import (
+    FORWARD_MODE,
     TracedMap,
     dual,
     outside_inference_mode,
@@ -84,11 +85,6 @@ def fixed_point(
     return solution
 
 
-_FORWARD_MODE = (
-    "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use reverse mode"
-)
-
-
 def refuse_transformations() -> None:
     """Raise where `torch.func` hides the numbers that a solver looks at, or a trace keeps them."""
     if torch._C._get_tracing_state() is not None:
@@ -100,7 +96,7 @@ def refuse_transformations() -> None:
     if not torch._C._are_functorch_transforms_active():
         return
     if forward_ad._current_level >= 0:
-        raise RuntimeError(_FORWARD_MODE)
+        raise RuntimeError(FORWARD_MODE)
     raise RuntimeError(
         "torch.func cannot transform a solve to tolerance, which is a loop on data: use "
         "torch.autograd, or a layer with a fixed number of steps, DEQFixedPoint(..., steps=K)"
@@ -168,7 +164,7 @@ def solve_and_attach(
         return solution.with_value(layout.unpack(value))
     traced = TracedMap(f, layout, args)
     if dual(traced.tensors):
-        raise RuntimeError(_FORWARD_MODE)
+        raise RuntimeError(FORWARD_MODE)
 
     with torch.no_grad(), without_autocast(flat):
         constants = [t.detach() for t in traced.tensors]

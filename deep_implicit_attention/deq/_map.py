@@ -27,6 +27,10 @@ from ._tree import flatten, unflatten
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
 Place = tuple[dict[str, Any], str]
 
+FORWARD_MODE = (
+    "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use reverse mode"
+)
+
 # Buffers of more numbers than these are couplings or masks, and constant.
 _SMALL = 1 << 16
 
@@ -108,7 +112,7 @@ class TracedMap:
     def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
         """f as a function of z alone, with `tensors` put in once for many evaluations."""
         with self._arguments(tensors) as args:
-            yield lambda z: _flat_image(self.f, self.layout, z, args)
+            yield lambda z: _image_in_solve(self.f, self.layout, z, args)
 
     @contextmanager
     def _arguments(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
@@ -245,9 +249,20 @@ def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tens
     """f(z, *args) on flat states, for solves that no derivative is wanted of."""
 
     def step(z: Tensor) -> Tensor:
-        return _flat_image(f, layout, z, args)
+        return _image_in_solve(f, layout, z, args)
 
     return step
+
+
+def _image_in_solve(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
+    """`_flat_image`, refused where f closes over a tensor with a tangent.
+
+    A solver would carry it along, and end when the values have converged.
+    """
+    image = _flat_image(f, layout, z, args)
+    if dual((image,)):
+        raise RuntimeError(FORWARD_MODE)
+    return image
 
 
 def _flat_image(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.autograd import grad
+from torch.autograd import forward_ad, grad
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -26,7 +26,7 @@ from deep_implicit_attention.deq import (
     jacobian_penalty,
     spectral_radius,
 )
-from deep_implicit_attention.solvers import anderson, gmres
+from deep_implicit_attention.solvers import anderson, broyden, gmres, newton_krylov, picard
 
 from .conftest import TIGHT, reference
 
@@ -214,6 +214,15 @@ class TestParametrised:
         assert module.to_q.weight_orig.grad.norm() > 0
 
 
+class Update(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, z):
+        return self.call(z)
+
+
 class TestRefusals:
     def test_forward_mode(self, problem, w, x):
         def run(x):
@@ -221,6 +230,21 @@ class TestRefusals:
 
         with pytest.raises(RuntimeError, match="forward-mode"):
             torch.func.jvp(run, (x.detach(),), (torch.ones_like(x),))
+
+    @pytest.mark.parametrize("solver", [picard, anderson, broyden, newton_krylov])
+    @pytest.mark.parametrize("differentiable", [True, False])
+    def test_forward_mode_by_what_a_map_closes_over(self, problem, w, x, solver, differentiable):
+        # From the solution a solver takes no step, and its tangent would be zero.
+        w, x = w.detach(), x.detach()
+        start = fixed_point(problem.map, torch.zeros_like(x), (w, x), tol=1e-10).value
+        with forward_ad.dual_level(), torch.set_grad_enabled(differentiable):
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(RuntimeError, match="use reverse mode"):
+                fixed_point(lambda z: problem.map(z, w, dual), start, solver=solver)
+            module = Update(lambda z: problem.map(z, w, dual))
+            with pytest.raises(RuntimeError, match="use reverse mode"):
+                fixed_point(module, start, solver=solver)
+            assert fixed_point(problem.map, start, (w, x), solver=solver).all_converged()
 
     def test_gmres_as_a_fixed_point_solver(self, rich, x):
         with pytest.raises(TypeError, match="linear systems"):
