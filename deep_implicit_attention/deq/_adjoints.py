@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr  # pyright: ignore
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
@@ -128,10 +129,12 @@ class Implicit(Adjoint):
             forward.preconditioner if self._leaves_open("preconditioner") else None,
             forward.rough and self._leaves_open("rough"),
         )
-        tape = None
+        tape, closed = None, []
         if f.closes_over:
+            begun = _get_sequence_nr()
             tape = f(z, [t.detach() for t in f.tensors])
-        return _attach(f, equation, z, tape, f.kept())
+            closed = _closed_over(tape, begun)
+        return _attach(f, equation, z, tape, f.kept(), closed)
 
     def _leaves_open(self, option: str) -> bool:
         """Whether the solver takes an option that the user has not given."""
@@ -244,14 +247,43 @@ def _moderate(g: Tensor) -> bool:
     return bool(np.count_nonzero((norm > _SMALL) & (norm < 1 / _SMALL)) == len(norm))
 
 
+def _closed_over(tape: Tensor, begun: int) -> list[Tensor]:
+    """The leaves that f uses without being given them, from a `tape` of it.
+
+    Nodes of the graph that are older than number `begun` were there before f.
+    """
+    leaves: list[Tensor] = []
+    known: set[Any] = set()
+    ahead: list[Any] = [tape.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # pyright: ignore
+            leaves.append(node.variable)
+        elif node._sequence_nr() >= begun:
+            ahead.extend(following for following, _ in node.next_functions)
+    return leaves
+
+
 def _attach(
-    f: FlatMap, equation: _Equation, z: Tensor, tape: Tensor | None, tensors: Sequence[Tensor]
+    f: FlatMap,
+    equation: _Equation,
+    z: Tensor,
+    tape: Tensor | None,
+    tensors: Sequence[Tensor],
+    closed: Sequence[Tensor] = (),
 ) -> Tensor:
-    return _Attach.apply(f, equation, z, tape, *tensors)
+    return _Attach.apply(f, equation, z, tape, closed, *tensors)
 
 
 class _Attach(Function):
-    """z* as a function of the tensors f depends on; `tape` leads to what it closes over."""
+    """z* as a function of the tensors f depends on; `tape` leads to what it closes over.
+
+    The leaves among that, `closed`, are saved only so that torch notices if they are changed before
+    backward, which evaluates f again.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -260,11 +292,12 @@ class _Attach(Function):
         equation: _Equation,
         z: Tensor,
         tape: Tensor | None,
+        closed: Sequence[Tensor],
         *tensors: Tensor,
     ) -> Tensor:
         value = z.clone()
         ctx.f, ctx.equation = f, equation
-        ctx.save_for_backward(value, tape, *tensors)
+        ctx.save_for_backward(value, tape, *tensors, *closed)
         return value
 
     @staticmethod
@@ -278,8 +311,8 @@ class _Attach(Function):
                 "gradients of a fixed point are solved for one vector at a time: leave out "
                 "is_grads_batched=True, or vectorize=True of torch.autograd.functional"
             )
-        z, tape, *tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
+        z, tape, *tensors = ctx.saved_tensors[: 2 + len(needed)]
         u = _solve_adjoint(ctx.f, ctx.equation, z, tensors, needed, g)
         if torch.is_grad_enabled():
             transposed = _Transposed(ctx.f)
@@ -295,7 +328,7 @@ class _Attach(Function):
         else:
             with without_autocast(z):
                 grads, u = u.finish(), u.value
-        return None, None, None, (u if tape is not None else None), *grads
+        return None, None, None, (u if tape is not None else None), None, *grads
 
 
 @dataclass

@@ -114,6 +114,20 @@ class TestClosures:
         for mine, theirs in zip(grad(value.square().sum(), (w, x)), expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_a_change_before_backward_is_noticed(self, problem, x, create_graph):
+        # Of a bias a tape saves nothing, but backward would be that of another f.
+        bias, before = x.detach().requires_grad_(), x.detach().exp().requires_grad_()
+        scaled = before * 0.5
+        value = fixed_point(lambda z: (z * 0.3 + scaled + bias).tanh(), torch.zeros_like(x)).value
+        with torch.no_grad():
+            before += 1.0  # which f does not use itself
+        grad(value.sum(), bias, create_graph=create_graph, retain_graph=True)
+        with torch.no_grad():
+            bias *= 3.0
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            grad(value.sum(), bias, create_graph=create_graph)
+
     @pytest.mark.parametrize(("first", "second"), [("w", "w"), ("w", "x"), ("x", "w")])
     @pytest.mark.parametrize("loss", [torch.sum, lambda z: z.square().sum()])
     def test_second_derivatives_raise(self, value, w, x, first, second, loss):
