@@ -150,7 +150,8 @@ class DEQFixedPoint(nn.Module):
             measured.
 
         A sample whose x is not finite, or whose map is not at a finite x, is NaN in the output and
-        leaves the others, and their gradients, as they would be without it.
+        leaves the others, and their gradients, as they would be without it. Further inputs have to
+        be finite for that.
         """
         settings = self._settings
         if overrides:
@@ -213,8 +214,8 @@ class DEQFixedPoint(nn.Module):
                 poisoned = bool(broken.any())
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
-                # 0 · NaN is NaN. Solve the others without it and put the NaN back at the end.
-                clean = fields.masked_fill(_like(broken, fields), 0.0)
+                # 0 · NaN is NaN. Solve with another in its place and put the NaN back at the end.
+                clean = _replaced(broken, fields)
                 solution = self._solve(
                     clean, self._prepare(clean, inputs), state, settings, evidence
                 )
@@ -241,7 +242,7 @@ class DEQFixedPoint(nn.Module):
         with without_autocast(x):
             fields = self._fields(x, inputs)
             broken = ~finite_samples(fields)
-            fields = fields.masked_fill(_like(broken, fields), 0.0)
+            fields = _replaced(broken, fields)
             context = self._prepare(fields, inputs)
             solution = self._solve(fields, context, state, settings, evidence, traceable=True)
             solution = solution.with_status(broken, Status.NONFINITE)
@@ -373,6 +374,17 @@ class DEQFixedPoint(nn.Module):
 def _like(rows: Tensor, x: Tensor) -> Tensor:
     """`rows` `(B,)` shaped to broadcast over `x` `(B, ...)`."""
     return rows.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _replaced(rows: Tensor, x: Tensor) -> Tensor:
+    """`x` with the sources of another sample in `rows`, zeros if there is none.
+
+    A map need not be differentiable at zero: it may divide by a norm.
+    """
+    choices = torch.cat([x.detach(), x.new_zeros(1, *x.shape[1:])])
+    rank = torch.cat([2 - 2 * rows.int(), rows.new_ones(1, dtype=torch.int)])
+    sound = choices.index_select(0, rank.argmax(dim=0, keepdim=True))
+    return torch.where(_like(rows, x), sound, x)
 
 
 class _Poison(torch.autograd.Function):
