@@ -27,6 +27,7 @@ from ._failure import report
 from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
+from ._watched import mapped
 
 # Norms of gradients from here to the inverse of it are of order one.
 _SMALL = 1e-4
@@ -306,10 +307,10 @@ class _Attach(Function):
             # Of a compiled function that calls `backward`: a loop on data, as the forward solve is.
             eager: Any = torch.compiler.disable(_Attach.backward)
             return eager(ctx, g)
-        if is_legacy_batchedtensor(g):
+        if is_legacy_batchedtensor(g) or mapped(g):
             raise RuntimeError(
                 "gradients of a fixed point are solved for one vector at a time: leave out "
-                "is_grads_batched=True, or vectorize=True of torch.autograd.functional"
+                "is_grads_batched=True, vectorize=True of torch.autograd.functional, or vmap"
             )
         needed = ctx.needs_input_grad[5:]
         z, tape, *tensors = ctx.saved_tensors[: 2 + len(needed)]

@@ -217,6 +217,9 @@ class TestTransformations:
         layer = DEQFixedPoint(make(Spectral).eval())
         with pytest.raises(RuntimeError, match="one vector at a time"):
             torch.autograd.functional.jacobian(layer, x.detach(), vectorize=True)
+        loss = layer(x).sum(dim=1)
+        with pytest.raises(RuntimeError, match="one vector at a time"):
+            torch.func.vmap(lambda v: grad(loss, x, v))(torch.eye(len(loss), dtype=loss.dtype))
 
     def test_scripted_modules_are_refused(self, x):
         scripted = torch.jit.script(nn.Linear(4, 4).double())
