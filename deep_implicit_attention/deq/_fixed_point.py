@@ -169,7 +169,7 @@ def solve_and_attach(
     with torch.no_grad(), without_autocast(flat):
         constants = [t.detach() for t in traced.tensors]
         with traced.bound(constants) as bound:
-            first = differentiable
+            first = True  # also without gradients, where torch may have another kernel
 
             def step(z: Tensor) -> Tensor:
                 nonlocal first

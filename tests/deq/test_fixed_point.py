@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from deep_implicit_attention.deq import (
@@ -175,6 +176,19 @@ class TestApproximateAdjoints:
         with torch.no_grad():
             plain = problem.solve(w, x, **options)
         assert torch.equal(problem.solve(w, x, **options), plain)
+
+    @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+    def test_so_it_is_where_torch_has_another_kernel_without_gradients(self, without):
+        torch.manual_seed(0)
+        block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+        x = torch.randn(4, 7, 16)
+
+        def solve():
+            return fixed_point(lambda z: 0.2 * block(z + x), torch.zeros_like(x)).value
+
+        with without():
+            plain = solve()
+        assert torch.equal(solve(), plain)
 
 
 class TestGraph:
