@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution
+from ..solvers._validate import check_is_tensor
 from ._failure import report
 from ._layer import DEQFixedPoint
 from ._map import without_autocast
@@ -49,6 +50,7 @@ class StateCache:
                 f"{type(layer.fun).__name__} has no append: only causal mechanisms can add a site "
                 "to a solved system, and a subclass that overrides update overrides append, too"
             )
+        check_is_tensor("x", x)
         with without_autocast(x):
             fields = layer._fields(x, inputs)
             context = layer._prepare(fields, inputs)
@@ -56,10 +58,22 @@ class StateCache:
 
     @torch.no_grad()
     def append(self, x_new: Tensor, **overrides: Any) -> StateCache:
-        """One more site, with source `x_new` `(B, 1, d)`."""
+        """One more site, with source `x_new` `(B, 1, d)`.
+
+        Raises:
+            TypeError, ValueError: for sources of the wrong kind, shape or batch.
+        """
+        check_is_tensor("x_new", x_new)
+        value = self.solution.value
+        batch = len(value if isinstance(value, Tensor) else value[0])
+        if x_new.shape[:1] != (batch,):
+            raise ValueError(
+                f"x_new must have the batch of the sites so far, {batch}, got shape "
+                f"{tuple(x_new.shape)}"
+            )
         field = full_precision(x_new)
         with without_autocast(field):
-            context = self.layer.fun.append(self.context, self.solution.value, field)
+            context = self.layer.fun.append(self.context, value, field)
         return _solved(self.layer, field, context, overrides)
 
 

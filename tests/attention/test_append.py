@@ -142,6 +142,12 @@ def test_caches_that_cannot_be(x):
     causal = DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 12, causal=True).double())
     with pytest.raises(ValueError, match=r"\(batch, 1, 12\), got \(3, 2, 12\)"):
         StateCache.start(causal, x).append(x[:, :2])
+    with pytest.raises(ValueError, match=r"x_new must have the batch .* 3, got .*\(2, 1, 12\)"):
+        StateCache.start(causal, x).append(x[:2, :1])
+    with pytest.raises(TypeError, match="x_new must be a tensor"):
+        StateCache.start(causal, x).append(x[:, :1].tolist())
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        StateCache.start(causal, x.tolist())
 
 
 @pytest.mark.parametrize("name", ["softmax", "normalized"])
