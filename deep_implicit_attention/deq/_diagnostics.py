@@ -143,7 +143,7 @@ def _ritz_values(
     batch, n = like.shape
     size = min(max_iter, n)
     if batch == 0 or n == 0:
-        return like.new_zeros(batch, 1, dtype=torch.complex64)
+        return like.new_zeros(batch, 1, dtype=like.dtype.to_complex())
     generator = torch.Generator().manual_seed(seed)
     # One start for all samples: what a sample gets does not depend on its batch mates.
     start = torch.randn(n, dtype=like.dtype, generator=generator, device="cpu").to(like.device)

@@ -149,6 +149,14 @@ def test_error_bound_holds_and_is_infinite_without_contraction():
             error_bound(solution, wrong)
 
 
+@pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm, jacobian_penalty])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_without_numbers_the_dtype_is_that_of_the_state(diagnostic, dtype, shape):
+    found = diagnostic(lambda z: z / 2, torch.ones(shape, dtype=dtype))
+    torch.testing.assert_close(found, torch.zeros(shape[0], dtype=dtype))
+
+
 @pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm, penalty])
 @pytest.mark.parametrize(
     "make",
