@@ -61,8 +61,9 @@ def fixed_point(
         `Solution`; `value` has the structure of `z0` and is the solver's iterate, bit for bit
         the same with and without gradients. Tensors in `args` and the parameters of an f that is
         a module are differentiable to any order; tensors that f merely closes over get first
-        derivatives, and an attempt at second ones raises. Floating types narrower than float32
-        are widened for the solve, and autocast is off inside it.
+        derivatives, and an attempt at second ones raises. Backward evaluates f again, so names that
+        f closes over must mean the same then, unlike those of a loop. Floating types narrower than
+        float32 are widened for the solve, and autocast is off inside it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range, and unknown
