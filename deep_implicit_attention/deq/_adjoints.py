@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr  # pyright: ignore
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
@@ -132,9 +131,7 @@ class Implicit(Adjoint):
         )
         tape, closed = None, []
         if f.closes_over:
-            begun = _get_sequence_nr()
-            tape = f(z, [t.detach() for t in f.tensors])
-            closed = _closed_over(tape, begun)
+            tape, closed = f.tape(z)
         return _attach(f, equation, z, tape, f.kept(), closed)
 
     def _leaves_open(self, option: str) -> bool:
@@ -246,26 +243,6 @@ def _moderate(g: Tensor) -> bool:
         return False
     (norm,) = norms(g)
     return bool(np.count_nonzero((norm > _SMALL) & (norm < 1 / _SMALL)) == len(norm))
-
-
-def _closed_over(tape: Tensor, begun: int) -> list[Tensor]:
-    """The leaves that f uses without being given them, from a `tape` of it.
-
-    Nodes of the graph that are older than number `begun` were there before f.
-    """
-    leaves: list[Tensor] = []
-    known: set[Any] = set()
-    ahead: list[Any] = [tape.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if isinstance(node, torch._C._functions.AccumulateGrad):  # pyright: ignore
-            leaves.append(node.variable)
-        elif node._sequence_nr() >= begun:
-            ahead.extend(following for following, _ in node.next_functions)
-    return leaves
 
 
 def _attach(

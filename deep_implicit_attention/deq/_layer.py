@@ -18,7 +18,7 @@ from ._map import TracedMap, in_autocast, outside_inference_mode, without_autoca
 from ._module import of_its_update
 from ._relax import closed_form, relax
 from ._settings import Settings, check_elements, check_reach, override, parse
-from ._state import Layout, State, finite_samples, full_precision, widen
+from ._state import Layout, State, finite_samples, full_precision, per_sample, replaced, widen
 from ._update import Update, count, solver_option, start_near
 
 _LEFT_OUT = (
@@ -215,13 +215,13 @@ class DEQFixedPoint(nn.Module):
             if poisoned:
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve with another in its place and put the NaN back at the end.
-                clean = _replaced(broken, fields)
+                clean = replaced(broken, fields)
                 solution = self._solve(
                     clean, self._prepare(clean, inputs), state, settings, evidence
                 )
                 solution = solution.with_status(broken, Status.NONFINITE)
                 solution = solution.with_value(
-                    [_Poison.apply(part, _like(broken, part)) for part in solution.value]
+                    [_Poison.apply(part, per_sample(broken, part)) for part in solution.value]
                 )
         if (settings.steps is None and not converged) or poisoned:
             report(
@@ -242,11 +242,13 @@ class DEQFixedPoint(nn.Module):
         with without_autocast(x):
             fields = self._fields(x, inputs)
             broken = ~finite_samples(fields)
-            fields = _replaced(broken, fields)
+            fields = replaced(broken, fields)
             context = self._prepare(fields, inputs)
             solution = self._solve(fields, context, state, settings, evidence, traceable=True)
             solution = solution.with_status(broken, Status.NONFINITE)
-            parts = [part.masked_fill(_like(broken, part), torch.nan) for part in solution.value]
+            parts = [
+                part.masked_fill(per_sample(broken, part), torch.nan) for part in solution.value
+            ]
         return self._narrowed(solution.with_value(parts), x)
 
     def _fields(self, x: Tensor, inputs: tuple) -> Tensor:
@@ -366,25 +368,11 @@ class DEQFixedPoint(nn.Module):
                         f"{tuple(parts[place].shape)}, got {part.dtype} {tuple(part.shape)}"
                     )
                 part = part.detach().to(parts[place])
-                parts[place] = torch.where(_like(finite_samples(part), part), part, parts[place])
+                parts[place] = torch.where(
+                    per_sample(finite_samples(part), part), part, parts[place]
+                )
         start = parts[0] if layout.bare else tuple(parts)
         return start, Layout.of(start)
-
-
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    """`rows` `(B,)` shaped to broadcast over `x` `(B, ...)`."""
-    return rows.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _replaced(rows: Tensor, x: Tensor) -> Tensor:
-    """`x` with the sources of another sample in `rows`, zeros if there is none.
-
-    A map need not be differentiable at zero: it may divide by a norm.
-    """
-    choices = torch.cat([x.detach(), x.new_zeros(1, *x.shape[1:])])
-    rank = torch.cat([2 - 2 * rows.int(), rows.new_ones(1, dtype=torch.int)])
-    sound = choices.index_select(0, rank.argmax(dim=0, keepdim=True))
-    return torch.where(_like(rows, x), sound, x)
 
 
 class _Poison(torch.autograd.Function):

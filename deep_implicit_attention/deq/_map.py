@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
@@ -107,6 +108,12 @@ class TracedMap:
         given = len(self._slots)
         owned = (t.clone() if _is_small_buffer(t) else t for t in self.tensors[given:])
         return [*self.tensors[:given], *owned]
+
+    def tape(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """f at `z`, with a graph of what it closes over alone, and the leaves among that."""
+        begun = _get_sequence_nr()
+        image = self(z, [t.detach() for t in self.tensors])
+        return image, _leaves_since(image, begun)
 
     @contextmanager
     def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -243,6 +250,23 @@ def dual(tensors: Sequence[Tensor]) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _leaves_since(image: Tensor, begun: int) -> list[Tensor]:
+    """The leaves of the graph of `image`, but for those behind nodes older than number `begun`."""
+    leaves: list[Tensor] = []
+    known: set[Any] = set()
+    ahead: list[Any] = [image.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # pyright: ignore
+            leaves.append(node.variable)
+        elif node._sequence_nr() >= begun:
+            ahead.extend(following for following, _ in node.next_functions)
+    return leaves
 
 
 def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:

@@ -40,6 +40,22 @@ def finite_samples(x: Tensor) -> Tensor:
     return finite.flatten(1).all(dim=1) if x.dim() > 1 else finite
 
 
+def per_sample(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows` `(B,)` shaped to broadcast over `x` `(B, ...)`."""
+    return rows.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def replaced(rows: Tensor, x: Tensor) -> Tensor:
+    """`x` with the sources of another sample in `rows`, zeros if there is none.
+
+    A map need not be differentiable at zero: it may divide by a norm.
+    """
+    choices = torch.cat([x.detach(), x.new_zeros(1, *x.shape[1:])])
+    rank = torch.cat([2 - 2 * rows.int(), rows.new_ones(1, dtype=torch.int)])
+    sound = choices.index_select(0, rank.argmax(dim=0, keepdim=True))
+    return torch.where(per_sample(rows, x), sound, x)
+
+
 def _vectors(part: Tensor) -> Tensor:
     """`part` `(B, ...)` as `(B, n)`."""
     # `flatten` is the quicker, but a number a sample has nothing to flatten.
