@@ -225,8 +225,14 @@ class _Equation:
         if not solution.all_converged():
             # A gradient that was not finite when it came is not the solve's failure.
             judged = solution.accepting(~torch.isfinite(g).all(dim=1))
-            where = {"stacklevel": 2, "in_a_layer": "solver_bwd_"}
-            report(judged, self.on_failure, "backward solve", self.tol, **where)
+            report(
+                judged,
+                self.on_failure,
+                "backward solve",
+                self.tol,
+                stacklevel=2,
+                in_a_layer="solver_bwd_",
+            )
         return solution.value if unit is None else solution.value * unit
 
 

@@ -149,11 +149,10 @@ class _PottsFrame(Frame):
         super().__init__(system, local_of(system.prior, basis), q - 1)
         self.basis: Tensor = basis
         centre = like.new_full((system.num_spins, q), 1 / q)
-        # Σ_j J_ij 1/q, of both halves of J: so derivatives by J have its symmetry, as elsewhere.
-        halves = system.couplings
-        if halves.dim() == 4:
-            halves = 0.5 * (halves + halves.permute(1, 0, 3, 2))
-        self.push = SpinSystem.unchecked(halves, system.prior).pull(centre)
+        self.push = system.pull(centre)  # Σ_j J_ij 1/q
+        if system.couplings.dim() == 4:
+            # From both halves of J, so that derivatives by J have its symmetry, as elsewhere.
+            self.push = 0.5 * (self.push + system.couplings.sum(dim=(0, 2)) / q)
         self.centre_energy = 0.5 * (centre * self.push).sum()
 
     def _matrix(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Generator, Size, Tensor
 
 from ..deq._failure import OnFailure, check_on_failure
 from ..deq._refusal import reroute
-from ..solvers._validate import check_count, check_is_tensor, check_number
+from ..solvers._validate import check_count, check_integer, check_is_tensor, check_number
 from ._block_gibbs import BlockGibbs
 from ._blocks import diagonal_blocks
 from ._exact import factorise
@@ -89,10 +89,8 @@ class GibbsSampler:
         check_count("thin", thin)
         check_number("max_r_hat", max_r_hat, minimum=1.0)
         check_on_failure(on_failure)
-        try:
-            self.seed = operator.index(seed)
-        except TypeError:
-            raise TypeError(f"seed must be an integer, got {type(seed).__name__}") from None
+        check_integer("seed", seed)
+        self.seed = operator.index(seed)
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
         if num_samples < 4 or num_chains < 2:
