@@ -1,17 +1,22 @@
-"""`fixed_point` where a solve fails, and options that are wrong."""
+"""Where a solve fails, a sample is not finite, or options are wrong."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import grad
+from torch.func import functional_call
 
 from deep_implicit_attention.deq import (
     ConvergenceError,
     ConvergenceWarning,
+    DEQFixedPoint,
+    DEQModule,
     Implicit,
     Phantom,
     fixed_point,
@@ -144,3 +149,33 @@ class TestOptions:
         adjoint = Implicit(spy, tol=1e-7, max_iter=77, m=3, ridge=1e-5)
         problem.solve(w, x, adjoint=adjoint).sum().backward()
         assert seen == {"tol": 1e-7, "max_iter": 77, "m": 3, "ridge": 1e-5}
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("bad", [torch.nan, -1.0])
+def test_a_nonfinite_sample_where_zero_is_none_either(steps, bad):
+    class Divides(DEQModule):
+        """Its couplings divide by a norm, and -1 is no square."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def prepare(self, x):
+            return (self.scale * x).sqrt() / x.norm(dim=1, keepdim=True)
+
+        def update(self, z, context):
+            return torch.tanh(self.scale * z.roll(1, dims=1) + context)
+
+    def loss(scale, x):
+        value = functional_call(layer, {"fun.scale": scale}, (x,))
+        return value[torch.tensor([0, 2])].square().sum()
+
+    layer = DEQFixedPoint(Divides(), steps=steps, on_failure="ignore")
+    x = torch.rand(3, 4, dtype=torch.float64) + 0.1
+    scale = layer.fun.scale
+    expected = grad(loss(scale, x), scale)[0]
+    x[1, 2] = bad
+    torch.testing.assert_close(grad(loss(scale, x), scale)[0], expected)
+    if steps is not None and math.isnan(bad):  # of its map nobody asks in a transformation
+        torch.testing.assert_close(torch.func.grad(loss)(scale, x), expected)

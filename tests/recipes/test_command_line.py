@@ -1,0 +1,97 @@
+"""The command line itself: its help, what it does not understand, and pipes that end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deep_implicit_attention.cli import main
+from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, MnistViT
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("digits", Digits), ("mnist", Mnist), ("mnist-vit", MnistViT)]
+)
+def test_help_names_every_setting(
+    name: str,
+    recipe: type[ImageRecipe],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(recipe):
+        flag = re.escape("--" + field.name.replace("_", "-"))
+        # The flag, what it takes or its negation, and then words on it.
+        assert re.search(rf"{flag}\b[^\n]*\n?[^\n]*[a-z]{{2,}} [a-z]{{2,}}", text), field.name
+    first = (recipe.__doc__ or "").splitlines()[0]
+    assert text.count(first[:60]) == 1
+    assert "MNIST" in text or "scikit-learn" in text
+
+
+def test_help_names_the_recipes(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "digits" in text
+    assert "mnist" in text
+
+
+@pytest.mark.parametrize("command", ["train", "report", "ising", "boltzmann"])
+def test_help_breaks_no_line_before_a_bracket(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tyro takes a line that begins with no letter for a new paragraph.
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("(") and line != "(required)"] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "digits", "--no-such-flag", "1"],
+        ["train", "digits", "--epochs", "many"],
+        ["train", "digits", "--data-dir", "x"],
+        ["train", "no-such-recipe"],
+        ["train"],
+        ["no-such-command"],
+    ],
+)
+def test_what_is_not_understood(
+    arguments: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # so output fails at the exit, or at once
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "deep_implicit_attention.cli", "--help"]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == 1
