@@ -22,7 +22,7 @@ from torch.autograd import Function
 from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
-from ._failure import report
+from ._failure import report, report_another_map
 from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
@@ -43,14 +43,16 @@ _AT_A_SOLUTION = (
 class Forward(NamedTuple):
     """How a solution was found, which a backward solve follows where it has no settings of its own.
 
-    `rough` says that f has an approximation for the first steps.
+    `rough` says that f has an approximation for the first steps; `found` is the evidence for the
+    solution.
     """
 
     tol: float
     max_iter: int
     on_failure: str
-    preconditioner: Callable[[Tensor], Tensor] | None = None
-    rough: bool = False
+    preconditioner: Callable[[Tensor], Tensor] | None
+    rough: bool
+    found: Solution
 
 
 class Adjoint:
@@ -128,6 +130,7 @@ class Implicit(Adjoint):
             forward.on_failure,
             forward.preconditioner if self._leaves_open("preconditioner") else None,
             forward.rough and self._leaves_open("rough"),
+            forward.found,
         )
         tape, closed = None, []
         if f.closes_over:
@@ -185,15 +188,16 @@ class _Equation:
     """How the linear equation u = (∂f/∂z)ᵀ u + g of one backward pass is solved.
 
     `preconditioner` is that of the forward equation, whose transpose serves here; `rough` says that
-    f has an approximation for the first steps.
+    f has an approximation for the first steps; `found` is the evidence for z*.
     """
 
     adjoint: Implicit
     tol: float
     max_iter: int
     on_failure: str
-    preconditioner: Callable[[Tensor], Tensor] | None = None
-    rough: bool = False
+    preconditioner: Callable[[Tensor], Tensor] | None
+    rough: bool
+    found: Solution
 
     def solve(
         self,
@@ -346,6 +350,9 @@ def _solve_adjoint(
     with torch.enable_grad(), without_autocast(z):
         z = z.detach().requires_grad_(by_hand is None)
         image = f(z, aliases)
+    if isinstance(f, TracedMap):
+        with torch.no_grad():
+            report_another_map(z, image, equation.found, equation.on_failure)
 
     def product(v: Tensor) -> Tensor:
         return vjp(image, z, v)

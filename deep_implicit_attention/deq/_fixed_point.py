@@ -62,8 +62,9 @@ def fixed_point(
         the same with and without gradients. Tensors in `args` and the parameters of an f that is
         a module are differentiable to any order; tensors that f merely closes over get first
         derivatives, and an attempt at second ones raises. Backward evaluates f again, so names that
-        f closes over must mean the same then, unlike those of a loop. Floating types narrower than
-        float32 are widened for the solve, and autocast is off inside it.
+        f closes over must mean the same then, unlike those of a loop; where z is no solution any
+        more, it warns or raises as `on_failure` says. Floating types narrower than float32 are
+        widened for the solve, and autocast is off inside it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range, and unknown
@@ -185,8 +186,8 @@ def solve_and_attach(
     depends = traced.closes_over or any(t.requires_grad for t in traced.tensors)
     if differentiable and depends:
         with without_autocast(flat):
-            rough = rough_args is not None
-            forward = Forward(tol, max_iter, on_failure, flat_preconditioner, rough)
+            rough, found = rough_args is not None, solution.with_value(None)
+            forward = Forward(tol, max_iter, on_failure, flat_preconditioner, rough, found)
             value = adjoint.attach(traced, value, forward)
     else:
         value = value.clone()  # a map may return what it was given

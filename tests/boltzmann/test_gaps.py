@@ -26,9 +26,14 @@ def states(n: int) -> np.ndarray:
 
 
 def correlated(rows: int, n: int, seed: int, missing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Signs of normal numbers with a common part, complete and with gaps."""
+    """Signs of normal numbers with a common part, complete and with gaps.
+
+    Not by `multivariate_normal`: its factor of the covariance, whose eigenvalues are equal, is
+    another one on other processors.
+    """
     rng = np.random.default_rng(seed)
-    X = np.where(rng.multivariate_normal(np.zeros(n), np.eye(n) + 0.2, size=rows) > 0, 1.0, -1.0)
+    common = 0.2**0.5 * rng.standard_normal((rows, 1))
+    X = np.where(rng.standard_normal((rows, n)) + common > 0, 1.0, -1.0)
     return X, np.where(rng.random(X.shape) < missing, np.nan, X)
 
 
@@ -167,33 +172,34 @@ def test_what_gaps_cost_where_rows_are_unlimited(at_random: str, beta: float) ->
 
 @pytest.mark.parametrize("method", RESPONSES)
 @pytest.mark.parametrize(
-    ("rows", "n", "seed"),
-    [
-        (10, 15, 1),
-        (10, 15, 3),
-        pytest.param(25, 30, 2, marks=pytest.mark.slow),  # beyond enumeration
-        (20, 15, 2),
-        (40, 24, 0),
-    ],
+    ("rows", "n"),
+    [(10, 15), (20, 15), (40, 24), pytest.param(25, 30, marks=pytest.mark.slow)],  # no enumeration
 )
-def test_few_rows_with_gaps_are_shrunk_and_said(method: str, rows: int, n: int, seed: int) -> None:
-    whole, holes = correlated(rows, n, seed, 0.1)
+def test_few_rows_with_gaps_are_shrunk_and_said(method: str, rows: int, n: int) -> None:
     new, _ = correlated(500, n, 99, 0.0)
-    with pytest.warns(FitWarning, match=r"too few to fill in .* it is shrunk by"):
-        machine = BoltzmannMachine(method).fit(holes)
-    assert 0 < machine.shrinkage_ <= 1
-    assert np.abs(machine.couplings_).max() < 0.5
+    gains = []
 
     def gain(fitted: BoltzmannMachine, data: np.ndarray) -> float:
         """What couplings add to the likelihood of new rows; what fields do has other errors."""
         p = (1 + new * np.nanmean(data, axis=0)) / 2
         return fitted.score(new) - np.log(p).sum(axis=1).mean()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        same = BoltzmannMachine(method, shrinkage=machine.shrinkage_).fit(whole)
-        assert gain(machine, holes) > -0.1
-        assert gain(machine, holes) == pytest.approx(gain(same, whole), abs=0.06)
+    for seed in range(8):
+        whole, holes = correlated(rows, n, seed, 0.1)
+        if np.any(np.abs(np.nanmean(holes, axis=0)) == 1):
+            continue  # to a constant column other values are impossible
+        with pytest.warns(FitWarning, match=r"too few to fill in .* it is shrunk by"):
+            machine = BoltzmannMachine(method).fit(holes)
+        assert 0 < machine.shrinkage_ <= 1
+        assert np.abs(machine.couplings_).max() < 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            same = BoltzmannMachine(method, shrinkage=machine.shrinkage_).fit(whole)
+            gains.append((gain(machine, holes), gain(same, whole)))
+    with_gaps, complete = np.mean(gains, axis=0)
+    assert len(gains) >= 6
+    assert with_gaps > -0.1
+    assert with_gaps > complete - 0.05
 
 
 def test_the_shrinkage_is_that_of_the_pairs_that_are_observed() -> None:

@@ -8,6 +8,8 @@ from torch.autograd import grad
 
 from deep_implicit_attention.attention import DEQMeanFieldAttention
 from deep_implicit_attention.deq import (
+    ConvergenceError,
+    ConvergenceWarning,
     DEQFixedPoint,
     DEQModule,
     Implicit,
@@ -149,3 +151,62 @@ def test_solvers_that_take_no_preconditioner_solve_without_it():
     expected = torch.linalg.inv(torch.eye(4).to(module.a) - module.a)
     torch.testing.assert_close(z, x @ expected.mT)
     torch.testing.assert_close(grad(z.square().sum(), x)[0], 2 * z @ expected)
+
+
+class TestAnotherMap:
+    """Backward evaluates f again, which may have become another map meanwhile."""
+
+    @staticmethod
+    def solved(f, on_failure="warn", **options):
+        J = 0.3 * torch.eye(3, dtype=torch.float64)
+        J.requires_grad_()
+        z0 = torch.zeros(2, 3, dtype=torch.float64)
+        return fixed_point(f, z0, (J,), on_failure=on_failure, **options).value, J
+
+    def test_a_name_that_has_got_another_value_is_noticed(self):
+        beta = 0.5
+        z, J = self.solved(lambda z, J: torch.tanh(beta * z @ J + 1))
+        grad(z.sum(), J, retain_graph=True)
+        beta = 1.0
+        with pytest.warns(ConvergenceWarning, match=r"2 of 2 .* Pass it in args"):
+            grad(z.sum(), J)
+
+    @pytest.mark.parametrize("adjoint", [Implicit(), Implicit(picard)])
+    def test_only_samples_whose_map_has_changed_are_counted(self, adjoint):
+        slopes = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+        z, J = self.solved(lambda z, J: torch.tanh(slopes * z @ J + 1), "raise", adjoint=adjoint)
+        slopes[1] = 1.5
+        with pytest.raises(ConvergenceError, match="1 of 2 samples"):
+            grad(z.sum(), J)
+
+    def test_it_is_not_looked_for_where_failures_are_ignored(self):
+        beta = 0.5
+        z, J = self.solved(lambda z, J: torch.tanh(beta * z @ J + 1), "ignore")
+        beta = 1.0
+        assert bool(grad(z.sum(), J)[0].isfinite().all())
+
+    @pytest.mark.parametrize("power", [-60, 0, 60])
+    @pytest.mark.parametrize(
+        ("dtype", "tol"), [(torch.float32, 1e-2), (torch.float32, 2e-6), (torch.float64, 1e-14)]
+    )
+    def test_a_map_that_stays_is_not_suspected(self, dtype, tol, power):
+        torch.manual_seed(0)
+        J = (0.1 * torch.randn(40, 40, dtype=dtype)).requires_grad_()
+        x, scale = torch.randn(5, 40, dtype=dtype), 2.0**power
+        z = fixed_point(
+            lambda z, J: scale * torch.tanh(z / scale @ J + x), torch.zeros_like(x), (J,),
+            tol=tol, on_failure="raise", adjoint=Implicit(tol=1e-3),
+        ).value  # fmt: skip
+        grad((z / scale).square().sum(), J)
+
+    def test_random_numbers_in_a_map_are_no_news(self):
+        """Such a solve fails, and says so; its residual is as large in backward."""
+        generator = torch.Generator().manual_seed(0)
+
+        def f(z, J):
+            noise = torch.rand(z.shape, generator=generator, dtype=z.dtype)
+            return torch.tanh(z @ J + noise)
+
+        with pytest.warns(ConvergenceWarning, match="did not converge"):
+            z, J = self.solved(f)
+        grad(z.sum(), J)

@@ -48,17 +48,17 @@ class TestWarmStart:
 
 
 class TestScales:
-    @pytest.mark.parametrize("scale", [1e-25, 1e-21, 1.0, 1e20])
+    @pytest.mark.parametrize("power", [-83, -70, 10, 66])
     @pytest.mark.parametrize("adjoint", [None, Implicit(gmres)])
-    def test_loss_scaling_does_not_change_the_gradient(self, scale, adjoint):
+    def test_loss_scaling_does_not_change_the_gradient(self, power, adjoint):
         torch.manual_seed(0)
         layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4))
         x = torch.randn(2, 5, 4)
         gradients = [
             grad((layer(x, adjoint=adjoint) * factor).sum(), layer.fun._weight)[0] / factor
-            for factor in (scale, 1.0)
+            for factor in (2.0**power, 1.0)
         ]
-        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+        assert torch.equal(*gradients)
 
     @pytest.mark.parametrize("power", [-80, 70, 110])
     def test_fields_of_any_size_have_a_response(self, power):
