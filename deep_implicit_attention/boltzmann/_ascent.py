@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from ._best import Best, report_broken
 from ._data import Data
-from ._parameters import Learned, is_coupling
+from ._parameters import Learned, is_coupling, symmetric
 
 # From parameters to second moments (N+1, N+1), or None where the response has no answer; the
 # clamped phase is told which rows are its batch.
@@ -81,7 +81,7 @@ def ascend(
             report_broken(update)
             return Learned(last, steps=max(update, 1), residual=residual)
         last = theta.clone()
-        gradient = (second - average - penalty * theta) * allowed
+        gradient = symmetric((second - average - penalty * theta) * allowed)
         theta.grad = -gradient
         optimizer.step()
         residual = gradient.abs().max().item()

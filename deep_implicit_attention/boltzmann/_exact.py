@@ -7,7 +7,7 @@ from torch import Tensor
 from ._enumeration import Enumeration
 from ._moments import Moments
 from ._newton import Point, minimise
-from ._parameters import Learned, is_coupling, target
+from ._parameters import Learned, is_coupling, symmetric, target
 
 MAX_SPINS = 20
 
@@ -24,28 +24,21 @@ def exact(moments: Moments, l2: float, start: Tensor, *, tol: float, max_iter: i
 
     def evaluate(theta: Tensor) -> Point:
         log, p = states.distribution(theta)
-        model = _symmetric(states.second_moments(p))
+        model = symmetric(states.second_moments(p))
         value = log - 0.5 * (data * theta).sum() + 0.25 * (penalty * theta * theta).sum()
 
         def product(direction: Tensor) -> Tensor:
             image = states.curvature(p, model, direction) + penalty * direction
             image.diagonal().zero_()
-            return _symmetric(image)
+            # The Hessian maps the antisymmetric part to zero, so near the minimum, where it is as
+            # large as the gradient, conjugate gradients would diverge.
+            return symmetric(image)
 
         gradient = model - data + penalty * theta
         gradient.diagonal().zero_()
         diagonal = (1 - model.square()).clamp(min=1e-12) + penalty
         diagonal.diagonal().fill_(1.0)
-        return Point(value.item(), _symmetric(gradient), product, diagonal)
+        return Point(value.item(), symmetric(gradient), product, diagonal)
 
     found = minimise(evaluate, start, tol=tol, max_iter=max_iter)
     return Learned(found.x, max(found.steps, 1), 0.0, found.residual, found.converged)
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    """Without the antisymmetric rounding of matrix products.
-
-    The Hessian maps that part to zero, so near the minimum, where it is as large as the gradient,
-    conjugate gradients would diverge; and couplings would not be symmetric.
-    """
-    return 0.5 * (matrix + matrix.mT)
