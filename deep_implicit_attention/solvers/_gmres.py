@@ -64,6 +64,12 @@ def gmres(
         check_same_shape(image, v, "the preconditioner")
         return matvec(image)
 
+    def after(correction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x with a correction, its residual, and the norm of that."""
+        trial = x + (correction if preconditioner is None else preconditioner(correction))
+        residual = b - matvec(trial)
+        return trial, residual, torch.linalg.vector_norm(residual, dim=1)
+
     x, r = torch.zeros_like(b), b
     norm = b_norm
     finite = torch.isfinite(b_norm)
@@ -75,11 +81,25 @@ def gmres(
         active = finite & ~converged & ~stalled & (steps < max_iter)
         if not active.any():
             break
-        correction, used, stuck, broken, rows = _cycle(
+        correction, used, stuck, broken, rows, shorter = _cycle(
             product, r, active, tol * scale, size, max_iter - steps
         )
-        if preconditioner is not None:
-            correction = preconditioner(correction)
+        trial, trial_r, trial_norm = after(correction)
+        claimed = rows[-1].maximum(tol * scale)
+        missed = active & ~broken & ~(trial_norm <= 1.01 * claimed)
+        if missed.any():
+            # Rounding has become larger than the residual. Where A is as good as singular it is
+            # that of a long x, which gains nothing.
+            short = shorter()
+            lengths = (torch.linalg.vector_norm(c, dim=1) for c in (short, correction))
+            missed &= next(lengths) < 0.5 * next(lengths)
+            other, other_r, other_norm = after(short)
+            missed &= ~(other_norm > trial_norm)
+            trial = torch.where(missed[:, None], other, trial)
+            trial_r = torch.where(missed[:, None], other_r, trial_r)
+            trial_norm = torch.where(missed, other_norm, trial_norm)
+            rows = [torch.where(missed, row.maximum(other_norm), row) for row in rows]
+            stuck = stuck | missed
         vectors += len(rows)
         if vectors >= len(trace):  # which is not made for `max_iter`: few solves come near it
             trace = torch.cat([trace, b.new_zeros(vectors, batch)])
@@ -87,9 +107,6 @@ def gmres(
             place = torch.where(used > j, steps + j, len(trace) - 1)
             trace.scatter_(0, place[None], (row / scale)[None])
         steps += used
-        trial = x + correction
-        trial_r = b - matvec(trial)
-        trial_norm = torch.linalg.vector_norm(trial_r, dim=1)
         finite = torch.where(active, torch.isfinite(trial_norm) & ~broken, finite)
         # A whole space that gained next to nothing has met rounding; a restarted one may be slow.
         gain = 0.9 if restart is None else 1.0
@@ -121,13 +138,14 @@ def _cycle(
     bound: Tensor,
     size: int,
     room: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], Callable[[], Tensor]]:
     """One Krylov space of at most `size` vectors, and at most `room` for a sample, for A x = r.
 
     Returns the correction, the number of vectors each sample used, which samples found A singular
-    on their space or not finite, which of them not finite, and the residual norm of every sample
-    after each vector. The Hessenberg matrix is triangularised by Givens rotations as it grows; for
-    a sample that is done, further columns are those of the identity.
+    on their space or not finite, which of them not finite, the residual norm of every sample after
+    each vector, and how to get the correction with so few vectors that its residual, with the
+    rounding of a product with it, is least. The Hessenberg matrix is triangularised by Givens
+    rotations as it grows; for a sample that is done, further columns are those of the identity.
     """
     batch, n = r.shape
     look_every = 1 if is_host(r) else BETWEEN_LOOKS
@@ -177,7 +195,19 @@ def _cycle(
             break
 
     k = len(rows)
-    weights = torch.linalg.solve_triangular(
-        triangle[:, :k, :k], rhs[:, :k].unsqueeze(2), upper=True
-    )
-    return (weights.mT @ basis[:, :k]).squeeze(1), used, stuck, broken, rows
+
+    def combined(weights: Tensor) -> Tensor:
+        return (weights.unsqueeze(1) @ basis[:, :k]).squeeze(1)
+
+    def solved(rhs: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(triangle[:, :k, :k], rhs, upper=True)
+
+    def shorter() -> Tensor:
+        # Column j has the weights of j + 1 vectors.
+        weights = solved(torch.diag_embed(rhs[:, :k])).cumsum(dim=2)
+        length = torch.linalg.vector_norm(weights, dim=1)
+        rounding = torch.finfo(r.dtype).eps * largest[:, None] * length
+        least = torch.hypot(torch.stack(rows, dim=1), rounding).nan_to_num(torch.inf).argmin(dim=1)
+        return combined(weights[torch.arange(batch, device=r.device), :, least])
+
+    return combined(solved(rhs[:, :k].unsqueeze(2)).squeeze(2)), used, stuck, broken, rows, shorter

@@ -234,6 +234,30 @@ def test_singular_inconsistent_system_keeps_its_best_residual(singular, max_iter
     assert (solution.trace >= 0.999 * relative_residual(matrices, best, b)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [5, 20, 60])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_does_not_drown_what_a_singular_system_allows(dtype, n, symmetric):
+    """In floating point the matrix is as good as singular, and x long: without a look at the true
+    residual it is all rounding, in single precision up to b itself."""
+    generator = torch.Generator().manual_seed(n)
+    matrices = torch.randn(40, n, n, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices / n**0.5)
+    values = values.clamp_min(0.3)
+    values[:, -1] = 0
+    values[::2, -2] = 0
+    matrices = left @ torch.diag_embed(values) @ right
+    if symmetric:
+        matrices = matrices @ matrices.mT
+    b = torch.randn(40, n, generator=generator, dtype=torch.float64)
+    kernel = left[:, :, -1:], left[:, :, -2:-1] * (values[:, -2] == 0)[:, None, None]
+    best = torch.stack([(k.mT @ b.unsqueeze(2)).flatten() for k in kernel]).norm(dim=0)
+    matrices, b = matrices.to(dtype), b.to(dtype)
+    solution = gmres(matvec_of(matrices), b, tol=1e-9, max_iter=2 * n)
+    assert (solution.residual <= 1.1 * best / b.norm(dim=1) + 1e-6).all()
+    assert not solution.converged.any()
+
+
 def test_zero_matrix_is_flagged():
     solution = gmres(lambda v: 0 * v, torch.ones(2, 3))
     assert solution.status == (Status.SINGULAR,) * 2
