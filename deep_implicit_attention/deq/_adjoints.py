@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr  # pyright: ignore
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
-from ._failure import report, report_another_map
+from ._again import another_map, say, unknown_tensor
+from ._failure import report
 from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, without_autocast
 from ._refusal import link, refuse, reroute
@@ -347,12 +349,15 @@ def _solve_adjoint(
             u = equation.solve(by_hand, g.detach(), rough)
             return _Adjoined(u, lambda: by_context(u, needed))
     aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+    begun = _get_sequence_nr()
     with torch.enable_grad(), without_autocast(z):
         z = z.detach().requires_grad_(by_hand is None)
         image = f(z, aliases)
-    if isinstance(f, TracedMap):
-        with torch.no_grad():
-            report_another_map(z, image, equation.found, equation.on_failure)
+    if isinstance(f, TracedMap) and equation.on_failure != "ignore":
+        say(another_map(z, image, equation.found), equation.found, equation.on_failure)
+        if not f.closes_over:
+            missing = unknown_tensor(image, begun, (z, *aliases))
+            say(missing, equation.found, equation.on_failure)
 
     def product(v: Tensor) -> Tensor:
         return vjp(image, z, v)

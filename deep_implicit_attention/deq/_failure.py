@@ -5,11 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from ..solvers import Solution, Status
-from ..solvers._scale import norms
 
 OnFailure = Literal["ignore", "warn", "raise"]
 _POLICIES = get_args(OnFailure)
@@ -80,30 +76,3 @@ def report(
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
-
-
-def report_another_map(z: Tensor, image: Tensor, found: Solution, on_failure: str) -> None:
-    """Warn or raise if f is not the map of the solve that `found` z: `image` is f(z) in backward.
-
-    It is not where ‖f(z) − z‖ has become over ten times what it was, beyond rounding. What f closes
-    over cannot be told from outside, but a wrong gradient in silence would be worse than asking.
-    """
-    if on_failure == "ignore":
-        return
-    change, size = (torch.as_tensor(norm) for norm in norms(image - z, image))
-    before = found.residual_norm
-    bound = 10 * before + torch.finfo(z.dtype).eps ** 0.5 * size
-    other = ~(change <= bound) & torch.isfinite(before)
-    if not bool(other.any()):
-        return
-    worst = int(torch.where(other, change - bound, -torch.inf).argmax())
-    message = (
-        f"backward: for {int(other.sum())} of {len(other)} samples f is not the map that was "
-        f"solved: ‖f(z) − z‖ at the solution is {change[worst]:.2e}, and was {before[worst]:.2e}. "
-        "The gradient would be wrong. Backward evaluates f again: what f closes over, such as the "
-        "variable of a loop, must still mean the same. Pass it in args, and draw random numbers "
-        "before the solve."
-    )
-    if on_failure == "raise":
-        raise ConvergenceError(message, found)
-    warnings.warn(message, ConvergenceWarning, stacklevel=2)

@@ -113,7 +113,7 @@ class TracedMap:
         """f at `z`, with a graph of what it closes over alone, and the leaves among that."""
         begun = _get_sequence_nr()
         image = self(z, [t.detach() for t in self.tensors])
-        return image, _leaves_since(image, begun)
+        return image, ends_since(image, begun)[0]
 
     @contextmanager
     def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -252,9 +252,13 @@ def dual(tensors: Sequence[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def _leaves_since(image: Tensor, begun: int) -> list[Tensor]:
-    """The leaves of the graph of `image`, but for those behind nodes older than number `begun`."""
+def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
+    """The leaves of the graph of `image`, and whether it goes on behind nodes older than `begun`.
+
+    That is the number of a node, as `_get_sequence_nr` gives it; what is behind is left out.
+    """
     leaves: list[Tensor] = []
+    older = False
     known: set[Any] = set()
     ahead: list[Any] = [image.grad_fn]
     while ahead:
@@ -266,7 +270,9 @@ def _leaves_since(image: Tensor, begun: int) -> list[Tensor]:
             leaves.append(node.variable)
         elif node._sequence_nr() >= begun:
             ahead.extend(following for following, _ in node.next_functions)
-    return leaves
+        else:
+            older = True
+    return leaves, older
 
 
 def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:

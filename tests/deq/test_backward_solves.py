@@ -210,3 +210,21 @@ class TestAnotherMap:
         with pytest.warns(ConvergenceWarning, match="did not converge"):
             z, J = self.solved(f)
         grad(z.sum(), J)
+
+    def test_a_tensor_behind_a_branch_that_is_not_taken_at_first(self):
+        def solved(outside, on_failure="warn"):
+            def f(z, J):
+                return torch.tanh(outside * z @ J + 1) if z.norm() > 0.1 else torch.tanh(z @ J + 1)
+
+            return self.solved(f, on_failure)
+
+        leaf = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        z, J = solved(torch.tensor(0.5, dtype=torch.float64))
+        (without,) = grad(z.sum(), J)
+        for outside in (leaf, 1 * leaf):
+            z, J = solved(outside)
+            with pytest.warns(ConvergenceWarning, match="the gradient by that tensor is missing"):
+                assert torch.equal(grad(z.sum(), J)[0], without)
+            z, J = solved(outside, "raise")
+            with pytest.raises(ConvergenceError, match="Pass it in args"):
+                grad(z.sum(), J)
