@@ -19,7 +19,7 @@ from deep_implicit_attention import plots
 from deep_implicit_attention.training import Run
 
 from .conftest import invoke
-from .reports import configure, records, reported, rescale, unpacked
+from .reports import Page, configure, records, reported, rescale, unpacked
 
 # --- what is missing is named, and the rest is shown ------------------------------------------
 
@@ -83,7 +83,7 @@ def test_metrics_of_another_version(run: Path, copy: Path) -> None:
     assert page.values["metric"] == lines[-1]
     assert {"Watch it settle", "Couplings", "Errors"} <= set(page.titles)
     lost = {"Loss by epoch; training images are augmented"}
-    assert set(page.figures) == set(reported(run).figures) - lost
+    assert set(page.figures) == set(Page(run / "report.html").figures) - lost
 
 
 def test_a_run_that_was_interrupted_and_a_damaged_checkpoint(copy: Path) -> None:
@@ -253,7 +253,7 @@ def test_one_part_that_fails_costs_no_other(
             raise RuntimeError("of all things")
         return works(*given, **options)
 
-    whole = reported(run)
+    whole = Page(run / "report.html")
     monkeypatch.setattr(plots, name, fail_at_first)
     page = reported(copy)
     assert ["of all things" in notice for notice in page.notices] == [True]
