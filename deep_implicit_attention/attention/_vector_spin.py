@@ -106,8 +106,12 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
     def update(self, z: Tensor, context: _Context) -> Tensor:
         field = context.fields + context.couplings.act(split_heads(z, self.heads))
         field = self.beta * field
-        stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
-        return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
+        # In units in which no component is above 1, squares cannot overflow: 1 + ∞ would give
+        # fields too strong for them no response at all. φ does not depend on the unit.
+        unit = field.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
+        field, one = field / unit, 1 / unit
+        stretch = one.square() + field.square().sum(dim=-1, keepdim=True) / self.radius**2
+        return hide(merge_heads(field / (one + stretch.sqrt())), context.mask)
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium `state` of those before it.

@@ -409,6 +409,21 @@ class TestVectorSpin:
         # All logits are equal: J is the uniform average, whose norm is 1.
         torch.testing.assert_close(norm, torch.tensor([0.6], dtype=torch.float64))
 
+    def test_fields_whose_squares_overflow_turn_spins_all_the_way(self, x):
+        torch.manual_seed(0)
+        module = DEQVectorSpinAttention(6, 2)
+        x = x.float().requires_grad_()
+        fields = module.prepare(1e3 * x).fields.detach()
+        for size in (1e18, 1e21, 1e33):  # of float32 those beyond 1e19
+            strong = module.prepare(1e3 * x)._replace(fields=(size * fields).requires_grad_())
+            z = module.update(torch.zeros_like(x), strong)
+            direction = fields / fields.norm(dim=-1, keepdim=True)
+            expected = (module.radius * direction).transpose(1, 2).reshape_as(x)
+            torch.testing.assert_close(z, expected)
+            (slope,) = torch.autograd.grad(z.sum(), strong.fields)
+            across = module.radius * (1 - direction * direction.sum(dim=-1, keepdim=True))
+            torch.testing.assert_close(slope * size * fields.norm(dim=-1, keepdim=True), across)
+
 
 @pytest.mark.parametrize("sites", [1, 7, 40])
 def test_softmax_takes_any_length(sites):
