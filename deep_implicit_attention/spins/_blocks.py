@@ -1,9 +1,11 @@
-"""Matrices on all sites and their blocks on one."""
+"""Matrices on all sites, their blocks on one, and their inverses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..deq._watched import transformed
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
@@ -19,3 +21,14 @@ def diagonal_blocks(matrix: Tensor, sites: int) -> Tensor:
     dim = matrix.shape[-1] // sites
     split = matrix.reshape(*matrix.shape[:-2], sites, dim, sites, dim)
     return split.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def cholesky_inverse(factor: Tensor) -> Tensor:
+    """A⁻¹ `(..., n, n)` from the Cholesky factor of A.
+
+    Forward-mode derivatives of torch's own are wrong (as of 2.13).
+    """
+    if not transformed(factor):
+        return torch.cholesky_inverse(factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.cholesky_solve(identity.expand_as(factor), factor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deq._failure import report
-from ..deq._watched import watched
+from ..deq._watched import transformed, watched
 from ..solvers import Solution, Status
 from ..solvers._scale import is_host
 from ._blocks import diagonal_blocks
@@ -178,7 +178,7 @@ def whiten(covariance: Tensor, V: Tensor, couplings: Tensor) -> Whitened:
 def mismatch(local: Local, white: Whitened, V: Tensor) -> Tensor:
     """T_i = [K − KχK]_ii, `(B, N, k, k)`: χ_ii = C_i − C_i T_i C_i, so it is 0 at a solution."""
     batch, sites, k = V.shape[:3]
-    if k == 1 and not white.factor.requires_grad:
+    if k == 1 and not (white.factor.requires_grad or transformed(white.factor)):
         return _scalar_mismatch(white, V)
     reached = torch.linalg.solve_triangular(white.factor, white.pulled, upper=False)
     columns = reached.view(batch, sites * k, sites, k)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..solvers._validate import check_count
-from ._blocks import block_diagonal
+from ._blocks import block_diagonal, cholesky_inverse
 from ._gaussian import GaussianPrior
 from ._ising import IsingPrior
 from ._potts import PottsPrior
@@ -181,7 +181,7 @@ def _gaussian(system: SpinSystem, prior: GaussianPrior, x: Tensor) -> tuple[Tens
     location = prior.location.to(x)
     b = x + (precision @ location).repeat(n)
     m = torch.cholesky_solve(b.mT, factor).mT
-    covariance = torch.cholesky_inverse(factor).expand(len(x), -1, -1)
+    covariance = cholesky_inverse(factor).expand(len(x), -1, -1)
     log = (
         -n * prior.log_diagonal.to(x).sum()
         - factor.diagonal().log().sum()

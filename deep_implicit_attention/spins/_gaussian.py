@@ -7,6 +7,7 @@ from torch import Generator, Size, Tensor, nn
 
 from ..deq._state import full_precision
 from ..solvers._validate import check_tensor
+from ._blocks import cholesky_inverse
 from ._prior import Prior
 
 
@@ -66,7 +67,7 @@ class GaussianPrior(Prior):
 
     def precision(self) -> Tensor:
         """P = Σ⁻¹, `(d, d)`, in float32 at least."""
-        return torch.cholesky_inverse(self.scale_tril())
+        return cholesky_inverse(self.scale_tril())
 
     def log_partition(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
@@ -88,7 +89,7 @@ class GaussianPrior(Prior):
 
     def covariance(self, field: Tensor, V: Tensor | None = None) -> Tensor:
         factor, b = self._solve(field, V)
-        covariance = torch.cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
+        covariance = cholesky_inverse(factor).expand(*b.shape, b.shape[-1])
         return covariance.to(field.dtype)
 
     def sample(self, field: Tensor, generator: Generator | None = None) -> Tensor:

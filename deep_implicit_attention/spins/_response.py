@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deq._watched import transformed
 from ..solvers import Solution
 from ..solvers._validate import version
 from ._mcmc import Sampling
@@ -101,7 +102,8 @@ class Later:
             # An ordinary tensor even in inference mode: a later call may need it in a graph.
             with torch.inference_mode(False), torch.set_grad_enabled(graph):
                 value = self.compute()
-            self.kept[graph] = value if graph else value.detach()
+            # Detached it would lose its tangent in a forward-mode derivative.
+            self.kept[graph] = value if graph or transformed(value) else value.detach()
         return self.kept[graph]
 
     def __getstate__(self) -> dict[str, Any]:

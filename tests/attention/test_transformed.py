@@ -13,6 +13,7 @@ from deep_implicit_attention.attention import (
     _pooling,
 )
 from deep_implicit_attention.deq import DEQFixedPoint
+from deep_implicit_attention.spins import IsingPrior, PottsPrior, SphericalPrior
 
 
 @pytest.fixture(autouse=True, params=["small", "large"])
@@ -51,6 +52,18 @@ def test_forward_mode_of_explicit_steps(case, layer, x):
     with torch.no_grad():
         after, before = (layer(x + s * tangent, *case.inputs) for s in (step, -step))
     torch.testing.assert_close(found, (after - before) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("prior", [IsingPrior(), PottsPrior(6), SphericalPrior(6, 1.5)])
+def test_forward_mode_of_other_priors(x, prior):
+    torch.manual_seed(0)
+    module = DEQAdaTAPMeanFieldAttention(4, 6, 0.2, prior=prior).double()
+    layer = DEQFixedPoint(module, steps=3, output_elements=(0, 1))
+    tangent = torch.randn_like(x)
+    _, found = jvp(layer, (x,), (tangent,))
+    expected = torch.autograd.functional.jvp(layer, x, tangent)[1]
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
 
 
 def test_a_context_made_outside(case, x):
