@@ -158,7 +158,8 @@ def inverse_covariance(
         root = (d * d + 4 * l2).sqrt()
         # Both are the positive root of l2 λ² + d λ = 1; each loses digits where the other does not.
         eigenvalues = torch.where(d > 0, 2 / (d + root), (root - d) / (2 * l2))
-        return (basis * eigenvalues) @ basis.mT, rho
+        precision = (basis * eigenvalues) @ basis.mT
+        return 0.5 * (precision + precision.mT), rho  # products are symmetric up to rounding
     factor, failed = torch.linalg.cholesky_ex(covariance)
     # The pivots are variances of a spin given those before it: none is small beside its own.
     # Shrinking leaves no variance on its way to zero.

@@ -146,6 +146,14 @@ def test_exact_couplings_are_symmetric_where_the_likelihood_is_flat(seed: int) -
     SpinSystem(torch.from_numpy(machine.couplings_), IsingPrior())
 
 
+@pytest.mark.parametrize("method", RESPONSES)
+def test_penalised_couplings_are_symmetric_to_the_bit(method: str) -> None:
+    for seed in range(10):
+        X = drawn(*reference(9, 0.5, seed), 100)
+        machine = BoltzmannMachine(method, l2=0.1).fit(X)
+        assert (machine.couplings_ == machine.couplings_.T).all()
+
+
 @pytest.mark.slow
 def test_exact_twenty_spins() -> None:
     rng = np.random.default_rng(0)
