@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from ._best import Best, report_broken
 from ._data import Data
-from ._parameters import Learned, is_coupling, symmetric
+from ._moments import symmetric
+from ._parameters import Learned, is_coupling
 
 # From parameters to second moments (N+1, N+1), or None where the response has no answer; the
 # clamped phase is told which rows are its batch.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._enumeration import Enumeration
-from ._moments import Moments
+from ._moments import Moments, symmetric
 from ._newton import Point, minimise
-from ._parameters import Learned, is_coupling, symmetric, target
+from ._parameters import Learned, is_coupling, target
 
 MAX_SPINS = 20
 

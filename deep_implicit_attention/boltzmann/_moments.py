@@ -159,7 +159,7 @@ def inverse_covariance(
         # Both are the positive root of l2 λ² + d λ = 1; each loses digits where the other does not.
         eigenvalues = torch.where(d > 0, 2 / (d + root), (root - d) / (2 * l2))
         precision = (basis * eigenvalues) @ basis.mT
-        return 0.5 * (precision + precision.mT), rho  # products are symmetric up to rounding
+        return symmetric(precision), rho
     factor, failed = torch.linalg.cholesky_ex(covariance)
     # The pivots are variances of a spin given those before it: none is small beside its own.
     # Shrinking leaves no variance on its way to zero.
@@ -199,3 +199,8 @@ def optimal_shrinkage(moments: Moments) -> float:
     apart = ~torch.eye(len(m), dtype=torch.bool, device=m.device)
     rho = (spread[apart].sum() / squares[apart].sum().clamp(min=1e-300)).item()
     return min(max(rho, 1e-6), 1.0)
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Without the antisymmetric rounding of matrix products, which differs between processors."""
+    return 0.5 * (matrix + matrix.mT)

@@ -61,8 +61,3 @@ def is_coupling(size: int, like: Tensor) -> Tensor:
     mask = 1 - torch.eye(size, dtype=like.dtype, device=like.device)
     mask[0] = mask[:, 0] = 0
     return mask
-
-
-def symmetric(matrix: Tensor) -> Tensor:
-    """Without the antisymmetric rounding of matrix products, which differs between processors."""
-    return 0.5 * (matrix + matrix.mT)
