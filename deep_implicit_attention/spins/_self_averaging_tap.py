@@ -146,9 +146,9 @@ def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
     """
 
     def newton(V: Tensor) -> Tensor:
-        mean, square, pulled = _traces(mean_chi, V, couplings, spectrum)
+        mean, square, pulled, sound = _traces(mean_chi, V, couplings, spectrum)
         excess = V * mean - pulled  # (1 − mean) / χ̄
-        return V - excess * mean / square
+        return torch.where(sound, V - excess * mean / square, torch.nan)
 
     with torch.no_grad():
         # (One spin has no others, however small χ̄ is.)
@@ -165,44 +165,52 @@ def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
 
 def _traces(
     mean_chi: Tensor, V: Tensor, couplings: Tensor, spectrum: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """tr R, tr R² and tr JR over N, `(B, 1)`, of R = χ/χ̄ = (1 + χ̄(V − J))⁻¹.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tr R, tr R² and tr JR over N, `(B, 1)`, of R = χ/χ̄ = (1 + χ̄(V − J))⁻¹, and where that is
+    positive definite: elsewhere they mean nothing.
 
     Sums over eigenvalues, but for couplings with a graph: eigenvalues that are equal have no second
     derivatives, although the traces have.
     """
     if _attached(couplings):
-        ratio = torch.cholesky_inverse(_factor(mean_chi, V, couplings))
+        factor, sound = _factor(mean_chi, V, couplings)
+        ratio = torch.cholesky_inverse(factor)
         terms = ratio.diagonal(dim1=1, dim2=2), ratio.square(), ratio * couplings
     else:
         w = 1 / (1 + mean_chi * (V - spectrum))
+        sound = (w > 0).all(dim=1, keepdim=True)
         terms = w, w.square(), w * spectrum
     mean, square, pulled = (t.flatten(1).sum(dim=1, keepdim=True) / len(spectrum) for t in terms)
-    return mean, square, pulled
+    return mean, square, pulled, sound
 
 
 def _attached(couplings: Tensor) -> bool:
     return torch.is_grad_enabled() and couplings.requires_grad
 
 
-def _factor(mean_chi: Tensor, V: Tensor, couplings: Tensor) -> Tensor:
-    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`, NaN where that is not positive definite."""
+def _factor(mean_chi: Tensor, V: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of 1 + χ̄(V − J), `(B, N, N)`, and where that is positive definite,
+    `(B, 1)`: elsewhere the factor of 1, as NaN would spoil the gradients of all samples by J."""
     identity = torch.eye(len(couplings), dtype=couplings.dtype, device=couplings.device)
     scaled = (1 + mean_chi * V)[..., None] * identity - mean_chi[..., None] * couplings
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    return torch.where(failed[:, None, None] == 0, factor, torch.nan)
+    sound = (failed == 0)[:, None]
+    if not bool(sound.all()):
+        factor = torch.linalg.cholesky_ex(torch.where(sound[..., None], scaled, identity)).L
+    return factor, sound
 
 
 def _read(
     local: Local, x: Tensor, couplings: Tensor, spectrum: Tensor, m: Tensor, V: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log Z and energy `(B,)`, and χ̄ `(B, 1)`, at a fixed point."""
+    """log Z and energy `(B,)`, NaN where λ − J is not positive definite, and χ̄ `(B, 1)`."""
     pulled = _pull(couplings, m)
     field = x + pulled - V.unsqueeze(-1) * m
     everywhere = _everywhere(V, x)
     mean_chi = _mean_chi(local.covariance(field, everywhere))
     if _attached(couplings):
-        log_det = 2 * _factor(mean_chi, V, couplings).diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        factor, _ = _factor(mean_chi, V, couplings)
+        log_det = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
     else:
         log_det = torch.log1p(mean_chi * (V - spectrum)).sum(dim=1)
     k = x.shape[-1]
@@ -213,14 +221,18 @@ def _read(
         + 0.5 * (V * m.flatten(1).square()).sum(dim=1)
         - 0.5 * overlap
     )
-    _, _, pair = _traces(mean_chi, V, couplings, spectrum)
+    _, _, pair, sound = _traces(mean_chi, V, couplings, spectrum)
     pair = (k * len(spectrum) * mean_chi * pair)[:, 0]  # Σ_ij J_ij tr χ_ij
-    return log, -0.5 * (overlap + pair) - (x * m).flatten(1).sum(dim=1), mean_chi
+    energy = -0.5 * (overlap + pair) - (x * m).flatten(1).sum(dim=1)
+    log, energy = (torch.where(sound[:, 0], value, torch.nan) for value in (log, energy))
+    return log, energy, mean_chi
 
 
 def _response(couplings: Tensor, V: Tensor, mean_chi: Tensor, like: Tensor) -> Tensor:
     """χ = (λ − J)⁻¹ · 1, `(B, N·k, N·k)`."""
     n, k = like.shape[1:]
-    chi = mean_chi[..., None] * torch.cholesky_inverse(_factor(mean_chi, V, couplings))
+    factor, sound = _factor(mean_chi, V, couplings)
+    chi = mean_chi[..., None] * torch.cholesky_inverse(factor)
+    chi = torch.where(sound[..., None], chi, torch.nan)
     component = torch.eye(k, dtype=like.dtype, device=like.device)
     return torch.einsum("bij,ac->biajc", chi, component).reshape(-1, n * k, n * k)

@@ -247,6 +247,24 @@ def test_without_a_distribution_there_are_no_numbers(attached):
     assert bool(response.covariance.isnan().all())
 
 
+@pytest.mark.parametrize("read", ["log_partition", "energy", "covariance"])
+def test_a_sample_without_a_distribution_leaves_the_gradients_of_others(read):
+    couplings, _ = sherrington_kirkpatrick(6, beta=6, seed=0)
+    strong = torch.linspace(20, 70, 6, dtype=torch.float64)
+    method = SelfAveragingTAP(on_failure="ignore", max_iter=200)
+
+    def slope(fields):
+        J = couplings.clone().requires_grad_()
+        response = method(SpinSystem(J, IsingPrior()), fields)
+        value = getattr(response, read)
+        assert not bool(torch.isfinite(value[:-1].detach()).any())
+        return grad(value[-1].sum(), J)[0]
+
+    alone, beside = slope(strong[None]), slope(torch.stack([1e-3 * strong, strong]))
+    assert bool(torch.isfinite(alone).all())
+    torch.testing.assert_close(beside, alone)
+
+
 def test_float32():
     for name in ("ising", "potts", "sphere"):
         system = SYSTEMS[name]()
