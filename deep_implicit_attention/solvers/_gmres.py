@@ -72,6 +72,7 @@ def gmres(
 
     x, r = torch.zeros_like(b), b
     norm = b_norm
+    spare, spare_norm = x, torch.full_like(norm, torch.inf)
     finite = torch.isfinite(b_norm)
     converged = b_norm == 0
     stalled = singular = torch.zeros_like(converged)
@@ -87,19 +88,19 @@ def gmres(
         trial, trial_r, trial_norm = after(correction)
         claimed = rows[-1].maximum(tol * scale)
         missed = active & ~broken & ~(trial_norm <= 1.01 * claimed)
+        least = trial_norm
         if missed.any():
             # Rounding has become larger than the residual. Where A is as good as singular it is
-            # that of a long x, which gains nothing.
-            short = shorter()
-            lengths = (torch.linalg.vector_norm(c, dim=1) for c in (short, correction))
+            # that of a long x. Should further cycles not take it away, a short x is the answer.
+            other = shorter()
+            lengths = (torch.linalg.vector_norm(c, dim=1) for c in (other, correction))
             missed &= next(lengths) < 0.5 * next(lengths)
-            other, other_r, other_norm = after(short)
+            other, _, other_norm = after(other)
             missed &= ~(other_norm > trial_norm)
-            trial = torch.where(missed[:, None], other, trial)
-            trial_r = torch.where(missed[:, None], other_r, trial_r)
-            trial_norm = torch.where(missed, other_norm, trial_norm)
-            rows = [torch.where(missed, row.maximum(other_norm), row) for row in rows]
-            stuck = stuck | missed
+            least = torch.where(missed, other_norm, trial_norm)
+            kept = missed & spare_norm.isinf()  # later ones would begin at the long x
+            spare = torch.where(kept[:, None], other, spare)
+            spare_norm = torch.where(kept, other_norm, spare_norm)
         vectors += len(rows)
         if vectors >= len(trace):  # which is not made for `max_iter`: few solves come near it
             trace = torch.cat([trace, b.new_zeros(vectors, batch)])
@@ -107,10 +108,10 @@ def gmres(
             place = torch.where(used > j, steps + j, len(trace) - 1)
             trace.scatter_(0, place[None], (row / scale)[None])
         steps += used
-        finite = torch.where(active, torch.isfinite(trial_norm) & ~broken, finite)
+        finite = torch.where(active, torch.isfinite(least) & ~broken, finite)
         # A whole space that gained next to nothing has met rounding; a restarted one may be slow.
         gain = 0.9 if restart is None else 1.0
-        singular = singular | stuck
+        singular = singular | stuck | missed
         stalled = stalled | stuck | (active & ~(trial_norm < gain * norm))
         better = active & (trial_norm < norm)
         x = torch.where(better[:, None], trial, x)
@@ -118,8 +119,14 @@ def gmres(
         norm = torch.where(better, trial_norm, norm)
         converged |= finite & (norm <= tol * scale)
 
+    # The residual of a long x is no more than rounding, also where it happens to be small.
+    short = ~converged & spare_norm.isfinite()
+    x = torch.where(short[:, None], spare, x)
+    norm = torch.where(short, spare_norm, norm)
+    trace = torch.where(short, trace.maximum(norm / scale), trace)
+    converged |= finite & (norm <= tol * scale)
     codes = torch.full_like(steps, Status.MAX_ITER.code)
-    codes = codes.masked_fill(singular, Status.SINGULAR.code)
+    codes = codes.masked_fill(singular & stalled, Status.SINGULAR.code)
     codes = codes.masked_fill(converged, Status.CONVERGED.code)
     codes = codes.masked_fill(~finite, Status.NONFINITE.code)
     residual = torch.where(finite, norm / scale, torch.inf)

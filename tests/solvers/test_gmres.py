@@ -258,6 +258,21 @@ def test_rounding_does_not_drown_what_a_singular_system_allows(dtype, n, symmetr
     assert not solution.converged.any()
 
 
+def test_what_is_as_good_as_singular_is_solved_where_further_cycles_can():
+    """Jordan blocks in single precision: condition 1e8, but x no longer than b. The first x is
+    long, and wrong by rounding that some of the next cycles take away, beginning where it is."""
+    generator = torch.Generator().manual_seed(0)
+    converged = 0
+    for n, value in ((8, 0.1), (12, 0.2), (16, 0.3)):
+        matrix = value * torch.eye(n) + torch.diag(torch.ones(n - 1), 1)
+        b = torch.randn(300, n, generator=generator) @ matrix.mT
+        solution = gmres(lambda v, matrix=matrix: v @ matrix.mT, b, tol=1e-5, max_iter=200)
+        converged += int(solution.converged.sum())
+        residual = (b - solution.value @ matrix.mT).norm(dim=1) / b.norm(dim=1)
+        torch.testing.assert_close(solution.residual, residual, rtol=1e-3, atol=1e-6)
+    assert converged >= 350
+
+
 def test_zero_matrix_is_flagged():
     solution = gmres(lambda v: 0 * v, torch.ones(2, 3))
     assert solution.status == (Status.SINGULAR,) * 2
