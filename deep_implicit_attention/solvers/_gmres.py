@@ -119,8 +119,8 @@ def gmres(
         norm = torch.where(better, trial_norm, norm)
         converged |= finite & (norm <= tol * scale)
 
-    # The residual of a long x is no more than rounding, also where it happens to be small.
-    short = ~converged & spare_norm.isfinite()
+    # Of two residuals that are about the same, the one of the shorter x is not mere rounding.
+    short = ~converged & ~(spare_norm > 1.1 * norm)
     x = torch.where(short[:, None], spare, x)
     norm = torch.where(short, spare_norm, norm)
     trace = torch.where(short, trace.maximum(norm / scale), trace)
