@@ -72,7 +72,7 @@ def gmres(
 
     x, r = torch.zeros_like(b), b
     norm = b_norm
-    spare, spare_norm = x, torch.full_like(norm, torch.inf)
+    spare, spare_norm = None, torch.full_like(norm, torch.inf)
     finite = torch.isfinite(b_norm)
     converged = b_norm == 0
     stalled = singular = torch.zeros_like(converged)
@@ -99,7 +99,7 @@ def gmres(
             missed &= ~(other_norm > trial_norm)
             least = torch.where(missed, other_norm, trial_norm)
             kept = missed & spare_norm.isinf()  # later ones would begin at the long x
-            spare = torch.where(kept[:, None], other, spare)
+            spare = torch.where(kept[:, None], other, x if spare is None else spare)
             spare_norm = torch.where(kept, other_norm, spare_norm)
         vectors += len(rows)
         if vectors >= len(trace):  # which is not made for `max_iter`: few solves come near it
@@ -119,11 +119,15 @@ def gmres(
         norm = torch.where(better, trial_norm, norm)
         converged |= finite & (norm <= tol * scale)
 
-    # Of two residuals that are about the same, the one of the shorter x is not mere rounding.
-    short = ~converged & ~(spare_norm > 1.1 * norm)
-    x = torch.where(short[:, None], spare, x)
-    norm = torch.where(short, spare_norm, norm)
-    trace = torch.where(short, trace.maximum(norm / scale), trace)
+    if spare is not None:
+        # The residual of a long x can be small by chance; how large its rounding is shows in
+        # another product that would be the same without.
+        rounding = torch.linalg.vector_norm(b - matvec(0.7 * x) / 0.7 - r, dim=1)
+        short = ~converged & spare_norm.isfinite()
+        short &= ~(spare_norm > 1.1 * (norm + rounding))
+        x = torch.where(short[:, None], spare, x)
+        norm = torch.where(short, spare_norm, norm)
+        trace = torch.where(short, trace.maximum(norm / scale), trace)
     converged |= finite & (norm <= tol * scale)
     codes = torch.full_like(steps, Status.MAX_ITER.code)
     codes = codes.masked_fill(singular & stalled, Status.SINGULAR.code)
