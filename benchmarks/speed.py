@@ -276,6 +276,7 @@ def random_weights(page: Path, turns: int, title: str) -> None:
         evaluations.append(counts(workload, found))
         print(times[-1], evaluations[-1], sep="\n", flush=True)
     command = f"python -m benchmarks.speed --turns {turns}"
+    command += "" if title == "Speed" else f' --title "{title}"'
     made = f"{provenance(command)}, float32, median of {turns} turns. {machine()}.\n\n"
     write_section(page, title, made + TIMES_TEXT + MISSED + "\n\n" + "\n".join(times))
     write_section(
