@@ -126,16 +126,17 @@ class TracedMap:
         """`args` made of `tensors`; inside, the parameters and buffers of f are theirs, too."""
         leaves = list(self._leaves)
         given = len(self._slots)
-        tensors = [full_precision(tensor) for tensor in tensors]
-        for slot, tensor in zip(self._slots, tensors[:given], strict=True):
+        wide = [full_precision(tensor) for tensor in tensors]
+        for slot, tensor in zip(self._slots, wide[:given], strict=True):
             leaves[slot] = tensor
-        self._fill(tensors[given:])
+        self._fill(wide[given:])
         try:
             with _uncached():
                 yield unflatten(leaves, self._tree)
         finally:
             # Held by nobody outside, so that what autograd saves is all that is kept.
             self._fill([None] * len(self._places))
+            _take_over(tensors[given:], wide[given:])
 
     def vjp(
         self, z: Tensor, tensors: Sequence[Tensor], rough: bool = False
@@ -223,6 +224,14 @@ def plain_arguments(f: Callable, args: Sequence[Any]) -> Sequence[Any] | None:
         return None
     detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return unflatten(detached, tree)
+
+
+@torch.no_grad()
+def _take_over(narrow: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
+    """What f has written to widened buffers (running statistics) is to stand in its own."""
+    for tensor, copy in zip(narrow, wide, strict=True):
+        if copy is not tensor and version(copy) and not tensor.requires_grad:
+            tensor.copy_(copy)
 
 
 def _is_small_buffer(tensor: Tensor) -> bool:

@@ -96,6 +96,39 @@ def test_two_forwards_before_one_backward_while_training_updates_buffers(kind, x
         torch.testing.assert_close(together, one + two)
 
 
+class Averaging(nn.Module):
+    """z = ½ tanh(W z) + x, which keeps the means of all z that it sees in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = spectral_norm(nn.Linear(4, 4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, z, x):
+        if self.training:
+            self.mean.lerp_(z.detach().mean(dim=0), 0.1)
+        return 0.5 * torch.tanh(self.linear(z)) + x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_of_narrow_modules_are_updated_like_those_of_others(dtype, x):
+    torch.manual_seed(0)
+    narrow = Averaging().to(dtype)
+    wide, x = copy.deepcopy(narrow).float(), x.detach().to(dtype)
+    for module in (narrow, wide):
+        for given in (x, -x):
+            fixed_point(module, torch.zeros_like(x), (given,)).value.sum().backward()
+    assert narrow.mean.norm() > 0.1
+    before = wide.state_dict()
+    for name, buffer in narrow.named_buffers():
+        assert buffer.dtype == dtype
+        torch.testing.assert_close(buffer.float(), before[name], rtol=0.02, atol=0.02)
+    narrow.eval()
+    kept = narrow.mean.clone()
+    fixed_point(narrow, torch.zeros_like(x), (x,)).value.sum().backward()
+    assert torch.equal(narrow.mean, kept)
+
+
 @pytest.mark.parametrize("steps", [None, 4])
 def test_an_update_may_be_checkpointed(steps, x):
     layer = DEQFixedPoint(make(Checkpointed), steps=steps, **TIGHT)
