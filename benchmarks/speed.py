@@ -50,8 +50,8 @@ MISSED = (
     "has couplings whose spectrum is a disc, for which plain iteration is optimal, so no solver "
     "saves evaluations, and over half of its forward time is bare products (floor). Mean field "
     "(60, 17, 10) and softmax (32, 64, 16), whose bare products are a fifth of it or less, and "
-    "adaptive TAP (4, 32, 8), one linear system of size 256, are many small operations. Of the "
-    "last literal takes half the time where MKL inverts batches faster, as on Intel's processors."
+    "adaptive TAP (4, 32, 8), one linear system of size 256, are many small operations. "
+    "Inverses of batches are faster on Intel's processors, so literal of the last is, too."
 )
 
 
