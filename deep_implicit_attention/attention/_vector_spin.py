@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,12 +107,8 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
     def update(self, z: Tensor, context: _Context) -> Tensor:
         field = context.fields + context.couplings.act(split_heads(z, self.heads))
         field = self.beta * field
-        # In units in which no component is above 1, squares cannot overflow: 1 + ∞ would give
-        # fields too strong for them no response at all. φ does not depend on the unit.
-        unit = field.detach().abs().amax(dim=-1, keepdim=True).clamp_min(1.0)
-        field, one = field / unit, 1 / unit
-        stretch = one.square() + field.square().sum(dim=-1, keepdim=True) / self.radius**2
-        return hide(merge_heads(field / (one + stretch.sqrt())), context.mask)
+        stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
+        return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
 
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium `state` of those before it.
@@ -122,7 +119,12 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         return _Context(self._fields(x_new) + pooled, Couplings(own), None, memory)
 
     def _fields(self, x: Tensor) -> Tensor:
-        """x + f(x) by heads, `(B, h, N, k)`."""
+        """x + f(x) by heads, `(B, h, N, k)`, at most so long that squares of β h do not overflow.
+
+        In longer ones a spin points along them to all its digits, and others cannot turn it.
+        """
         response = self.source(normalized(x) if self.normalize else x)
         response = F.dropout(response, self.dropout, self.training)
-        return split_heads(x + response, self.heads)
+        fields = split_heads(x + response, self.heads)
+        limit = 1e-6 * torch.finfo(fields.dtype).max ** 0.5 / self.beta
+        return fields / (fields.detach().abs().amax(dim=-1, keepdim=True) / limit).clamp_min(1.0)

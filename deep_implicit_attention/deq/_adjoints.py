@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_sequence_nr  # pyright: ignore
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore
 from torch.autograd import Function
 
 from ..solvers import Solution, gmres
 from ..solvers._scale import is_host, norms, power_of_two
 from ..solvers._validate import check_count, check_number, check_options, takes
-from ._again import another_map, say, unknown_tensor
+from ._again import check_again
 from ._failure import report
 from ._linear_map import Pullback, nearer, transpose, vjp
-from ._map import TracedMap, without_autocast
+from ._map import TracedMap, node_number, without_autocast
 from ._refusal import link, refuse, reroute
 from ._watched import mapped
 
@@ -137,7 +136,7 @@ class Implicit(Adjoint):
         tape, closed = None, []
         if f.closes_over:
             tape, closed = f.tape(z)
-        return _attach(f, equation, z, tape, f.kept(), closed)
+        return _attach(f, equation, z, tape, f.kept(f.tensors), closed)
 
     def _leaves_open(self, option: str) -> bool:
         """Whether the solver takes an option that the user has not given."""
@@ -231,14 +230,8 @@ class _Equation:
         if not solution.all_converged():
             # A gradient that was not finite when it came is not the solve's failure.
             judged = solution.accepting(~torch.isfinite(g).all(dim=1))
-            report(
-                judged,
-                self.on_failure,
-                "backward solve",
-                self.tol,
-                stacklevel=2,
-                in_a_layer="solver_bwd_",
-            )
+            said: dict[str, Any] = {"stacklevel": 2, "in_a_layer": "solver_bwd_"}
+            report(judged, self.on_failure, "backward solve", self.tol, **said)
         return solution.value if unit is None else solution.value * unit
 
 
@@ -348,16 +341,16 @@ def _solve_adjoint(
             by_context = by_hand.by_context
             u = equation.solve(by_hand, g.detach(), rough)
             return _Adjoined(u, lambda: by_context(u, needed))
+    if isinstance(f, TracedMap):
+        tensors = f.kept(tensors)
     aliases = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
-    begun = _get_sequence_nr()
+    begun = node_number()
     with torch.enable_grad(), without_autocast(z):
         z = z.detach().requires_grad_(by_hand is None)
         image = f(z, aliases)
-    if isinstance(f, TracedMap) and equation.on_failure != "ignore":
-        say(another_map(z, image, equation.found), equation.found, equation.on_failure)
-        if not f.closes_over:
-            missing = unknown_tensor(image, begun, (z, *aliases))
-            say(missing, equation.found, equation.on_failure)
+    if isinstance(f, TracedMap):
+        known = None if f.closes_over else (z, *aliases)
+        check_again(z, image, begun, known, equation.found, equation.on_failure)
 
     def product(v: Tensor) -> Tensor:
         return vjp(image, z, v)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,12 +9,34 @@ from torch import Tensor
 
 from ..solvers import Solution
 from ..solvers._scale import norms
-from ._failure import ConvergenceError, ConvergenceWarning
+from ._failure import say
 from ._map import ends_since
 
 
+def check_again(
+    z: Tensor,
+    image: Tensor,
+    begun: int,
+    known: Sequence[Tensor] | None,
+    found: Solution,
+    on_failure: str,
+) -> None:
+    """Warn or raise where `image`, f(z) in backward, is not that of the solve that `found` z.
+
+    Its graph begins with node `begun` and is to lead to no other tensor than `known`; None where
+    forward has seen that it does, and has a tape of it.
+    """
+    if on_failure == "ignore":
+        return
+    messages = [_another_map(z, image, found)]
+    if known is not None:
+        messages.append(_unknown_tensor(image, begun, known))
+    for message in filter(None, messages):
+        say(message, found, on_failure, stacklevel=3)
+
+
 @torch.no_grad()
-def another_map(z: Tensor, image: Tensor, found: Solution) -> str:
+def _another_map(z: Tensor, image: Tensor, found: Solution) -> str:
     """Says so if f is not the map of the solve that `found` z: `image` is f(z) in backward.
 
     It is not where ‖f(z) − z‖ has become over ten times what it was, beyond rounding. What f closes
@@ -37,7 +58,7 @@ def another_map(z: Tensor, image: Tensor, found: Solution) -> str:
     )
 
 
-def unknown_tensor(image: Tensor, begun: int, known: Sequence[Tensor]) -> str:
+def _unknown_tensor(image: Tensor, begun: int, known: Sequence[Tensor]) -> str:
     """Says so if the graph of `image`, from node `begun` on, leads to another tensor than `known`.
 
     Forward has looked for such tensors, but f may branch.
@@ -51,11 +72,3 @@ def unknown_tensor(image: Tensor, begun: int, known: Sequence[Tensor]) -> str:
         "did not, so the gradient by that tensor is missing. Pass it in args, or make f a module "
         "that owns it."
     )
-
-
-def say(message: str, found: Solution, on_failure: str) -> None:
-    """Warn or raise, as `on_failure` says, if there is a message."""
-    if message and on_failure == "raise":
-        raise ConvergenceError(message, found)
-    if message:
-        warnings.warn(message, ConvergenceWarning, stacklevel=2)

@@ -73,6 +73,11 @@ def report(
         )
         if part
     )
+    say(message, solution, on_failure, stacklevel + 1)
+
+
+def say(message: str, solution: Any, on_failure: str, stacklevel: int = 2) -> None:
+    """Raise the message if `on_failure` says so, else warn."""
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)

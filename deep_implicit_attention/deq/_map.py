@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr  # pyright: ignore
+from torch._C._autograd import _get_sequence_nr as node_number  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
@@ -99,19 +99,19 @@ class TracedMap:
                 f = _copied(f, {}, {})
             return _flat_image(f, self.layout, z, args)
 
-    def kept(self) -> list[Tensor]:
-        """`tensors` as they are to be saved for backward.
+    def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`tensors` as they are to be saved for backward, and in it for the next.
 
-        Buffers that a forward pass in training updates (running statistics, the vectors of
-        `spectral_norm`) change before it, so small ones are copied; torch's own do likewise.
+        Evaluations of f in training may update buffers (running statistics, the vectors of
+        `spectral_norm`), so small ones are copied; torch's own do likewise.
         """
         given = len(self._slots)
-        owned = (t.clone() if _is_small_buffer(t) else t for t in self.tensors[given:])
-        return [*self.tensors[:given], *owned]
+        owned = (t.clone() if _is_small_buffer(t) else t for t in tensors[given:])
+        return [*tensors[:given], *owned]
 
     def tape(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """f at `z`, with a graph of what it closes over alone, and the leaves among that."""
-        begun = _get_sequence_nr()
+        begun = node_number()
         image = self(z, [t.detach() for t in self.tensors])
         return image, ends_since(image, begun)[0]
 
@@ -264,7 +264,7 @@ def dual(tensors: Sequence[Tensor]) -> bool:
 def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
     """The leaves of the graph of `image`, and whether it goes on behind nodes older than `begun`.
 
-    That is the number of a node, as `_get_sequence_nr` gives it; what is behind is left out.
+    `node_number` gives the number of the next node. What is behind older ones is left out.
     """
     leaves: list[Tensor] = []
     older = False

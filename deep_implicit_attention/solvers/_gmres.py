@@ -40,8 +40,8 @@ def gmres(
     Returns:
         `Solution`; a sample with b = 0 has x = 0, one that met NaN or infinity has x = NaN.
         `trace` holds the recurrence's residuals, `residual` the true one of the value, for which
-        each cycle spends one more product. Cost: one product and O(B k n) at vector k; memory
-        B restart n.
+        each cycle spends one more product, and another where rounding has outgrown it. Cost: one
+        product and O(B k n) at vector k; memory B restart n.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
@@ -92,15 +92,16 @@ def gmres(
         if missed.any():
             # Rounding has become larger than the residual. Where A is as good as singular it is
             # that of a long x. Should further cycles not take it away, a short x is the answer.
-            other = shorter()
-            lengths = (torch.linalg.vector_norm(c, dim=1) for c in (other, correction))
-            missed &= next(lengths) < 0.5 * next(lengths)
-            other, _, other_norm = after(other)
+            short = shorter()
+            length = torch.linalg.vector_norm(correction, dim=1)
+            missed &= torch.linalg.vector_norm(short, dim=1) < 0.5 * length
+            other, _, other_norm = after(short)
             missed &= ~(other_norm > trial_norm)
             least = torch.where(missed, other_norm, trial_norm)
             kept = missed & spare_norm.isinf()  # later ones would begin at the long x
             spare = torch.where(kept[:, None], other, x if spare is None else spare)
             spare_norm = torch.where(kept, other_norm, spare_norm)
+        del shorter  # which holds the space: there is to be one at a time
         vectors += len(rows)
         if vectors >= len(trace):  # which is not made for `max_iter`: few solves come near it
             trace = torch.cat([trace, b.new_zeros(vectors, batch)])

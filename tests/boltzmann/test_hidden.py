@@ -24,6 +24,14 @@ def means(machine: BoltzmannMachine, n: int) -> np.ndarray:
     return np.exp(machine.score_samples(states(n))) @ states(n)
 
 
+def test_hidden_units_have_no_couplings_among_each_other(X: np.ndarray) -> None:
+    machine = BoltzmannMachine("exact", num_hidden=3, num_updates=5).fit(X[:, :4])
+    assert not machine.couplings_[4:, 4:].any()
+    assert machine.couplings_[4:, :4].all()
+    assert (machine.couplings_ == machine.couplings_.T).all()
+    assert not machine.couplings_.diagonal().any()
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 

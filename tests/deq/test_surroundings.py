@@ -129,6 +129,16 @@ def test_buffers_of_narrow_modules_are_updated_like_those_of_others(dtype, x):
     assert torch.equal(narrow.mean, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_buffers_that_backward_updates_do_not_stop_a_second_one(dtype, x):
+    torch.manual_seed(0)
+    module, x = Averaging().to(dtype), x.detach().to(dtype)
+    z = fixed_point(module, torch.zeros_like(x), (x,)).value
+    weight = module.linear.parametrizations.weight.original
+    once, again = (grad(z.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("steps", [None, 4])
 def test_an_update_may_be_checkpointed(steps, x):
     layer = DEQFixedPoint(make(Checkpointed), steps=steps, **TIGHT)
