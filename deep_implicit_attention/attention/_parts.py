@@ -171,7 +171,7 @@ def inverse_or_identity(matrix: Tensor) -> Tensor:
     inverse, failed = torch.linalg.inv_ex(matrix)
     # Of few numbers that is told at a glance: what is not finite adds up to what is not.
     asked = is_host(matrix) and not watched(matrix)
-    if asked and not int(failed.sum()) and math.isfinite(float(inverse.sum())):
+    if asked and not int(failed.sum()) and math.isfinite(float(inverse.detach().sum())):
         return inverse
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     sound = (failed == 0) & torch.isfinite(inverse).flatten(-2).all(dim=-1)

@@ -161,7 +161,9 @@ def test_steps_that_run_away(copy: Path, browser: Browser) -> None:
     assert re.search(r"run away from \d+ of these \d+ images: from step \d+ on", page.source)
     browser.open(copy / "report.html")
     far = every_status(browser)
-    assert re.search(r"[\d.]+e\+\d+ times its length away|no equilibrium", far[-2])
+    # Whether the last step is still within float32 depends on the weights, by a factor of ten.
+    assert re.search(r"[\d.]+e\+\d+ times its length away|no equilibrium", far[-4])
+    assert re.search(r"e\+\d+ times|no equilibrium|equilibrium is not finite", far[-2])
     assert "relative residual not finite" in far[-2]
     assert not any("NaN" in words or "undefined" in words for words in far)
     assert "and beyond" in words(browser, "lengths-legend")
