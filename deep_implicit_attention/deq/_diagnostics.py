@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..solvers import Solution, _arnoldi
+from ..solvers._scale import power_of_two
 from ..solvers._validate import check_count, check_number
 from ._linear_map import vjp
 from ._map import without_autocast
@@ -48,12 +49,19 @@ def jacobian_norm(
         dummy = torch.zeros_like(flat, requires_grad=True)
         image = product(dummy, create_graph=True)
 
+    unit: Tensor | None = None
+
     def both(v: Tensor) -> Tensor:
-        return product(vjp(image, dummy, v))
+        nonlocal unit
+        forward = vjp(image, dummy, v)
+        if unit is None:
+            unit = power_of_two(forward)
+        return product(forward / unit)
 
     with without_autocast(flat):
         ritz = _ritz_values(both, flat, max_iter, seed)
-    return ritz.real.amax(dim=1).clamp_min(0).sqrt()
+    norm = ritz.real.amax(dim=1).clamp_min(0).sqrt()
+    return norm if unit is None else norm * unit[:, 0].sqrt()
 
 
 def jacobian_penalty(
@@ -138,7 +146,11 @@ def _linearise(f: Callable[[State], State], z: State) -> tuple[Tensor, Callable[
 def _ritz_values(
     product: Callable[[Tensor], Tensor], like: Tensor, max_iter: int, seed: int
 ) -> Tensor:
-    """Eigenvalues of the projection of a linear map on a Krylov space, `(B, k)`, complex."""
+    """Eigenvalues of the projection of a linear map on a Krylov space, `(B, k)`, complex.
+
+    The space is that of the map in a unit of its own: squares of small or large images would be
+    lost, and the space end with its first vector.
+    """
     check_count("max_iter", max_iter)
     batch, n = like.shape
     size = min(max_iter, n)
@@ -150,9 +162,13 @@ def _ritz_values(
     basis = like.new_zeros(batch, size + 1, n)
     basis[:, 0] = start / torch.linalg.vector_norm(start)
     hessenberg = like.new_zeros(batch, size + 1, size)
+    unit = torch.ones_like(like[:, :1])
     for k in range(size):
-        hessenberg[:, : k + 2, k] = _arnoldi.extend(basis, k, product(basis[:, k]))
+        image = product(basis[:, k])
+        if k == 0:
+            unit = power_of_two(image)
+        hessenberg[:, : k + 2, k] = _arnoldi.extend(basis, k, image / unit)
     square = hessenberg[:, :size]
     finite = torch.isfinite(square).flatten(1).all(dim=1)
     values = torch.linalg.eigvals(torch.where(finite[:, None, None], square, 0))
-    return torch.where(finite[:, None], values, torch.nan)
+    return torch.where(finite[:, None], values * unit, torch.nan)

@@ -56,6 +56,22 @@ def test_jacobian_norm_is_the_largest_singular_value(matrices):
     torch.testing.assert_close(jacobian_norm(linear(matrices), z), expected)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e-10, 1e-6, 1e10, 1e15, 1e30])
+@pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm])
+def test_a_jacobian_may_be_of_any_size(diagnostic, size, matrices):
+    # Its squares are beyond what float32 can hold.
+    small = (size * matrices).float()
+    skew = small - small.mT
+    z = torch.zeros(5, 8)
+    for jacobians in (small, skew):
+        if diagnostic is jacobian_norm:
+            expected = torch.linalg.matrix_norm(jacobians.double(), 2)
+        else:
+            expected = torch.linalg.eigvals(jacobians.double()).abs().amax(dim=1)
+        found = diagnostic(linear(jacobians), z).double()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("diagnostic", [spectral_radius, jacobian_norm])
 def test_what_is_found_does_not_depend_on_the_default_device(diagnostic, matrices):
     z = torch.randn(5, 8, dtype=torch.float64)
