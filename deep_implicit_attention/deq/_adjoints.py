@@ -367,8 +367,15 @@ def _products(
     with without_autocast(z):
         # Fresh aliases: the derivative is the partial one, through f's own use of each tensor
         # and not through z, which depends on the same tensors.
-        aliases = [t.view_as(t) for t in tensors]
+        aliases = [_alias(t) for t in tensors]
         return _gradients(f(z, aliases), aliases, needed, u, create_graph=True)
+
+
+def _alias(t: Tensor) -> Tensor:
+    """`t` as another node of its graph, if it has any; sparse tensors have no views."""
+    if not t.requires_grad:
+        return t
+    return t.view_as(t) if t.layout == torch.strided else t.clone()
 
 
 def _gradients(

@@ -43,6 +43,29 @@ def test_first_and_second_derivatives_of_all_it_owns(rich, x):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_couplings_may_be_sparse_to_second_order(layout, learned, x):
+    dense = torch.eye(4, dtype=x.dtype).roll(1, 0) * torch.tensor([0.5, -0.3, 0.2, 0.4])
+    w = dense.double().to_sparse(layout=layout).requires_grad_(learned)
+    leaves = [x, w] if learned else [x]
+
+    def step(z, w, x):
+        return torch.tanh((w @ z.mT).mT + x)
+
+    mine = fixed_point(step, torch.zeros_like(x), (w, x), tol=1e-13, max_iter=200).value
+    theirs = x.detach()
+    for _ in range(60):
+        theirs = step(theirs, w, x)
+    found, expected = [], []
+    for z, derivatives in ((mine, found), (theirs, expected)):
+        first = grad(z.pow(3).sum(), leaves, create_graph=True)
+        second = grad(sum(g.to_dense().square().sum() for g in first), leaves)
+        derivatives.extend(g.to_dense() for g in (*first, *second))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_the_live_module_is_not_touched_even_by_threads(rich, x):
     layer = DEQFixedPoint(rich)
     before = copy.deepcopy(rich.state_dict())
