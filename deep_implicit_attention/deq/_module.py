@@ -52,7 +52,8 @@ class DEQModule(nn.Module):
 
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
-    `StateCache` calls it.
+    `StateCache` calls it, with the elements of the state that the layer returns
+    (`output_elements`).
 
     Nothing may be stored on the module while it is called: all that is constant during a solve
     goes into the context, which `prepare` returns, and neither `update` nor `prepare` may change
