@@ -40,6 +40,34 @@ def test_a_ferromagnet_keeps_its_sign(kind):
     assert not bool(method(system, none).magnetization.any())
 
 
+@pytest.mark.parametrize("strength", [1.05, 1.2, 2.0, 3.0])
+@pytest.mark.parametrize("field", [0.001, 0.05, 0.2])
+@pytest.mark.parametrize("method", [NaiveMeanField(), TAP()], ids=["naive", "tap"])
+def test_spins_order_along_a_weak_field(method, field, strength):
+    """Against the field there is a saddle, or a state that decays; log Z is less there."""
+    system = SpinSystem(ferromagnet(100, strength), IsingPrior())
+    x = torch.full((100,), field, dtype=torch.float64)
+    response = method(system, x)
+    assert bool(response.solution.converged)
+    up = method(system, x, start=torch.ones_like(x))
+    torch.testing.assert_close(response.magnetization, up.magnetization, rtol=1e-6, atol=0)
+    torch.testing.assert_close(response.log_partition, up.log_partition)
+    assert response.magnetization.min() > field
+
+
+def test_tap_takes_options_of_its_second_solver_and_no_more_steps_than_told():
+    couplings, x = sherrington_kirkpatrick(40, beta=1.5, field=0.3, seed=0)
+    system = SpinSystem(couplings, IsingPrior())
+    for limit in (1, 2, 7, 50):
+        assert TAP(max_iter=limit, on_failure="ignore")(system, x).solution.steps.item() == limit
+    short, long = (TAP(max_iter=400, m=m, on_failure="ignore")(system, x).solution for m in (2, 6))
+    assert bool(long.converged)
+    assert bool((long.steps > 200).all())
+    assert bool((short.residual != long.residual).all())
+    with pytest.raises(TypeError, match="unknown option 'memory'"):
+        TAP(memory=3)
+
+
 def test_it_settles_in_the_root_of_one_spin():
     """Naive: m = tanh(Jm) with J = β(N − 1)/N; TAP: less V m, V = β²(N − 1)/N² (1 − m²)."""
     n, beta = 30, 1.6
