@@ -98,7 +98,7 @@ class Checkpoints:
         for long, tensor in tensors.items():
             part, name = long.split("/", 1)
             parts.setdefault(part, {})[name] = tensor
-        return Checkpoint(path, parts, content["state"])
+        return Checkpoint(path, parts, content.get("state", {}))
 
 
 def whole_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -90,6 +90,7 @@ class Devices:
         """
         if any(hasattr(p, "full_tensor") for p in model.parameters()):
             return model, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self.release(model)  # from a trainer that was made, but has not trained
         return self.accelerator.prepare(model, optimizer)
 
     def release(self, model: nn.Module) -> None:
@@ -110,7 +111,13 @@ class Devices:
     def parts(self, batch: Any, accumulate: int) -> Iterator[Any]:
         """This process's rows of `batch` in `accumulate` parts, each moved to its device."""
         leaves, structure = pytree.tree_flatten(batch)
-        rows = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(tensor.dim() == 0 for tensor in tensors):
+            raise ValueError(
+                "the tensors of a batch must have rows, got one without dimensions: give a number "
+                "as such, or repeated for every row"
+            )
+        rows = {len(tensor) for tensor in tensors}
         if len(rows) != 1:
             raise ValueError(f"the tensors of a batch must have the same rows, got {sorted(rows)}")
         size = self.rows(rows.pop(), accumulate)

@@ -64,8 +64,10 @@ class Plan:
         if isinstance(self.trackers, str):
             raise TypeError(f"trackers must be a tuple of names, got the string {self.trackers!r}")
         check_number("warmup", self.warmup, minimum=0.0, below=1.0)
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be above 0 and finite, got {self.clip}")
+        if self.clip is not None:
+            check_number("clip", self.clip)
+            if self.clip <= 0:
+                raise ValueError(f"clip must be above 0, got {self.clip}")
         if self.ema is not None:
             check_number("ema", self.ema, minimum=0.0, below=1.0)
         for name, value, known in (

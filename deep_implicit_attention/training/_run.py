@@ -81,11 +81,9 @@ class Run:
 
     def log(self, **record: Any) -> None:
         """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[name] = None
+        line = json.dumps(_finite(record), allow_nan=False)
         with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -206,6 +204,15 @@ class Run:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         return json.loads(saved).get(name)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(text: bytes) -> dict[str, Any]:

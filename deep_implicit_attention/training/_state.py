@@ -63,6 +63,7 @@ def pack(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
 def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Put back what `pack` gathered; `ValueError` for other settings or another model."""
     path, parts, state = checkpoint.path, checkpoint.parts, checkpoint.state
+    course, watch = _whole(checkpoint)
     for name, value in _fixed(trainer).items():
         before = state["fixed"].get(name, value)  # earlier versions wrote fewer
         if before != value:
@@ -77,7 +78,7 @@ def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
         load_like(trainer.average.wide(), parts.get("wide average", {}))
     load_model(model, parts["model"], path)
     load_optimizer(model, trainer.plain_optimizer, parts.get("optimizer", {}), path)
-    trainer.course, trainer.watch = Course(**state["course"]), Watch(**state["watch"])
+    trainer.course, trainer.watch = course, watch
     scaler = trainer.devices.accelerator.scaler
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -98,6 +99,22 @@ def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
 def weights(parts: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The weights to keep: averaged, where there is an average."""
     return parts.get("average", parts["model"])
+
+
+def _whole(checkpoint: Checkpoint) -> tuple[Course, Watch]:
+    """Course and watch of a checkpoint; `ValueError` if anything that it needs is missing."""
+    state, parts = checkpoint.state, checkpoint.parts
+    try:
+        missing = {"model", "generator", "random"} - parts.keys()
+        missing |= {"fixed", "course", "watch"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return Course(**state["course"]), Watch(**state["watch"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint.path} is damaged, or of another version: {error}; delete it to go on "
+            "from the one before"
+        ) from error
 
 
 def _fixed(trainer: Trainer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
@@ -62,28 +63,51 @@ class Trainer:
     ) -> None:
         if task.batches < 1:
             raise ValueError(f"the task must have at least one batch, got {task.batches}")
+        _check_optimizer(optimizer, model)
         self.task, self.plan, self.run, self.progress = task, plan, run, progress
         self.devices = devices or Devices(plan, run.folder)
         self.plain_optimizer = optimizer
         self.model, self.optimizer = self.devices.prepare(model, optimizer)
         self.plain = self.devices.accelerator.unwrap_model(self.model)
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.average = None if plan.ema is None else MovingAverage(self.plain, plan.ema)
         self.generator = generator or torch.Generator().manual_seed(derived_seed(plan.seed, 0))
         self.course, self.watch = Course(), Watch()
-        self._started = 0.0
+        self._started, self._trained = 0.0, False
 
     def train(self, *, resume: bool = False) -> str:
-        """Train to the end and return it: "finished", "early" or "diverged".
+        """Train to the end and return it: "finished", "early" or "diverged"; once.
 
         With `resume`, go on from the newest checkpoint; where there is none, from the start.
 
         Raises:
+            RuntimeError: called again, when weights and optimizer are no longer those of a start.
             FloatingPointError: the loss is no number; metrics and checkpoints are as they were
                 after the last evaluation.
             ValueError: a checkpoint that is damaged, or of another model; batches that cannot be
                 cut into equal parts.
         """
+        if self._trained:
+            raise RuntimeError(
+                "this Trainer has trained already: make another one, with a new model and "
+                "optimizer, and let it train with resume=True to go on, or without to start anew"
+            )
+        self._trained = True
+        try:
+            self._prepare(resume)
+            while not self.course.ending:
+                self._step()
+                if self.plan.evaluation_due(self.course.step) or self.course.ending:
+                    self._evaluate()
+                if self.plan.checkpoint_due(self.course.step) or self.course.ending:
+                    self._save()
+        finally:
+            self.devices.stop_trackers()
+            self.devices.release(self.model)
+        return self.course.ending
+
+    def _prepare(self, resume: bool) -> None:
+        """Go to the start or back to the newest checkpoint, and say that it begins."""
         steps = self.run.checkpoints.steps() if resume else []
         if steps:
             self._restore(steps[-1])
@@ -95,17 +119,6 @@ class Trainer:
         if self.progress:
             rounds = math.ceil(self.plan.steps / self.plan.evaluate_every)
             self.progress.start(rounds, self.plan.evaluate_every, self.course.batches)
-        try:
-            while not self.course.ending:
-                self._step()
-                if self.plan.evaluation_due(self.course.step) or self.course.ending:
-                    self._evaluate()
-                if self.plan.checkpoint_due(self.course.step) or self.course.ending:
-                    self._save()
-        finally:
-            self.devices.stop_trackers()
-            self.devices.release(self.model)
-        return self.course.ending
 
     def _step(self) -> None:
         """One step of the optimizer on one batch."""
@@ -266,3 +279,19 @@ class Trainer:
     def _where(self) -> str:
         epoch, index = divmod(self.course.step - 1, self.task.batches)
         return f"epoch {epoch + 1}, batch {index + 1}"
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise for parameters that no checkpoint would know, and steps that this loop cannot do."""
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer has parameters that are not the model's: make it from those of this "
+            "model, and put what else is to be learned into the model"
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure, "
+            "which this loop does not have: take another optimizer"
+        )
