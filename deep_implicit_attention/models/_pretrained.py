@@ -34,7 +34,7 @@ class Pretrained(
     The arguments of the constructor are the config, so they must be numbers, strings and booleans,
     or lists of them; numbers of other libraries are saved as Python's. Weights are read from
     safetensors only, never from a pickle, and must be those of this class and of this config, all
-    of them.
+    of them. Layers that were made to share their weights come back as equal ones.
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -131,12 +131,15 @@ def _read(path: str, name: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file that says that it holds the weights of model `name`."""
     try:
         with safe_open(path, framework="pt") as file:
-            written = (file.metadata() or {}).get("model", "another model")
+            metadata = file.metadata() or {}
+            written = metadata.get("model", "another model")
             if written != name:
                 raise ValueError(f"{path} holds the weights of {written}, not of {name}")
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    # Of tensors that shared memory one was written, and the names of the others beside it.
+    return {**weights, **{key: weights[kept] for key, kept in metadata.items() if kept in weights}}
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:

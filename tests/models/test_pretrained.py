@@ -251,3 +251,12 @@ def test_what_is_computed_and_not_saved_has_the_precision_of_the_weights(
     assert again.positions.dtype == dtype
     ids = torch.randint(7, (2, 6))
     torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=1e-6)
+
+
+def test_blocks_that_share_their_weights_come_back_as_equal_ones(tmp_path: Path) -> None:
+    model = build(depth=3, weight_norm=True).eval()
+    model.blocks[2] = model.blocks[0]
+    model.save_pretrained(tmp_path)
+    loaded = DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 6, 2, 0, 5]])
+    assert torch.equal(loaded(ids), model(ids))

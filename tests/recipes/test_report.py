@@ -133,6 +133,18 @@ def test_where_the_page_cannot_be_written(run: Path, tmp_path: Path) -> None:
         assert why in complaint
 
 
+def test_the_page_replaces_no_file_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    checkpoint = next((run / "checkpoints").iterdir())
+    for out in (run / "config.json", run / "model.safetensors", checkpoint):
+        with pytest.raises(ValueError, match="out must not replace a file of the run"):
+            report_run(run, out)
+    monkeypatch.chdir(run)
+    with pytest.raises(ValueError, match="out must not replace a file of the run"):
+        report_run(".", "metrics.jsonl")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 # --- runs that train no network ---------------------------------------------------------------
 
 
