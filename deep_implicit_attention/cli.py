@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: tyro evaluates annotations that name local recipes.
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `dia`; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the output cannot show must not end a training.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tyro = require("tyro", "train")
         for module in ("accelerate", "sklearn", "rich", "matplotlib"):

@@ -247,14 +247,16 @@ def augment(
     """Shift (pixels), rotate (degrees) and zoom (fraction) every image at random."""
     if not (schedule.shift or schedule.rotation or schedule.zoom):
         return images
-    batch, size = len(images), images.shape[-1]
+    batch, (height, width) = len(images), images.shape[-2:]
     angle, zoom, dx, dy = (torch.rand(4, batch, generator=generator, device="cpu") * 2 - 1).unbind()
     angle = angle * math.radians(schedule.rotation)
     zoom = 1 + zoom * schedule.zoom
-    shift = 2 * schedule.shift / size  # grid_sample counts from −1 to 1
+    # grid_sample counts from −1 to 1 on either side, and a turn is one in pixels.
+    right, down = dx * (2 * schedule.shift / width), dy * (2 * schedule.shift / height)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = torch.stack([cos, -sin, dx * shift, sin, cos, dy * shift], dim=1)
-    grid = F.affine_grid(rows.view(batch, 2, 3), list(images.shape), align_corners=False)
+    rows = torch.stack([cos, -sin * (height / width), right, sin * (width / height), cos, down], 1)
+    rows = rows.view(batch, 2, 3).to(images)
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
     moved = F.grid_sample(images - background, grid, align_corners=False)
     return moved + background
 

@@ -140,3 +140,21 @@ def test_every_image_moves_on_its_own(plan: Callable[..., Schedule]) -> None:
     moved = augment(image.expand(10, 1, 8, 8), plan(shift=1.0), 0.0)
     distance = torch.cdist(moved.flatten(1), moved.flatten(1)) + torch.eye(10)
     assert distance.min() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("height", "width"), [(8, 20), (20, 12), (16, 16)])
+def test_an_image_that_is_not_square_moves_as_within_a_square(
+    height: int, width: int, dtype: torch.dtype, plan: Callable[..., Schedule]
+) -> None:
+    torch.manual_seed(3)
+    images = torch.randn(6, 2, height, width, dtype=dtype)
+    high, wide = (20 - height) // 2, (20 - width) // 2
+    square = torch.nn.functional.pad(images, (wide, wide, high, high))
+    schedule = plan(shift=3.0, rotation=40.0, zoom=0.2)
+    moved, whole = (
+        augment(some, schedule, 0.0, torch.Generator().manual_seed(5)) for some in (images, square)
+    )
+    assert moved.dtype == dtype
+    inner = whole[..., high : high + height, wide : wide + width]
+    torch.testing.assert_close(moved, inner, atol=1e-5, rtol=0)
