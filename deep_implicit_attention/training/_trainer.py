@@ -82,8 +82,8 @@ class Trainer:
 
         Raises:
             RuntimeError: called again, when weights and optimizer are no longer those of a start.
-            FloatingPointError: the loss is no number; metrics and checkpoints are as they were
-                after the last evaluation.
+            FloatingPointError: the loss or a weight is no number; metrics and checkpoints are as
+                they were after the last evaluation.
             ValueError: a checkpoint that is damaged, or of another model; batches that cannot be
                 cut into equal parts.
         """
@@ -97,7 +97,10 @@ class Trainer:
             self._prepare(resume)
             while not self.course.ending:
                 self._step()
-                if self.plan.evaluation_due(self.course.step) or self.course.ending:
+                evaluate = self.plan.evaluation_due(self.course.step) or self.course.ending
+                if evaluate or self.plan.checkpoint_due(self.course.step):
+                    self._check_weights()
+                if evaluate:
                     self._evaluate()
                 if self.plan.checkpoint_due(self.course.step) or self.course.ending:
                     self._save()
@@ -159,6 +162,15 @@ class Trainer:
                 f"{self.task.advice}"
             )
         self._heed(self.watch.step(found["loss"], found.get("failed", 0.0), residual))
+
+    def _check_weights(self) -> None:
+        """Raise where a gradient was no number though the loss was, before that is saved."""
+        for name, parameter in self.plain.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.course.step} ({self._where()}), though "
+                    f"the loss was: its gradient was not; {self.task.advice}"
+                )
 
     def _evaluate(self) -> None:
         """Measure the model, see whether it is the best so far or the last, log it."""

@@ -138,3 +138,28 @@ def test_metrics_are_json_whatever_is_in_them(tmp_path: Path) -> None:
     found = json.loads(line, parse_constant=refuse)
     assert found == {"radii": [0.5, None], "of": {"block": [None, 2]}, "name": "x"}
     assert given["radii"][1] != given["radii"][1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_no_checkpoint_of_weights_that_are_no_numbers(
+    regression: Build, trainer: Build, tmp_path: Path, clip: float | None
+) -> None:
+    """The square root of 0 is a number; its derivative times 0 is none."""
+
+    class Kinked(regression):  # type: ignore[valid-type, misc]
+        count = 0
+
+        def loss(self, model: nn.Module, batch: Any) -> Outcome:
+            outcome = super().loss(model, batch)
+            self.count += 1
+            kink = (0 * outcome.loss).sqrt() if self.count == 10 else 0.0
+            return Outcome(outcome.loss + kink)
+
+    task = Kinked()
+    build = trainer(task, steps=20, evaluate_every=5, checkpoint_every=5, clip=clip)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 10 .*its gradient was not"
+    ):
+        build.train()
+    assert Run(tmp_path).checkpoints.steps() == [5]
+    assert [record["step"] for record in Run(tmp_path).metrics()] == [5]
