@@ -2,14 +2,15 @@
 
 On the host torch takes float32 products to a BLAS that uses half of a processor of AMD with AVX-512
 (110 GFLOP/s of 250), while oneDNN, which torch also ships and calls in compiled code, uses it well;
-without AVX-512 it pays only for weights that outgrow the caches. So products go there, and those of
-their derivatives of any order; other types and devices, compiled and functionally transformed code
-take the plain path.
+without AVX-512 it pays only for weights that outgrow the caches, and on a processor of Intel, whose
+own BLAS it is, for large products. So such products go there, and those of their derivatives of any
+order; other types and devices, compiled and functionally transformed code take the plain path.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,23 @@ from torch.nn import functional as F
 from ..deq._watched import watched
 from ._memory import empty
 
+
+def _of_intel() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any("GenuineIntel" in line for line in file)
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+# The BLAS is made for the processor: then it is the quicker for small products and for weights in
+# columns, and rows may lie as they like.
+_OWN = _of_intel() and torch.backends.mkl.is_available()
 # Below these many multiplications the way to oneDNN takes longer than it saves.
-_SMALL = 1 << 17
+_SMALL = 1 << (23 if _OWN else 17)
 # Without AVX-512, below this many weights.
 _CACHED = 1 << 22
-_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # In place a function of fewer numbers than these is no faster.
 _CACHED_STATES = 1 << 18
 # With fewer results a row than these and at least so many rows, the transposed product takes 0.4 to
@@ -71,7 +84,7 @@ def for_transposed(weight: Tensor, rows: int) -> Tensor:
     """
     aliased = weight.shape[1] * weight.element_size() % _ALIASED == 0 and weight.is_contiguous()
     tall = len(weight) >= _TALL and rows >= _FACTORS
-    if not (aliased and tall and weight.is_cpu) or _fast(weight, weight) or watched(weight):
+    if not (aliased and tall and weight.is_cpu) or _OWN or _fast(weight, weight) or watched(weight):
         return weight
     memory = empty(len(weight), weight.shape[1] + 8, like=weight)
     return memory[:, : weight.shape[1]].copy_(weight)
@@ -249,7 +262,8 @@ def _slim(x: Tensor, weight: Tensor) -> bool:
 
 def _dense(weight: Tensor) -> bool:
     """Whether rows or columns follow each other: with gaps oneDNN is a thousand times slower."""
-    return weight.stride() in ((weight.shape[1], 1), (1, weight.shape[0]))
+    rows, columns = (weight.shape[1], 1), (1, weight.shape[0])
+    return weight.stride() == rows or (weight.stride() == columns and not (_OWN and _WIDE))
 
 
 class _Linear(torch.autograd.Function):

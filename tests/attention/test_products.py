@@ -27,6 +27,8 @@ fast = pytest.mark.skipif(
 def wide(monkeypatch):
     """Products go to oneDNN on any processor."""
     monkeypatch.setattr(_products, "_WIDE", True)
+    monkeypatch.setattr(_products, "_OWN", False)
+    monkeypatch.setattr(_products, "_SMALL", 1 << 17)
 
 
 @pytest.fixture
@@ -128,6 +130,27 @@ def test_few_numbers_a_row(name, width, biased, monkeypatch):
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g)
     )
+
+
+@fast
+@pytest.mark.parametrize(("wide", "own", "asked"), [(1, 0, 5), (1, 1, 2), (0, 0, 2), (0, 1, 2)])
+def test_which_products_go_to_onednn(wide, own, asked, monkeypatch, calls):
+    """All but small ones; large ones with weights in rows; those with very many weights."""
+    monkeypatch.setattr(_products, "_WIDE", bool(wide))
+    monkeypatch.setattr(_products, "_OWN", bool(own))
+    monkeypatch.setattr(_products, "_SMALL", 1 << (23 if own else 17))
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2048, 64), torch.randn(256, 64), torch.randn(256)
+    for rows in (x, x[:64], x[:4]):
+        found = gelu_linear(rows, weight, bias)
+        torch.testing.assert_close(found, F.gelu(F.linear(rows, weight, bias)))
+    columns = torch.randn(64, 256).mT
+    torch.testing.assert_close(linear(x, columns), F.linear(x, columns))
+    big = torch.randn(2048, 2048)
+    for many in (big, big.mT):
+        expected = F.linear(big[:2], many)
+        torch.testing.assert_close(linear(big[:2], many), expected, rtol=1e-4, atol=1e-3)
+    assert len(calls) == asked
 
 
 BIASES = {
