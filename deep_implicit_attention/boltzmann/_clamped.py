@@ -143,7 +143,9 @@ def _iterate(
         m, V = m.index_put(taken, again[better]), V.index_put(taken, variance[better])
         residual = residual.index_put(taken, solution.residual[better])
         rows = rows[~solution.converged]
-    return m, V, len(rows)
+    # Anderson's steps are no means of spins: within the tolerance they may be beyond ±1, and by
+    # more where they fail.
+    return m.clamp(-1, 1), V, len(rows)
 
 
 def covariance(K: Tensor, m: Tensor) -> Tensor:

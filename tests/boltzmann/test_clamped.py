@@ -86,3 +86,11 @@ def test_a_free_phase_that_did_not_converge_is_none(
     monkeypatch.setattr(_learn, "means", lambda *_: Means(m, lambda: chi, failed))
     second = _Response("tap")(torch.zeros(4, 4).double())
     assert (second is None) == bool(failed)
+
+
+def test_responses_are_means_of_spins() -> None:
+    """Also where couplings are so strong that the steps that came nearest are not."""
+    for seed in range(3):
+        J, x = sherrington_kirkpatrick(8, 30.0, 0.3, seed=seed)
+        response = means("tap", J, torch.stack([x, 2 * x, -3 * x]))
+        assert response.m.abs().max() <= 1
