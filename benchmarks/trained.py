@@ -3,10 +3,11 @@
     python -m benchmarks.trained --vit RUN --shakespeare RUN
 
 RUN is a folder that `dia train mnist-vit` or `dia train shakespeare` has written; a row is left as
-it is where its run is not given. Random initial weights flatter solvers: trained couplings are
-stronger. Forward and backward through the first block, on the data of the model's own test or
-validation set, at the same tolerance for all. The floor is the bare matrix products of our
-evaluations, forward and backward, in float32: what a program that needs as many hardly goes below.
+it is where its run is not given. `--title` keeps tables of several processors apart. Random initial
+weights flatter solvers: trained couplings are stronger. Forward and backward through the first
+block, on the data of the model's own test or validation set, at the same tolerance for all. The
+floor is the bare matrix products of our evaluations, forward and backward, in float32: what a
+program that needs as many hardly goes below.
 """
 
 from __future__ import annotations
@@ -119,22 +120,25 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--vit", type=Path, help="a run of mnist-vit")
     parser.add_argument("--shakespeare", type=Path, help="a run of shakespeare")
+    parser.add_argument("--title", default=TITLE, help="heading of the table")
     flags = parser.parse_args()
+    title = flags.title
     runs = {"vit": flags.vit, "shakespeare": flags.shakespeare}
     if not any(runs.values()):
         parser.error("give --vit RUN, --shakespeare RUN or both")
     torch.set_num_threads(1)
     path = flags.out.with_suffix(".json")
     before = json.loads(path.read_text()) if path.exists() else {}
-    kept = [r for r in before.get(TITLE, {}).get("results", []) if not runs[r["model"]]]
+    kept = [r for r in before.get(title, {}).get("results", []) if not runs[r["model"]]]
     for kind, folder in runs.items():
         if folder:
             kept += measure(kind, folder, flags.turns)
     kept.sort(key=lambda found: (list(runs).index(found["model"]), -found["tolerance"]))
     command = "python -m benchmarks.trained --vit RUN --shakespeare RUN"
+    command += "" if title == TITLE else f' --title "{title}"'
     write_section(
         flags.out,
-        TITLE,
+        title,
         f"{provenance(command)}, median of {flags.turns} turns. {machine()}.\n\n"
         "The first block of trained models (`dia train mnist-vit`, `dia train shakespeare`), "
         "forward and backward, beside TorchDEQ's solvers on the same update map, and the floor: "
@@ -143,7 +147,7 @@ def main() -> None:
         f"({'as' if narrow_pays(torch.ones(1)) else 'not'} this one) ours begins in it, and "
         "evaluations count both kinds.\n\n" + "\n".join([HEAD, *map(row, kept)]),
     )
-    write_results(flags.out, TITLE, kept, command)
+    write_results(flags.out, title, kept, command)
 
 
 if __name__ == "__main__":
