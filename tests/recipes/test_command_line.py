@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import subprocess
@@ -97,16 +98,16 @@ def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(unbuffered:
     assert done.returncode == 1
 
 
-def test_what_the_output_cannot_show_ends_no_training(tmp_path: Path) -> None:
+def test_what_the_output_cannot_show_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.txt").write_text("日本語" * 60, encoding="utf-8")
     flags = "--iterations 2 --evaluate-every 1 --warmup 1 --length 4 --dim 8 --depth 1 --heads 2"
     flags = f"train shakespeare {flags} --sample 4 --text text.txt --run-dir run"
-    done = subprocess.run(
-        [sys.executable, "-m", "deep_implicit_attention.cli", *flags.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert rb"\u" in done.stdout
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    monkeypatch.chdir(tmp_path)
+    assert main(flags.split()) == 0
+    sys.stdout.flush()
+    assert rb"\u" in screen.getvalue()
     assert set((tmp_path / "run" / "sample.txt").read_text(encoding="utf-8")) <= set("日本語\n")
