@@ -31,9 +31,9 @@ def _of_intel() -> bool:
 
 
 _WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-# The BLAS is made for the processor: then it is the quicker for small products and for weights in
-# columns, and rows may lie as they like.
-_OWN = _of_intel() and torch.backends.mkl.is_available()
+# With AVX-512, and a BLAS made for the processor: it is the quicker for small products and for
+# weights in columns, and rows may lie as they like.
+_OWN = _WIDE and _of_intel() and torch.backends.mkl.is_available()
 # Below these many multiplications the way to oneDNN takes longer than it saves.
 _SMALL = 1 << (23 if _OWN else 17)
 # Without AVX-512, below this many weights.
@@ -244,6 +244,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and not (watched(x, weight) if bias is None else watched(x, weight, bias))
         and (bias is None or bias.dtype == torch.float32)
         and _dense(weight)
+        and (not _OWN or weight.stride(1) == 1)
         and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
     )
@@ -262,8 +263,7 @@ def _slim(x: Tensor, weight: Tensor) -> bool:
 
 def _dense(weight: Tensor) -> bool:
     """Whether rows or columns follow each other: with gaps oneDNN is a thousand times slower."""
-    rows, columns = (weight.shape[1], 1), (1, weight.shape[0])
-    return weight.stride() == rows or (weight.stride() == columns and not (_OWN and _WIDE))
+    return weight.stride() in ((weight.shape[1], 1), (1, weight.shape[0]))
 
 
 class _Linear(torch.autograd.Function):

@@ -130,9 +130,9 @@ def write_report(
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         why = "that is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise ValueError(f"out must be a file in a folder that exists, got {out}: {why}")
-    inside = out is not None and folder.resolve() in out.resolve().parents
-    if out is not None and inside and out.suffix != ".html" and out.exists():
-        raise ValueError(f"out must not replace a file of the run, got {out}")
+    inside = folder.resolve() in path.resolve().parents
+    if inside and path.suffix != ".html" and path.exists():
+        raise ValueError(f"out must not replace a file of the run, got {path}")
     run = Run(folder)
     story = Story(run, {}, owns_files=out is None, tell=tell)
     _read_config(story)

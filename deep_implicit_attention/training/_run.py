@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -81,9 +80,9 @@ class Run:
 
     def log(self, **record: Any) -> None:
         """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""
-        line = json.dumps(_finite(record), allow_nan=False)
+        finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
         with (self.folder / METRICS).open("a") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(finite) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -204,15 +203,6 @@ class Run:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         return json.loads(saved).get(name)
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for each number in it that is not finite."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(text: bytes) -> dict[str, Any]:

@@ -164,12 +164,12 @@ class Trainer:
         self._heed(self.watch.step(found["loss"], found.get("failed", 0.0), residual))
 
     def _check_weights(self) -> None:
-        """Raise where a gradient was no number though the loss was, before that is saved."""
+        """Raise where a step has left what is no number though the loss was, before it is saved."""
         for name, parameter in self.plain.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.course.step} ({self._where()}), though "
-                    f"the loss was: its gradient was not; {self.task.advice}"
+                    f"the loss was: its gradient was not, or too large; {self.task.advice}"
                 )
 
     def _evaluate(self) -> None:

@@ -133,7 +133,7 @@ def test_few_numbers_a_row(name, width, biased, monkeypatch):
 
 
 @fast
-@pytest.mark.parametrize(("wide", "own", "asked"), [(1, 0, 5), (1, 1, 2), (0, 0, 2), (0, 1, 2)])
+@pytest.mark.parametrize(("wide", "own", "asked"), [(1, 0, 5), (1, 1, 2), (0, 0, 2)])
 def test_which_products_go_to_onednn(wide, own, asked, monkeypatch, calls):
     """All but small ones; large ones with weights in rows; those with very many weights."""
     monkeypatch.setattr(_products, "_WIDE", bool(wide))
