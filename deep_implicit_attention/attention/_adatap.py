@@ -163,6 +163,10 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         blocks = diagonal_blocks(response, self.num_spins)
         return new_mean, total - torch.linalg.inv_ex(blocks).inverse
 
+    def rows(self, index: Tensor, context: _Gaussian | Matched) -> _Gaussian | Matched:
+        """The context of some samples."""
+        return context._replace(x=context.x[index])
+
     @property
     def solve(self) -> Any:
         """The closed form, `solve(context, wanted)`; priors without one have no such attribute."""

@@ -104,6 +104,10 @@ class DEQMeanFieldAttention(SiteCouplings):
             return field
         return plus(field, feed_forward(z, context.correction), alpha=-1)
 
+    def rows(self, index: Tensor, context: _Context) -> _Context:
+        """The context of some samples."""
+        return context._replace(x=context.x[index])
+
     def first_step(self, context: _Context) -> Tensor:
         """x − f(0), the update from z = 0, which needs no couplings."""
         if context.correction is None:

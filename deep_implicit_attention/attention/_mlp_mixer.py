@@ -82,3 +82,7 @@ class DEQMLPMixerAttention(DEQModule):
         if context.correction is None:
             return field
         return field - feed_forward(z, context.correction)
+
+    def rows(self, index: Tensor, context: _Context) -> _Context:
+        """The context of some samples."""
+        return context._replace(x=context.x[index])

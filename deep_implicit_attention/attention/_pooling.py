@@ -56,6 +56,12 @@ class Couplings(NamedTuple):
         matrix = None if self.fused else self.matrix
         return _Pooled.apply(self.queries, self.keys, z, matrix, how)
 
+    def rows(self, index: Tensor) -> Couplings:
+        """Those of some samples."""
+        parts = self.matrix, self.queries, self.keys, self.mask
+        matrix, queries, keys, mask = (None if t is None else t[index] for t in parts)
+        return self._replace(matrix=matrix, queries=queries, keys=keys, mask=mask)
+
     def narrowed(self) -> Couplings:
         """In bfloat16."""
         if self.matrix is not None:

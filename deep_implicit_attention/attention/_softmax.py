@@ -160,6 +160,16 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         f = None if correction is None else feed_forward(acting, correction)
         return self._sum(context, response, f)
 
+    def rows(self, index: Tensor, context: _Context) -> _Context:
+        """The context of some samples."""
+        return context._replace(
+            x=context.x[index],
+            couplings=context.couplings.rows(index),
+            mask=None if context.mask is None else context.mask[index],
+            kept=None if context.kept is None else context.kept[:, index],
+            memory=None,  # no part of the update
+        )
+
     def first_step(self, context: _Context) -> Tensor:
         """x + b_O − f(0), the update from z = 0, which needs no couplings."""
         correction = context.correction

@@ -110,6 +110,11 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
         return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
 
+    def rows(self, index: Tensor, context: _Context) -> _Context:
+        """The context of some samples."""
+        mask = None if context.mask is None else context.mask[index]
+        return _Context(context.fields[index], context.couplings.rows(index), mask, None)
+
     def append(self, context: _Context, state: Tensor, x_new: Tensor) -> _Context:
         """The context of one more site, given the equilibrium `state` of those before it.
 

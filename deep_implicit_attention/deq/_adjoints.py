@@ -205,7 +205,9 @@ class _Equation:
         product: Callable[[Tensor], Tensor],
         g: Tensor,
         rough: Callable[[Tensor], Tensor] | None = None,
+        rows: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
+        """u, given `product` u ↦ (∂f/∂z)ᵀ u; `rows` makes that of some samples of their index."""
         solver, settings = self.adjoint.solver, self.adjoint.options
         settings = {"tol": self.tol, "max_iter": self.max_iter, **settings}
         if self.preconditioner is not None:
@@ -224,7 +226,7 @@ class _Equation:
                     start = nearer(start, after)
             if rough is not None:
                 settings["rough"] = lambda u: rough(u) + g
-            solution = solver(lambda u: product(u) + g, start, **settings)
+            solution = solver(_Adjoint(product, g, rows), start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
         if not solution.all_converged():
@@ -233,6 +235,17 @@ class _Equation:
             said: dict[str, Any] = {"stacklevel": 2, "in_a_layer": "solver_bwd_"}
             report(judged, self.on_failure, "backward solve", self.tol, **said)
         return solution.value if unit is None else solution.value * unit
+
+
+class _Adjoint:
+    """u ↦ (∂f/∂z)ᵀ u + g, and the same of some samples alone."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor, rows: Any) -> None:
+        self.product, self.g = product, g
+        self.rows = None if rows is None else lambda index: _Adjoint(rows(index), g[index], None)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.product(u) + self.g
 
 
 def is_gmres(solver: Callable) -> bool:
@@ -331,15 +344,17 @@ def _solve_adjoint(
     g: Tensor,
 ) -> _Adjoined:
     """Solve u = (∂f/∂z)ᵀ u + g with at most one evaluation of f and no graph of the solve."""
-    by_hand = rough = None
+    by_hand = rough = rows = None
     with torch.no_grad(), without_autocast(z):
         if isinstance(f, TracedMap):
             by_hand = f.vjp(z.detach(), tensors)
             if by_hand is not None and equation.rough:
                 rough = f.vjp(z.detach(), tensors, rough=True)
+            if f.has_rows:
+                rows = partial(_product_of_some, f, z.detach(), tensors, by_hand is not None)
         if isinstance(by_hand, Pullback):
             by_context = by_hand.by_context
-            u = equation.solve(by_hand, g.detach(), rough)
+            u = equation.solve(by_hand, g.detach(), rough, rows)
             return _Adjoined(u, lambda: by_context(u, needed))
     if isinstance(f, TracedMap):
         tensors = f.kept(tensors)
@@ -356,8 +371,22 @@ def _solve_adjoint(
         return vjp(image, z, v)
 
     with torch.no_grad(), without_autocast(z):
-        u = equation.solve(by_hand or product, g.detach(), rough)
+        u = equation.solve(by_hand or product, g.detach(), rough, rows)
     return _Adjoined(u, lambda: _gradients(image, aliases, needed, u, create_graph=False))
+
+
+def _product_of_some(
+    f: TracedMap, z: Tensor, tensors: Sequence[Tensor], by_hand: bool, rows: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """v ↦ (∂f/∂z)ᵀ v of the samples `rows` alone, `by_hand` if f has a product of its own."""
+    if by_hand:
+        product = f.vjp(z[rows], tensors, rows=rows)
+        assert product is not None
+        return product
+    with torch.enable_grad():
+        at = z[rows].requires_grad_()
+        image = f(at, [t.detach() for t in tensors], rows)
+    return lambda v: vjp(image, at, v)
 
 
 def _products(

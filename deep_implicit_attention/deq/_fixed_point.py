@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..solvers import Solution, anderson
@@ -17,11 +16,11 @@ from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
 from ._map import (
     FORWARD_MODE,
+    Step,
     TracedMap,
     dual,
     outside_inference_mode,
     plain_arguments,
-    untraced,
     without_autocast,
 )
 from ._state import Layout, State, widen
@@ -156,12 +155,12 @@ def solve_and_attach(
     if plain is None:
         rough_args = None  # narrow parameters are widened for f, but not for its approximation
     if rough_args is not None and takes(solver, "rough"):
-        solver_options = {"rough": untraced(f, layout, rough_args), **solver_options}
+        solver_options = {"rough": Step(f, layout, rough_args), **solver_options}
     solve = partial(solver, tol=tol, max_iter=max_iter, **solver_options)
     refuse_transformations()
     if not differentiable and plain is not None:
         with without_autocast(flat):
-            solution = solve(untraced(f, layout, plain), flat)
+            solution = solve(Step(f, layout, plain), flat)
         value = solution.value.clone()  # a map may return what it was given
         return solution.with_value(layout.unpack(value))
     traced = TracedMap(f, layout, args)
@@ -170,16 +169,7 @@ def solve_and_attach(
 
     with torch.no_grad(), without_autocast(flat):
         constants = [t.detach() for t in traced.tensors]
-        with traced.bound(constants) as bound:
-            first = True  # also without gradients, where torch may have another kernel
-
-            def step(z: Tensor) -> Tensor:
-                nonlocal first
-                if not first:
-                    return bound(z)
-                first = False
-                return traced.trace(bound, z)
-
+        with traced.bound(constants) as step:
             solution = solve(step, flat)
 
     value = solution.value

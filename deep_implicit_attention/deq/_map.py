@@ -90,14 +90,27 @@ class TracedMap:
         self.f = f
         self.closes_over = False
 
-    def __call__(self, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def __call__(self, z: Tensor, tensors: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+        """f at `z`; with `rows`, that of these samples alone, `z` theirs."""
         with self._arguments(tensors) as args:
             f = self.f
             if isinstance(f, nn.Module) and torch.is_grad_enabled():
                 # What a backward pass computes again (`torch.utils.checkpoint`) has to find its
                 # tensors then, in a copy that lives as long as that graph.
                 f = _copied(f, {}, {})
-            return _flat_image(f, self.layout, z, args)
+            layout, args = self._of_rows(rows, args)
+            return _flat_image(f, layout, z, args)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether f can be asked of some samples alone."""
+        return some_rows(self.f) is not None
+
+    def _of_rows(self, rows: Tensor | None, args: Sequence[Any]) -> tuple[Layout, Sequence[Any]]:
+        """The layout and the arguments of the samples `rows`."""
+        if rows is None:
+            return self.layout, args
+        return self.layout.of_samples(len(rows)), some_rows(self.f)(rows, *args)
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """`tensors` as they are to be saved for backward, and in it for the next.
@@ -116,10 +129,13 @@ class TracedMap:
         return image, ends_since(image, begun)[0]
 
     @contextmanager
-    def bound(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-        """f as a function of z alone, with `tensors` put in once for many evaluations."""
-        with self._arguments(tensors) as args:
-            yield lambda z: _image_in_solve(self.f, self.layout, z, args)
+    def bound(self, constants: Sequence[Tensor]) -> Iterator[Step]:
+        """f as a function of z alone, with `constants` put in once for many evaluations.
+
+        The first one finds out whether f closes over a differentiable tensor.
+        """
+        with self._arguments(constants) as args:
+            yield _TracedStep(self, args)
 
     @contextmanager
     def _arguments(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
@@ -139,7 +155,11 @@ class TracedMap:
             _take_over(tensors[given:], wide[given:])
 
     def vjp(
-        self, z: Tensor, tensors: Sequence[Tensor], rough: bool = False
+        self,
+        z: Tensor,
+        tensors: Sequence[Tensor],
+        rough: bool = False,
+        rows: Tensor | None = None,
     ) -> Callable[[Tensor], Tensor] | None:
         """v ↦ (∂f/∂z)ᵀ v at `z`, if f is a module that has one of its own, `f.vjp(z, *args)`.
 
@@ -147,7 +167,8 @@ class TracedMap:
         returns a list, as long as `tensors`. It has None for the module's own parameters, which a
         map with a `Pullback` does not read.
 
-        With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any.
+        With `rough`, an approximation of it: that of `f.rough(*args)`, if that has any. With
+        `rows`, that of these samples alone, `z` theirs.
         """
         if not isinstance(self.f, nn.Module) or of_its_update(self.f, "vjp", "forward") is None:
             return None
@@ -156,16 +177,17 @@ class TracedMap:
             args = module.rough(*args) if rough else args
             if args is None:
                 return None
-            product = module.vjp(self.layout.unpack(z), *args)
+            layout, args = self._of_rows(rows, args)
+            product = module.vjp(layout.unpack(z), *args)
 
-        by_state = on_vectors(product, self.layout)
+        by_state = on_vectors(product, layout)
         if not isinstance(product, Pullback):
             return by_state
         by_context, remainder = product.by_context, product.remainder
         return Pullback(
             by_state,
             lambda v, needed: self._by_tensors(by_context, v, needed),
-            None if remainder is None else on_vectors(remainder, self.layout),
+            None if remainder is None else on_vectors(remainder, layout),
         )
 
     def _by_tensors(
@@ -191,16 +213,6 @@ class TracedMap:
         for places, tensor in zip(self._places, tensors, strict=True):
             for table, name in places:
                 table[name] = tensor
-
-    def trace(self, bound: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """f at z, without a graph, finding out whether f closes over a differentiable tensor.
-
-        It does if the result of `bound`, f with all that is listed detached, needs gradients.
-        """
-        with torch.enable_grad():
-            image = bound(z.detach())
-            self.closes_over = image.requires_grad
-        return image.detach()
 
 
 def plain_arguments(f: Callable, args: Sequence[Any]) -> Sequence[Any] | None:
@@ -284,13 +296,55 @@ def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
     return leaves, older
 
 
-def untraced(f: Callable, layout: Layout, args: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """f(z, *args) on flat states, for solves that no derivative is wanted of."""
+class Step:
+    """z ↦ f(z, *args) on flat states, in a solve.
 
-    def step(z: Tensor) -> Tensor:
-        return _image_in_solve(f, layout, z, args)
+    It has `rows`, index ↦ the same of these samples alone, or None where f has none.
+    """
 
-    return step
+    def __init__(self, f: Callable, layout: Layout, args: Sequence[Any]) -> None:
+        self.f, self.layout, self.args = f, layout, args
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return _image_in_solve(self.f, self.layout, z, self.args)
+
+    @property
+    def rows(self) -> Callable[[Tensor], Step] | None:
+        """What makes the step of some samples."""
+        some = some_rows(self.f)
+        if some is None:
+            return None
+
+        def alone(rows: Tensor) -> Step:
+            return Step(self.f, self.layout.of_samples(len(rows)), some(rows, *self.args))
+
+        return alone
+
+
+class _TracedStep(Step):
+    """A step of whose first image a map with all that is listed detached learns if it `closes_over`
+    a differentiable tensor: it does if that needs gradients.
+
+    So it is in solves without gradients, too, where torch may have another kernel.
+    """
+
+    def __init__(self, traced: TracedMap, args: Sequence[Any]) -> None:
+        super().__init__(traced.f, traced.layout, args)
+        self.learns: TracedMap | None = traced
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.learns is None:
+            return super().__call__(z)
+        traced, self.learns = self.learns, None
+        with torch.enable_grad():
+            image = super().__call__(z.detach())
+            traced.closes_over = image.requires_grad
+        return image.detach()
+
+
+def some_rows(f: Callable) -> Any:
+    """`f.rows`, the method of a module that takes of arguments what belongs to some samples."""
+    return of_its_update(f, "rows", "forward") if isinstance(f, nn.Module) else None
 
 
 def _image_in_solve(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:

@@ -92,6 +92,10 @@ class Layout:
                 )
         return Layout(tuple(part.shape for part in parts), isinstance(state, Tensor))
 
+    def of_samples(self, count: int) -> Layout:
+        """The layout of `count` samples of such a state."""
+        return Layout(tuple(torch.Size((count, *shape[1:])) for shape in self.shapes), self.bare)
+
     def pack(self, state: Any) -> Tensor:
         """`(B, n)`; a view where the state is one tensor."""
         if len(self.shapes) == 1:

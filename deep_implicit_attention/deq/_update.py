@@ -31,6 +31,12 @@ class Update(nn.Module):
         """That of `fun`, or None."""
         return of_its_update(self.fun, "vjp")
 
+    @property
+    def rows(self) -> Any:
+        """(index, context) ↦ the arguments of some samples, by that of `fun`, or None."""
+        rows = of_its_update(self.fun, "rows", "prepare")
+        return None if rows is None else lambda index, context: (rows(index, context),)
+
     def rough(self, context: Any) -> tuple[Any] | None:
         """The arguments of the approximate update, if there is one here and now."""
         context = self.fun.rough(context)  # type: ignore[operator]

@@ -72,6 +72,10 @@ def anderson(
             return fz - damping * g if damping else fz
         return history.accelerate(fz, g, norm, damping)
 
+    def keep(stay: Tensor) -> None:
+        if history is not None:
+            history.keep(stay)
+
     return iterate(
         f,
         z0,
@@ -81,6 +85,7 @@ def anderson(
         stop_mode=stop_mode,
         preconditioner=preconditioner,
         rough=rough,
+        keep=keep,
     )
 
 
@@ -108,6 +113,18 @@ class _History:
         self.delta_f = self.g.new_empty(batch, self.size, n)
         self.delta_g = torch.empty_like(self.delta_f)
         self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
+
+    def keep(self, stay: Tensor) -> None:
+        """Leave out all samples but some."""
+        rows = stay.numpy()
+        self.f, self.g, self.norm, self.slow = (
+            self.f[stay], self.g[stay], self.norm[rows], self.slow[rows]
+        )  # fmt: skip
+        if self.unit is not None:
+            self.unit = self.unit[stay]
+        if self.steps:
+            self.delta_f, self.delta_g = self.delta_f[stay], self.delta_g[stay]
+            self.weights.keep(rows)
 
     def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
         f_before, g_before = self.f, self.g
@@ -151,6 +168,10 @@ class _Weights:
         self.xp: Any = np if self.on_host else torch
         self.gram: Any = gram.numpy() if self.on_host else gram
         self.scale = self.xp.zeros_like(self.gram[:, 0])  # 1 / ‖Δg‖, 0 for what is left out
+
+    def keep(self, rows: Any) -> None:
+        """Leave out all samples but some."""
+        self.gram, self.scale = self.gram[rows], self.scale[rows]
 
     def renew(self, slot: int, row: Tensor, target: Tensor, begun: Any) -> Tensor:
         """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's.

@@ -25,6 +25,11 @@ _CONVERGED = Status.CONVERGED.code
 
 some = np.count_nonzero
 
+# What there is one number of for every sample.
+_NUMBERS = (
+    "residual", "residual_norm", "first_norm", "last_norm", "broken", "converged", "active", "steps"
+)  # fmt: skip
+
 
 class Books:
     """Residuals, best iterates and status of every sample, brought up to date step by step.
@@ -49,6 +54,8 @@ class Books:
         # more is to be kept than the last residual.
         self.together = together and len(z) > 0
         self.all_sound = False  # and now all have converged
+        self.rows: Any = None  # which samples are left, where only they are in the books
+        self.whole: dict[str, Any] = {}  # of all samples, as of when they were last in them
 
     @property
     def over(self) -> bool:
@@ -103,12 +110,44 @@ class Books:
         self.residual = np.where(better, now, self.residual)
         self.residual_norm = np.where(better, g_norm, self.residual_norm)
         self.last_norm = np.where(usable, g_norm, self.last_norm)
-        self.trace.append(np.where(usable, now, self.residual))
+        self.trace.append(self._of_all(np.where(usable, now, self.residual)))
         self.steps = self.steps + self.active
         self.broken = self.broken | (self.active & ~finite)
         self.converged = self.converged | (usable & exact & within)
         self.active = usable & ~self.converged
         return now
+
+    def leave_out(self) -> Tensor | None:
+        """Leave out who is done, if they are at least half: which of the samples so far stay."""
+        if self.together or 2 * some(self.active) > len(self.active):
+            return None
+        self._enter_in_whole()
+        stay = np.flatnonzero(self.active)
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name)[stay])
+        self.distance.keep(stay)
+        index = torch.from_numpy(stay)
+        self.best = self.best[index]
+        self.rows = index if self.rows is None else self.rows[index]
+        return index
+
+    def _enter_in_whole(self) -> None:
+        mine = {name: getattr(self, name) for name in _NUMBERS}
+        if self.rows is None:
+            self.whole = {name: array.copy() for name, array in mine.items()}
+            self.whole["best"] = self.best.clone()
+            return
+        for name, array in mine.items():
+            self.whole[name][self.rows.numpy()] = array
+        self.whole["best"][self.rows] = self.best
+
+    def _of_all(self, residuals: Any) -> Any:
+        """The residuals of all samples: of those that were left out the last."""
+        if self.rows is None:
+            return residuals
+        every = self.whole["residual"].copy()
+        every[self.rows.numpy()] = residuals
+        return every
 
     def goes_on_from(self, z: Tensor, image: Tensor, entered: bool) -> Tensor:
         """The next states, `z` as proposed: who is done stays, who went astray goes back.
@@ -131,6 +170,9 @@ class Books:
 
     def solution(self) -> Solution:
         """The best iterate of every sample, with the evidence for it."""
+        if self.rows is not None:
+            self._enter_in_whole()
+            vars(self).update(self.whole, rows=None)
         if self.all_sound:
             return sound(self.best, self.residual_norm, self.trace, self.device)
         steps = self.steps + len(self.trace) if self.together else self.steps
@@ -178,6 +220,14 @@ class _Distance:
             self.astray = found & (left > _ASTRAY * self.largest)
         self.largest = np.maximum(g_norm, self.largest)
         return found
+
+    def keep(self, stay: np.ndarray) -> None:
+        """Leave out all but some."""
+        self.largest, self.first = self.largest[stay], self.first[stay]
+        if self.astray is not None:
+            self.astray = self.astray[stay]
+        if self.plain is not None:
+            self.plain = self.plain[stay]
 
     def back(self, z: Tensor, image: Tensor, best: Tensor, active: Any) -> Tensor:
         """The next states: `best` of who has just gone astray, f(z) of who has before, else `z`."""

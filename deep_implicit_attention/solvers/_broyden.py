@@ -55,6 +55,10 @@ def broyden(
             history.update(z, g)
         return z - history.apply(g)
 
+    def keep(stay: Tensor) -> None:
+        if history is not None:
+            history.keep(stay)
+
     return iterate(
         f,
         z0,
@@ -64,6 +68,7 @@ def broyden(
         stop_mode=stop_mode,
         preconditioner=preconditioner,
         rough=rough,
+        keep=keep,
     )
 
 
@@ -75,6 +80,10 @@ class _Inverse:
         self.size, self.used = size, 0
         self.u, self.v = z.new_zeros(batch, size, n), z.new_zeros(batch, size, n)
         self.z, self.g = z, g
+
+    def keep(self, stay: Tensor) -> None:
+        """Leave out all samples but some."""
+        self.u, self.v, self.z, self.g = (t[stay] for t in (self.u, self.v, self.z, self.g))
 
     def apply(self, g: Tensor) -> Tensor:
         """H g."""

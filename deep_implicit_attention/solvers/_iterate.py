@@ -48,6 +48,7 @@ def iterate(
     stop_mode: str,
     preconditioner: Map | None = None,
     rough: Map | None = None,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Solution:
     """Iterate `z ← propose(k, z, f(z), f(z) − z, ‖f(z) − z‖)` to residuals within `tol`.
 
@@ -76,6 +77,11 @@ def iterate(
 
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
+
+    Where f has `rows`, index ↦ the map of these samples alone, and `keep` is given, on the host,
+    samples that are done are left out once they are half of all, and then half of what is left, so
+    that each costs the steps that it takes itself. `keep` is told which ones stay, before `propose`
+    is given no more than these.
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner, rough)
     on_host = is_host(z0)
@@ -86,6 +92,7 @@ def iterate(
     books = Books(z, tol, stop_mode, together=first is None)
     guard = None if preconditioner is None else _Guard(preconditioner, np if on_host else torch)
     looks = None if on_host else _Looks()
+    alone = getattr(f, "rows", None) if on_host and guard is None else None
 
     for k in range(max_iter):
         before = version(z)
@@ -109,6 +116,12 @@ def iterate(
             looks.enter(books)
         if last or (entered and books.over):
             break
+        if keep is not None and alone is not None and first is None:
+            stay = books.leave_out()
+            if stay is not None:
+                f = alone(books.rows)
+                z, fz, g, g_norm = z[stay], fz[stay], g[stay], g_norm[stay.numpy()]
+                keep(stay)
         image = fz
         if guard is not None:
             z, g, g_norm = guard(k, z, g, g_norm, propose)

@@ -62,4 +62,5 @@ def picard(
         stop_mode=stop_mode,
         preconditioner=preconditioner,
         rough=rough,
+        keep=lambda stay: None,  # nothing is remembered of any sample
     )

@@ -138,6 +138,10 @@ class _Step(nn.Module):
         field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
 
+    def rows(self, index: Tensor, x: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of some samples."""
+        return x[index], couplings
+
 
 def _report_unstable(chi: Tensor, method: str) -> None:
     """Warn if a χ `(B, n, n)` has a negative eigenvalue, as no covariance has.

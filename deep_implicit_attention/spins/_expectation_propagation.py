@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..deq._failure import OnFailure
-from ..deq._state import Layout
 from ..solvers import Solution
 from ..solvers._iterate import Map, iterate
 from ..solvers._validate import check_number
@@ -136,15 +135,18 @@ class _Schedule:
         return first.followed_by(second.unless_better(first.rows(failed)), failed)
 
     def _in_parallel(self, f: Map, z0: Tensor, tol: float, max_iter: int) -> Solution:
-        h, V = self.cavities
-        layout = Layout((h.shape, V.shape), bare=False)
+        x, (h, V) = self.x, self.cavities
 
         def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal h, V
-            h, V = parallel(self.local, self.x, self.couplings, h, V, self.method.damping)
-            return layout.pack((self.local.mean(h, V), V))
+            h, V = parallel(self.local, x, self.couplings, h, V, self.method.damping)
+            return _packed(self.local.mean(h, V), V)
 
-        return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode="rel")
+        def keep(stay: Tensor) -> None:
+            nonlocal x, h, V
+            x, h, V = x[stay], h[stay], V[stay]
+
+        return iterate(f, z0, propose, tol=tol, max_iter=max_iter, stop_mode="rel", keep=keep)
 
     def _in_turn(self, rows: Tensor) -> Update:
         x, damping = self.x[rows], self.method.damping
@@ -166,19 +168,16 @@ class _Schedule:
         x = self.x[rows]
         h, V = self.cavities
         terms = terms_of(self.local, h[rows], V[rows])
-        layout = Layout((h[rows].shape, V[rows].shape), bare=False)
-
-        def embedded(z: Tensor) -> Tensor:
-            return f(z0.index_put((rows,), z))[rows]
+        alone: Map = f.rows(rows.nonzero().squeeze(1))  # type: ignore[attr-defined]
 
         def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal terms
             terms = update(*terms)
             h, V, _ = cavity(self.local, x, self.couplings, *terms)
-            return layout.pack((self.local.mean(h, V), V))
+            return _packed(self.local.mean(h, V), V)
 
         def part(z: Tensor, limit: int) -> Solution:
-            return iterate(embedded, z, propose, tol=tol, max_iter=limit, stop_mode="rel")
+            return iterate(alone, z, propose, tol=tol, max_iter=limit, stop_mode="rel")
 
         solution = part(z0[rows], min(max_iter, _PART))
         left = max_iter - _PART
@@ -192,3 +191,8 @@ class _Schedule:
         if isinstance(update, DoubleLoop):
             update.conclude(*terms)
         return solution
+
+
+def _packed(m: Tensor, V: Tensor) -> Tensor:
+    """The state (m, V) as vectors `(B, n)`."""
+    return torch.cat([m.flatten(1), V.flatten(1)], dim=1)

@@ -69,3 +69,9 @@ class _Step(nn.Module):
     def forward(self, state: State, x: Tensor, couplings: Tensor, unit: Tensor) -> State:
         system = SpinSystem.unchecked(couplings, self.prior)
         return self.prior.mean(x + system.pull(state[0])), unit
+
+    def rows(
+        self, index: Tensor, x: Tensor, couplings: Tensor, unit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of some samples."""
+        return x[index], couplings, unit[index]

@@ -116,6 +116,12 @@ class _Step(nn.Module):
         mean_chi = _mean_chi(self.local.covariance(field, everywhere))
         return self.local.mean(field, everywhere), _variance(mean_chi, couplings, spectrum)
 
+    def rows(
+        self, index: Tensor, x: Tensor, couplings: Tensor, spectrum: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of some samples."""
+        return x[index], couplings, spectrum
+
 
 def _pull(couplings: Tensor, m: Tensor) -> Tensor:
     """Σ_j J_ij m_j for couplings `(N, N)`, m `(B, N, k)`."""
