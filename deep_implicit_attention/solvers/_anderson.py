@@ -15,6 +15,11 @@ from ._validate import check_count, check_number
 
 # A sample whose residual falls at least by this factor at every step gains nothing from a history.
 _FAST = 0.3
+# One that was mixed is mixed again if of its residual less than this part was left of what the last
+# plain step left.
+_PAYS = 0.5
+# A mixture that leaves more than so many times the residual was of what no longer holds.
+_ASTRAY = 5.0
 # Differences are stored as they are where residuals begin between 2 to minus and plus this.
 _MODERATE = 20
 
@@ -27,6 +32,7 @@ def anderson(
     max_iter: int = 50,
     stop_mode: str = "rel",
     m: int = 6,
+    period: int = 3,
     ridge: float = 1e-3,
     damping: float = 0.0,
     preconditioner: Map | None = None,
@@ -38,7 +44,12 @@ def anderson(
 
         γ = argmin ‖g − Σ_j γ_j Δg_j‖² + ridge Σ_j γ_j² ‖Δg_j‖²,   z ← f(z) − Σ_j γ_j Δf_j
 
-    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715). The ridge is relative to the residual
+    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715), in every third step, with plain ones between
+    them (Banerjee, Suryanarayana, Pask 2016, Chem. Phys. Lett. 647, 31). These enlarge the history
+    as well, and cost no products with it. A sample has more steps with γ where a plain one did not
+    make its residual smaller, and as long as they leave less than half of what the last plain one
+    left. It forgets its history where a step with γ left more than five times the residual. The
+    ridge is relative to the residual
     differences themselves, so it does not stall the iteration as they shrink, and it keeps the
     problem solvable where they are dependent (m > n, equal iterates); a sample whose problem
     still cannot be solved takes a Picard step. So does one whose residual has fallen more than
@@ -47,18 +58,20 @@ def anderson(
     Args:
         f, z0, tol, max_iter, stop_mode, preconditioner, rough: as for `picard`.
         m: length of the history.
+        period: γ in every so many steps at least; 1 is Anderson acceleration as it is in books.
         ridge: regularisation relative to ‖Δg_j‖². The default costs no evaluations where the
             differences are independent and keeps noise out of γ where they nearly are not.
         damping: part of the old (averaged) state kept at each step, in [0, 1).
 
     Returns:
-        `Solution`. Cost: one evaluation and O(B m n) a step (one row of the Gram matrix is
-        renewed), O(B m³) for the small systems; memory 2 B m n.
+        `Solution`. Cost: one evaluation a step, with γ O(B m² n) and O(B m³) for the small systems,
+        without O(B n); memory 2 B m n.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
     check_count("m", m)
+    check_count("period", period)
     check_number("damping", damping, minimum=0.0, below=1.0)
     check_number("ridge", ridge, minimum=0.0)
     history: _History | None = None
@@ -68,7 +81,7 @@ def anderson(
         if k == 0 or history is None:
             # No more columns than steps or unknowns can fill.
             size = max(1, min(m, max_iter - 2, z.shape[1]))
-            history = _History(fz, g, norm, size, ridge)
+            history = _History(fz, g, norm, size, period, ridge)
             return fz - damping * g if damping else fz
         return history.accelerate(fz, g, norm, damping)
 
@@ -90,19 +103,22 @@ def anderson(
 
 
 class _History:
-    """The last differences of f and g, and the Gram matrix of the Δg scaled to ‖Δg‖ = 1.
+    """The last differences of f and g, and γ of what they make of the next state.
 
     A sample's history begins when its residual first falls too slowly.
     """
 
-    def __init__(self, fz: Tensor, g: Tensor, norm: Any, size: int, ridge: float) -> None:
+    def __init__(
+        self, fz: Tensor, g: Tensor, norm: Any, size: int, period: int, ridge: float
+    ) -> None:
         self.size, self.ridge, self.steps = size, ridge, 0
         self.f, self.g, self.norm = fz, g, norm
         self.on_host = is_host(g)
+        self.turns = _Turns(norm, period, np if self.on_host else torch)
         self.unit: Tensor | None = None  # in which the differences are stored
         self.slow = norm < 0
         self.delta_f = self.delta_g = g[:0]
-        self.weights: _Weights
+        self.known: Any = None  # which differences are a sample's own
 
     def _allocate(self) -> None:
         batch, n = self.g.shape
@@ -112,7 +128,8 @@ class _History:
             self.unit = unit
         self.delta_f = self.g.new_empty(batch, self.size, n)
         self.delta_g = torch.empty_like(self.delta_f)
-        self.weights = _Weights(self.g.new_zeros(batch, self.size, self.size), self.ridge)
+        xp: Any = np if self.on_host else torch
+        self.known = xp.stack([self.slow] * self.size, 1)
 
     def keep(self, stay: Tensor) -> None:
         """Leave out all samples but some."""
@@ -120,86 +137,114 @@ class _History:
         self.f, self.g, self.norm, self.slow = (
             self.f[stay], self.g[stay], self.norm[rows], self.slow[rows]
         )  # fmt: skip
+        self.turns.keep(rows)
         if self.unit is not None:
             self.unit = self.unit[stay]
         if self.steps:
             self.delta_f, self.delta_g = self.delta_f[stay], self.delta_g[stay]
-            self.weights.keep(rows)
+            self.known = self.known[rows]
 
     def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
+        """The next state, from f(z), f(z) − z and its norms."""
+        plain = fz - damping * g if damping else fz
         f_before, g_before = self.f, self.g
-        fast = norm < _FAST * self.norm  # what is not finite is not fast, nor what is lost
+        with np.errstate(all="ignore"):
+            left = norm / self.norm
+        fast = left < _FAST  # what is not finite is not fast, nor what is lost
         self.f, self.g, self.norm = fz, g, norm
-        if self.steps == 0:
-            if self.on_host and np.count_nonzero(fast) == len(fast):
-                return fz - damping * g if damping else fz
-            self._allocate()
         self.slow = self.slow | ~fast
+        near = self.turns.plain | (left < _ASTRAY)
+        mixed = self.turns.next(left, self.slow)
+        if self.steps == 0:
+            if self.on_host and not np.count_nonzero(self.slow):
+                return plain
+            self._allocate()
         slot = self.steps % self.size
         self.steps += 1
+        torch.sub(g, g_before, out=self.delta_g[:, slot])
+        torch.sub(fz, f_before, out=self.delta_f[:, slot])
+        if self.unit is not None:
+            self.delta_g[:, slot].div_(self.unit)
+        self.known = self.known & near[:, None]
+        self.known[:, slot] = self.slow & near
+        if self.on_host and not np.count_nonzero(mixed):
+            return plain
+
         used = min(self.steps, self.size)
         delta_g, delta_f = self.delta_g[:, :used], self.delta_f[:, :used]
-        torch.sub(g, g_before, out=delta_g[:, slot])
-        torch.sub(fz, f_before, out=delta_f[:, slot])
+        now = g if self.unit is None else g / self.unit
         # Vectors as rows: as columns MKL takes ten times as long.
-        now = g
-        if self.unit is not None:
-            delta_g[:, slot] /= self.unit
-            now = g / self.unit
-        row = (delta_g[:, slot, None] @ delta_g.mT).squeeze(1)
-        target = (now[:, None] @ delta_g.mT).squeeze(1)
-        gamma = self.weights.renew(slot, row, target, self.slow)[:, None]
-
+        gram, target = delta_g @ delta_g.mT, (now[:, None] @ delta_g.mT).squeeze(1)
+        known = self.known[:, :used] & mixed[:, None]
+        gamma = _weights(gram, target, known, self.ridge)[:, None]
         z = torch.baddbmm(fz.unsqueeze(1), gamma, delta_f, alpha=-1).squeeze(1)
         if damping:
-            left = torch.baddbmm(now.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
-            z = z - damping * (left if self.unit is None else left * self.unit)
+            rest = torch.baddbmm(now.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
+            z = z - damping * (rest if self.unit is None else rest * self.unit)
         return z
 
 
-class _Weights:
-    """γ of the least-squares problem, from the Gram matrix of the Δg scaled to ‖Δg‖ = 1.
+class _Turns:
+    """In which steps samples are mixed: every `period`-th of a solve, and as long as it pays."""
 
-    Of a sample these are a few numbers: on the host they are numpy's, as in `iterate`.
-    """
-
-    def __init__(self, gram: Tensor, ridge: float) -> None:
-        self.on_host, self.ridge = is_host(gram), ridge
-        self.xp: Any = np if self.on_host else torch
-        self.gram: Any = gram.numpy() if self.on_host else gram
-        self.scale = self.xp.zeros_like(self.gram[:, 0])  # 1 / ‖Δg‖, 0 for what is left out
+    def __init__(self, norm: Any, period: int, xp: Any) -> None:
+        self.period, self.xp, self.steps = period, xp, 0
+        self.plain = norm == norm  # whose last step was a plain one
+        self.left = norm  # what part of its residual it left
 
     def keep(self, rows: Any) -> None:
         """Leave out all samples but some."""
-        self.gram, self.scale = self.gram[rows], self.scale[rows]
+        self.plain, self.left = self.plain[rows], self.left[rows]
 
-    def renew(self, slot: int, row: Tensor, target: Tensor, begun: Any) -> Tensor:
-        """γ `(B, used)` once Δg number `slot` is new: `row` its products with all, `target` g's.
+    def next(self, left: Any, begun: Any) -> Any:
+        """Who of those that have `begun` is mixed now: of residuals, the last steps `left` this."""
+        where = self.xp.where
+        self.steps += 1
+        self.left = where(self.plain, left, self.left)
+        mixed = begun
+        if self.steps % self.period:
+            # After a plain step who does not get nearer, else for whom it paid.
+            mixed = begun & (self.plain ^ (left < where(self.plain, 1.0, _PAYS * self.left)))
+        self.plain = ~mixed
+        return mixed
 
-        Of samples that have not `begun` it is left out.
-        """
-        xp, used = self.xp, row.shape[1]
-        rows, targets = (t.numpy() if self.on_host else t for t in (row, target))
-        scale, gram = self.scale[:, :used], self.gram[:, :used, :used]
-        square = rows[:, slot]
-        begun = begun & (square > 0)
-        with np.errstate(all="ignore"):
-            scale[:, slot] = xp.where(begun, xp.sqrt(1 / square), xp.zeros_like(square))
-            gram[:, slot] = gram[:, :, slot] = rows * scale * scale[:, slot, None]
-            # A column that is left out decouples, with γ = 0.
-            gram[:, slot, slot] += xp.where(scale[:, slot] > 0, self.ridge, 1.0)
-            gamma = self._solved(gram, targets * scale)
-            sound = (abs(gamma) < xp.inf).all(-1)
-            found = xp.where(sound[:, None], gamma * scale, xp.zeros_like(gamma))
-            return torch.from_numpy(found) if self.on_host else found
 
-    def _solved(self, gram: Any, target: Any) -> Any:
-        """NaN for a sample whose matrix is singular."""
-        if self.on_host:
-            try:
-                return np.linalg.solve(gram, target[..., None])[..., 0]
-            except np.linalg.LinAlgError:
-                gram, target = torch.from_numpy(gram), torch.from_numpy(target)
-        gamma, failed = torch.linalg.solve_ex(gram, target[..., None])
-        gamma = torch.where(failed[:, None] == 0, gamma.squeeze(2), torch.nan)
-        return gamma.numpy() if self.on_host else gamma
+def _weights(gram: Tensor, target: Tensor, known: Any, ridge: float) -> Tensor:
+    """γ `(B, m)` of the least-squares problems with these products of Δg with Δg, and with g.
+
+    Differences that are not `known` are left out, with γ = 0. Of a sample these are a few numbers:
+    on the host they are numpy's, as in `iterate`.
+    """
+    xp: Any = np if is_host(gram) else torch
+    products, targets = (t.numpy() if xp is np else t for t in (gram, target))
+    square = _diagonal(products)
+    known = known & (square > 0)
+    with np.errstate(all="ignore"):
+        scale = xp.where(known, square**-0.5, 0.0)
+        matrix = products * scale[:, :, None] * scale[:, None]  # of Δg / ‖Δg‖
+        # What is left out decouples.
+        own = _diagonal(matrix)
+        own += xp.where(known, ridge, 1.0)
+        gamma = _solved(matrix, targets * scale)
+        sound = (abs(gamma) < xp.inf).all(-1)
+        found = xp.where(sound[:, None], gamma * scale, 0.0)
+    return torch.from_numpy(found) if xp is np else found
+
+
+def _diagonal(matrices: Any) -> Any:
+    """A view `(B, m)` of the diagonals of `(B, m, m)`, of numpy or torch."""
+    batch, m = matrices.shape[:2]
+    return matrices.reshape(batch, m * m)[:, :: m + 1]
+
+
+def _solved(matrix: Any, target: Any) -> Any:
+    """NaN for a sample whose matrix is singular."""
+    on_host = isinstance(matrix, np.ndarray)
+    if on_host:
+        try:
+            return np.linalg.solve(matrix, target[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            matrix, target = torch.from_numpy(matrix), torch.from_numpy(target)
+    gamma, failed = torch.linalg.solve_ex(matrix, target[..., None])
+    gamma = torch.where(failed[:, None] == 0, gamma.squeeze(2), torch.nan)
+    return gamma.numpy() if on_host else gamma

@@ -264,7 +264,7 @@ class TestFrozen:
     )
     def test_changing_a_weight_raises(self, name, change, fields):
         module = make(name, 0.3)
-        layer = DEQFixedPoint(module)
+        layer = DEQFixedPoint(module, solver_fwd_max_iter=100)
         module._weight.grad = torch.ones_like(module._weight)
         with module.frozen():
             layer(fields)

@@ -328,7 +328,7 @@ def test_means_that_the_data_have_are_not_refused(scale: float, X: np.ndarray) -
 
 def test_rows_without_a_response_are_counted_where_complete_was_called() -> None:
     rng = np.random.default_rng(0)
-    couplings = np.triu(rng.normal(size=(10, 10)), 1) * 4 / 10**0.5
+    couplings = np.triu(rng.normal(size=(10, 10)), 1) * 8 / 10**0.5
     machine = BoltzmannMachine("adaptive_tap", l2=0.1).fit(
         np.where(rng.uniform(size=(300, 10)) < 0.5, 1, -1)
     )

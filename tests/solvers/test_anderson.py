@@ -1,25 +1,42 @@
 """Anderson acceleration: its definition, and histories that carry no information."""
 
+import itertools
+
 import pytest
 import torch
 
 from deep_implicit_attention.solvers import Status, anderson, picard
 
 
-def textbook_anderson(f, z, steps, m, ridge, damping):
+def textbook_anderson(f, z, steps, m, ridge, damping, period):
     """The iterates, one sample, γ from a least-squares solver on ΔG stacked over the ridge.
 
     γ = argmin ‖g − ΔG γ‖² + ridge Σ γ_j² ‖ΔG_j‖²
     z ← (1 − damping) (f − ΔF γ) + damping (z − ΔZ γ)
 
-    with the differences since the first step at which ‖g‖ fell to no less than 0.3 of what it was.
+    with the differences since the first step at which ‖g‖ fell to no less than 0.3 of what it was,
+    and since a step with γ that left more than 5 times as much. γ = 0 but in every `period`-th
+    step, after a plain step that left no less, and after one with γ that left less than half of
+    what the last plain one left.
     """
-    states, images, first = [z], [f(z)], None
+    states, images = [z], [f(z)]
+    first, forgotten, plain, by_plain = None, 0, True, None
     while len(states) < steps:
-        norms = [(h - s).norm() for s, h in zip(states[-2:], images[-2:], strict=True)]
-        if first is None and len(norms) == 2 and norms[1] > 0.3 * norms[0]:
-            first = max(0, len(states) - 2)
-        start = max(len(states) - 1 if first is None else first, len(states) - m - 1)
+        k = len(states) - 1
+        mixes = False
+        if k:
+            now, before = ((images[i] - states[i]).norm() for i in (k, k - 1))
+            left = now / before
+            if first is None and left > 0.3:
+                first = k - 1
+            if plain:
+                by_plain, pays = left, left >= 1
+            else:
+                pays = left < by_plain / 2
+                forgotten = k if left >= 5 else forgotten
+            mixes = first is not None and bool(pays or k % period == 0)
+        plain = not mixes
+        start = max(first, forgotten, k - m) if mixes else k
         s, h = torch.stack(states[start:]), torch.stack(images[start:])
         residuals = h - s
         delta_z, delta_f, delta_g = s.diff(dim=0).T, h.diff(dim=0).T, residuals.diff(dim=0).T
@@ -28,26 +45,67 @@ def textbook_anderson(f, z, steps, m, ridge, damping):
             system = torch.cat([delta_g, torch.diag(ridge**0.5 * delta_g.norm(dim=0))])
             target = torch.cat([residuals[-1], torch.zeros_like(gamma)])
             gamma = torch.linalg.lstsq(system, target).solution
-        plain, averaged = h[-1] - delta_f @ gamma, s[-1] - delta_z @ gamma
-        states.append((1 - damping) * plain + damping * averaged)
+        picard_step, averaged = h[-1] - delta_f @ gamma, s[-1] - delta_z @ gamma
+        states.append((1 - damping) * picard_step + damping * averaged)
         images.append(f(states[-1]))
     return torch.stack(states)
 
 
+@pytest.mark.parametrize("period", [1, 2, 3])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.1])
 @pytest.mark.parametrize("m", [1, 2, 5])
-def test_takes_the_steps_of_its_definition(m, ridge, damping, make_problem, record):
-    problem = make_problem(batch=3, n=12, norm=0.9)
+@pytest.mark.parametrize("norm", [0.9, 3.0])
+def test_takes_the_steps_of_its_definition(norm, m, ridge, damping, period, make_problem, record):
+    problem = make_problem(batch=3, n=12, norm=norm)
     f = record(problem.f)
-    anderson(f, problem.z0, tol=0.0, max_iter=9, m=m, ridge=ridge, damping=damping)
+    options = {"m": m, "ridge": ridge, "damping": damping, "period": period}
+    anderson(f, problem.z0, tol=0.0, max_iter=9, **options)
     found = torch.stack(f.seen, dim=1)
     for i in range(3):
         one = problem[i : i + 1]
-        expected = textbook_anderson(
-            lambda z, f=one.f: f(z[None])[0], one.z0[0], 9, m, ridge, damping
-        )
+        expected = textbook_anderson(lambda z, f=one.f: f(z[None])[0], one.z0[0], 9, **options)
         torch.testing.assert_close(found[i], expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("period", [1, 2, 3])
+@pytest.mark.parametrize("slope", [1.02, 1.1])
+def test_a_history_that_led_astray_is_forgotten(slope, period, record):
+    """On a curve that bends extrapolation runs far off, where what it was made of holds no more."""
+    x = torch.linspace(0.01, 0.05, 5, dtype=torch.float64)[:, None]
+
+    def curve(z):
+        return torch.tanh(slope * z.mean(dim=1, keepdim=True) + x).expand_as(z)
+
+    f = record(curve)
+    options = {"m": 3, "ridge": 0.1, "damping": 0.0, "period": period}
+    solution = anderson(f, torch.zeros(5, 4, dtype=torch.float64), tol=0.0, max_iter=12, **options)
+    found = torch.stack(f.seen, dim=1)
+    residuals = [(curve(z) - z).norm(dim=1) for z in f.seen]
+    assert max((b / a).max() for a, b in itertools.pairwise(residuals)) > 5
+    for i in range(5):
+        alone = textbook_anderson(
+            lambda z, i=i: torch.tanh(slope * z.mean() + x[i]).expand_as(z),
+            found[i, 0], 12, **options,
+        )  # fmt: skip
+        torch.testing.assert_close(found[i], alone, rtol=1e-6, atol=1e-8)
+    assert not solution.converged.any()
+
+
+def test_near_a_critical_point_it_does_not_run_off_for_ever():
+    """Sixty-four fields on a mean-field ferromagnet: with all of its history kept, some took
+    hundreds of steps."""
+    x = torch.rand(64, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 10
+    for slope in (1.0, 1.05):
+        start = torch.tanh(x).expand(64, 20)
+        solution = anderson(
+            lambda z, slope=slope: torch.tanh(slope * z.mean(dim=1, keepdim=True) + x).expand_as(z),
+            start,
+            tol=1e-9,
+            max_iter=150,
+        )
+        assert solution.all_converged()
+        assert solution.steps.float().mean() < 45
 
 
 def test_states_stay_on_their_device_whatever_the_default_is(make_problem):
