@@ -58,7 +58,7 @@ class DEQFixedPoint(nn.Module):
         solver_fwd_max_iter, solver_fwd_tol, solver_bwd_max_iter, solver_bwd_tol: step limits
             (default 30) and tolerances (default 1e-4), forward and backward.
         **options: ``solver_fwd_NAME`` and ``solver_bwd_NAME`` for any other keyword NAME of
-            `solver`.
+            `solver`. Those of a layer are `solver`'s own but for ``period=3`` of `anderson`.
 
     Raises:
         TypeError: for an unknown option, or `adjoint` together with ``solver_bwd_*``.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..solvers import Solution
+from ..solvers import Solution, anderson
 from ..solvers._validate import check_count, check_number, check_options
 from ._adjoints import Adjoint, Implicit
 from ._failure import OnFailure, check_on_failure
@@ -15,6 +15,8 @@ from ._failure import OnFailure, check_on_failure
 _FORWARD, _BACKWARD = "solver_fwd_", "solver_bwd_"
 _OWN = ("adjoint", "steps", "on_failure", "initial_state")
 _BACKWARD_DEFAULTS = {"tol": 1e-4, "max_iter": 30}
+# An update of a layer costs hardly more than a mixture of its states, and most do without.
+_IN_A_LAYER = {anderson: {"period": 3}}
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
         check_number("solver_bwd_tol", backward["tol"], minimum=0.0)
     if "max_iter" in backward:
         check_count("solver_bwd_max_iter", backward["max_iter"])
+    in_a_layer = _IN_A_LAYER.get(solver, {})
+    forward = {**in_a_layer, **forward}
     adjoint = options["adjoint"]
     if adjoint is None:
-        adjoint = Implicit(solver, **{**_BACKWARD_DEFAULTS, **backward})
+        adjoint = Implicit(solver, **{**_BACKWARD_DEFAULTS, **in_a_layer, **backward})
     elif not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint must be Implicit, OneStep or Phantom, got {adjoint!r}")
     elif backward:

@@ -18,8 +18,9 @@ _FAST = 0.3
 # One that was mixed is mixed again if of its residual less than this part was left of what the last
 # plain step left.
 _PAYS = 0.5
-# A mixture that leaves more than so many times the residual was of what no longer holds.
-_ASTRAY = 5.0
+# A mixture that leaves so many times the residual, and more than there was at the start, has led
+# astray: what it was made of does not hold there.
+_ASTRAY = 3.0
 # Differences are stored as they are where residuals begin between 2 to minus and plus this.
 _MODERATE = 20
 
@@ -32,7 +33,7 @@ def anderson(
     max_iter: int = 50,
     stop_mode: str = "rel",
     m: int = 6,
-    period: int = 3,
+    period: int = 1,
     ridge: float = 1e-3,
     damping: float = 0.0,
     preconditioner: Map | None = None,
@@ -44,21 +45,21 @@ def anderson(
 
         γ = argmin ‖g − Σ_j γ_j Δg_j‖² + ridge Σ_j γ_j² ‖Δg_j‖²,   z ← f(z) − Σ_j γ_j Δf_j
 
-    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715), in every third step, with plain ones between
-    them (Banerjee, Suryanarayana, Pask 2016, Chem. Phys. Lett. 647, 31). These enlarge the history
-    as well, and cost no products with it. A sample has more steps with γ where a plain one did not
-    make its residual smaller, and as long as they leave less than half of what the last plain one
-    left. It forgets its history where a step with γ left more than five times the residual. The
-    ridge is relative to the residual
-    differences themselves, so it does not stall the iteration as they shrink, and it keeps the
-    problem solvable where they are dependent (m > n, equal iterates); a sample whose problem
+    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715). A sample forgets its history where that left
+    three times the residual, and more than there was at the start. The ridge is relative to the
+    residual differences themselves, so it does not stall the iteration as they shrink, and it keeps
+    the problem solvable where they are dependent (m > n, equal iterates); a sample whose problem
     still cannot be solved takes a Picard step. So does one whose residual has fallen more than
     threefold at every step so far, which acceleration would not help.
 
     Args:
         f, z0, tol, max_iter, stop_mode, preconditioner, rough: as for `picard`.
         m: length of the history.
-        period: γ in every so many steps at least; 1 is Anderson acceleration as it is in books.
+        period: γ in every so many steps, with plain ones between them (Banerjee, Suryanarayana,
+            Pask 2016, Chem. Phys. Lett. 647, 31), which enlarge the history as well and cost no
+            products with it. A sample has more steps with γ where a plain one did not make its
+            residual smaller, and as long as they leave less than half of what the last plain one
+            left.
         ridge: regularisation relative to ‖Δg_j‖². The default costs no evaluations where the
             differences are independent and keeps noise out of γ where they nearly are not.
         damping: part of the old (averaged) state kept at each step, in [0, 1).
@@ -112,7 +113,7 @@ class _History:
         self, fz: Tensor, g: Tensor, norm: Any, size: int, period: int, ridge: float
     ) -> None:
         self.size, self.ridge, self.steps = size, ridge, 0
-        self.f, self.g, self.norm = fz, g, norm
+        self.f, self.g, self.norm, self.first = fz, g, norm, norm
         self.on_host = is_host(g)
         self.turns = _Turns(norm, period, np if self.on_host else torch)
         self.unit: Tensor | None = None  # in which the differences are stored
@@ -134,9 +135,8 @@ class _History:
     def keep(self, stay: Tensor) -> None:
         """Leave out all samples but some."""
         rows = stay.numpy()
-        self.f, self.g, self.norm, self.slow = (
-            self.f[stay], self.g[stay], self.norm[rows], self.slow[rows]
-        )  # fmt: skip
+        self.f, self.g = self.f[stay], self.g[stay]
+        self.norm, self.first, self.slow = self.norm[rows], self.first[rows], self.slow[rows]
         self.turns.keep(rows)
         if self.unit is not None:
             self.unit = self.unit[stay]
@@ -153,7 +153,7 @@ class _History:
         fast = left < _FAST  # what is not finite is not fast, nor what is lost
         self.f, self.g, self.norm = fz, g, norm
         self.slow = self.slow | ~fast
-        near = self.turns.plain | (left < _ASTRAY)
+        near = self.turns.plain | (left < _ASTRAY) | (norm <= self.first)
         mixed = self.turns.next(left, self.slow)
         if self.steps == 0:
             if self.on_host and not np.count_nonzero(self.slow):
@@ -200,8 +200,9 @@ class _Turns:
         """Who of those that have `begun` is mixed now: of residuals, the last steps `left` this."""
         where = self.xp.where
         self.steps += 1
-        self.left = where(self.plain, left, self.left)
         mixed = begun
+        if self.period > 1:
+            self.left = where(self.plain, left, self.left)
         if self.steps % self.period:
             # After a plain step who does not get nearer, else for whom it paid.
             mixed = begun & (self.plain ^ (left < where(self.plain, 1.0, _PAYS * self.left)))

@@ -150,6 +150,47 @@ class TestOptions:
         problem.solve(w, x, adjoint=adjoint).sum().backward()
         assert seen == {"tol": 1e-7, "max_iter": 77, "m": 3, "ridge": 1e-5}
 
+    @pytest.mark.parametrize(
+        ("solver", "given", "periods"),
+        [
+            (anderson, {}, (3, 3)),
+            (anderson, {"solver_fwd_period": 1}, (1, 3)),
+            (anderson, {"solver_bwd_period": 2}, (3, 2)),
+            (partial(anderson, period=2), {}, (2, 2)),
+        ],
+    )
+    def test_a_layer_mixes_every_third_step(self, solver, given, periods, x):
+        """By the steps that a solve takes, forward and backward."""
+        torch.manual_seed(0)
+        module = _Linear()
+        layer = DEQFixedPoint(
+            module, solver, solver_fwd_tol=1e-9, solver_fwd_max_iter=99, solver_bwd_tol=1e-9,
+            solver_bwd_max_iter=99, **given,
+        )  # fmt: skip
+        x = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
+        solution, seen = layer(x, return_solution=True), []
+        backward = partial(layer._settings.adjoint.solver, **layer._settings.adjoint.options)
+        forward, g = partial(anderson, period=periods[0]), torch.ones_like(x)
+        expected = forward(lambda z: z @ module.w.mT + x, 0 * x, tol=1e-9, max_iter=99)
+        assert torch.equal(solution.steps, expected.steps)
+        assert torch.equal(solution.trace, expected.trace)
+        found = backward(lambda u: u @ module.w + g, g, tol=1e-9, max_iter=99)
+        expected = anderson(lambda u: u @ module.w + g, g, tol=1e-9, max_iter=99, period=periods[1])
+        assert torch.equal(found.trace, expected.trace)
+        other = anderson(lambda u: u @ module.w + g, g, tol=1e-9, max_iter=99, period=5)
+        assert not torch.equal(found.trace, other.trace)
+
+
+class _Linear(DEQModule):
+    """z ↦ W z + x with a spectral radius of about 0.9."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(0.9 * torch.randn(40, 40, dtype=torch.float64) / 40**0.5)
+
+    def update(self, z, x):
+        return z @ self.w.mT + x
+
 
 @pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("bad", [torch.nan, -1.0])
