@@ -168,7 +168,7 @@ class TestOptions:
             solver_bwd_max_iter=99, **given,
         )  # fmt: skip
         x = torch.randn(5, 40, dtype=torch.float64, requires_grad=True)
-        solution, seen = layer(x, return_solution=True), []
+        solution = layer(x, return_solution=True)
         backward = partial(layer._settings.adjoint.solver, **layer._settings.adjoint.options)
         forward, g = partial(anderson, period=periods[0]), torch.ones_like(x)
         expected = forward(lambda z: z @ module.w.mT + x, 0 * x, tol=1e-9, max_iter=99)

@@ -55,7 +55,7 @@ def test_fields_that_are_solved_are_left_out(name, prior, monkeypatch):
         together = method(system, x)
         assert together.solution.all_converged()
         assert min(sizes) <= 4
-        for i in range(9):
+        for i in (0, 4, 8):
             alone = method(system, x[i : i + 1])
             for name in ("magnetization", "log_partition", "energy"):
                 torch.testing.assert_close(
