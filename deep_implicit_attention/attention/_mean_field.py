@@ -13,11 +13,11 @@ from ..solvers._scale import is_host
 from ._memory import empty
 from ._parts import (
     FeedForward,
+    FeedForwardVJP,
     Weights,
     feed_forward,
     feed_forward_at_zero,
     feed_forward_slope,
-    feed_forward_vjp,
     inverse_or_identity,
     on_sites,
 )
@@ -118,11 +118,11 @@ class DEQMeanFieldAttention(SiteCouplings):
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
         transposed = for_transposed(_matrix(context.couplings), len(z)).mT
         correction = context.correction
-        corrected = None if correction is None else feed_forward_vjp(z, correction)
+        corrected = None if correction is None else FeedForwardVJP(z, correction)
 
         def by_state(v: Tensor) -> Tensor:
             pulled = linear(v.flatten(1), transposed).view_as(v)
-            return pulled if corrected is None else plus(pulled, corrected(v), alpha=-1)
+            return pulled if corrected is None else corrected.taken_from(pulled, v)
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
             return _Context(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..deq._linear_map import LinearMap, Pullback
+from ..deq._linear_map import LinearMap
 from ..deq._state import full_precision
 from ..deq._watched import watched
 from ..solvers._scale import is_host
@@ -17,11 +17,14 @@ from ..solvers._validate import check_is_tensor
 from ._products import (
     gelu_linear,
     in_parts,
+    less,
     linear,
     linear_by_bias,
     linear_by_weight,
     linear_term,
     linear_times,
+    plus,
+    turned,
 )
 
 
@@ -32,6 +35,7 @@ class Weights(NamedTuple):
     b_in: Any
     w_out: Any
     b_out: Any
+    turned: Any = None  # W₂ᵀ in rows, a constant that solves use, where that is faster
 
 
 class FeedForward(nn.Module):
@@ -46,7 +50,8 @@ class FeedForward(nn.Module):
     def weights(self) -> Weights:
         """The parameters, each touched once and with gradients, for an action on the state."""
         _check_hooks(self)
-        return Weights(*linear_weights(self.expand), *linear_weights(self.contract))
+        w_out, b_out = linear_weights(self.contract)
+        return Weights(*linear_weights(self.expand), w_out, b_out, turned(w_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """The network called, as one that acts on the sources only is."""
@@ -123,25 +128,52 @@ def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     return in_parts(network, weights.b_in.shape[0], x)
 
 
-def feed_forward_vjp(z: Tensor, weights: Weights) -> Pullback:
+def accumulates(weights: Weights, *others: Tensor) -> bool:
+    """Whether `less_feed_forward` may be used: nothing of all this needs a gradient."""
+    if weights.turned is None or watched(*others):
+        return False
+    wanted = (t.requires_grad for t in (*weights[:4], *others))
+    return not (torch.is_grad_enabled() and any(wanted))
+
+
+def less_feed_forward(field: Tensor, x: Tensor, weights: Weights) -> Tensor:
+    """`field` − W₂ GELU(W₁ x + b₁), over `field`: b₂ is left to be taken from another sum."""
+    return less(field, gelu_linear(x, weights.w_in, weights.b_in), weights.turned)
+
+
+class FeedForwardVJP:
     """v ↦ (∂f/∂z)ᵀ v at `z`, the derivative of the GELU computed once; by the weights, too."""
-    hidden = linear(z, weights.w_in, weights.b_in)
-    slope = gelu_slope(hidden)
-    out, back = weights.w_out.mT, weights.w_in.mT
 
-    def by_weights(v: Tensor, needed: Weights) -> Weights:
-        by_hidden = linear_times(v, out, slope) if needed.w_in or needed.b_in else v
+    def __init__(self, z: Tensor, weights: Weights) -> None:
+        self.z, self.weights = z, weights
+        self.hidden = linear(z, weights.w_in, weights.b_in)
+        self.slope = gelu_slope(self.hidden)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        def network(v: Tensor, slope: Tensor) -> Tensor:
+            return linear_term(linear_times(v, self.weights.w_out.mT, slope), self.weights.w_in.mT)
+
+        return in_parts(network, self.weights.b_in.shape[0], v, self.slope)
+
+    def taken_from(self, field: Tensor, v: Tensor) -> Tensor:
+        """`field` − (∂f/∂z)ᵀ v, over `field`, which nobody else holds, where that may be."""
+        weights = self.weights
+        if not (field.is_contiguous() and accumulates(weights, field, v, self.slope)):
+            return plus(field, self(v), alpha=-1)
+        return less(field, linear_times(v, weights.w_out.mT, self.slope), weights.w_in)
+
+    def by_context(self, v: Tensor, needed: Any) -> Weights:
+        """(∂f/∂θ)ᵀ v for the weights that need it."""
+        weights, by_hidden = self.weights, v
+        if needed.w_in or needed.b_in:
+            by_hidden = linear_times(v, weights.w_out.mT, self.slope)
         return Weights(
-            linear_by_weight(by_hidden, z) if needed.w_in else None,
+            linear_by_weight(by_hidden, self.z) if needed.w_in else None,
             linear_by_bias(by_hidden) if needed.b_in else None,
-            linear_by_weight(v, F.gelu(hidden)) if needed.w_out else None,
+            linear_by_weight(v, F.gelu(self.hidden)) if needed.w_out else None,
             linear_by_bias(v) if needed.b_out else None,
+            needed.turned,
         )
-
-    def network(v: Tensor, slope: Tensor) -> Tensor:
-        return linear_term(linear_times(v, out, slope), back)
-
-    return Pullback(lambda v: in_parts(network, weights.b_in.shape[0], v, slope), by_weights)
 
 
 def feed_forward_at_zero(weights: Weights) -> Tensor:

@@ -40,6 +40,8 @@ _SMALL = 1 << (23 if _OWN else 17)
 _CACHED = 1 << 22
 # In place a function of fewer numbers than these is no faster.
 _CACHED_STATES = 1 << 18
+# Matrices of so many weights are worth a copy that lies across, for all products of a solve.
+_TURNED = 1 << 14
 # With fewer results a row than these and at least so many rows, the transposed product takes 0.4 to
 # 0.9 of the time.
 _SLIM = 12
@@ -88,6 +90,25 @@ def for_transposed(weight: Tensor, rows: int) -> Tensor:
         return weight
     memory = empty(len(weight), weight.shape[1] + 8, like=weight)
     return memory[:, : weight.shape[1]].copy_(weight)
+
+
+def turned(weight: Tensor) -> Tensor | None:
+    """Wᵀ in rows, for `less` with W in a solve; None where it is not known to pay.
+
+    An Intel processor's own BLAS takes it in three quarters of the time (768 × 512 times 512 × 128
+    with the sum: 0.9 ms, and 1.25 by oneDNN with the sum after it; the copy 0.2).
+    """
+    worth = _OWN and weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= _TURNED
+    if not worth or torch.compiler.is_compiling() or watched(weight):
+        return None
+    return weight.detach().mT.contiguous()
+
+
+def less(field: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """`field` − x R for R in `rows`, in one pass over `field`, which nobody else holds."""
+    flat = field.view(-1, field.shape[-1])
+    flat.addmm_(x.reshape(-1, x.shape[-1]), rows, alpha=-1)
+    return field
 
 
 def linear_of_few(x: Tensor, weight: Tensor, symmetric: bool) -> Tensor:

@@ -12,13 +12,15 @@ from ..solvers._validate import check_counts
 from ._normalize import normalized, normalized_vjp
 from ._parts import (
     FeedForward,
+    FeedForwardVJP,
     Weights,
+    accumulates,
     feed_forward,
     feed_forward_at_zero,
     feed_forward_slope,
-    feed_forward_vjp,
     hide,
     inverse_or_identity,
+    less_feed_forward,
     linear_weights,
     merge_heads,
     split_heads,
@@ -155,8 +157,12 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
     def update(self, z: Tensor, context: _Context) -> Tensor:
         acting = self._acting(z.to(context.w_out.dtype))
         pooled = merge_heads(context.couplings.act(split_heads(acting, self.heads)))
-        response = linear(pooled, context.w_out, context.b_out)
-        correction = context.correction
+        correction, w_out, b_out = context.correction, context.w_out, context.b_out
+        parts = acting, pooled, context.x, w_out, b_out
+        if correction is not None and context.kept is None and accumulates(correction, *parts):
+            field = plus(linear(pooled, w_out, b_out - correction.b_out), context.x)
+            return hide(less_feed_forward(field, acting, correction), context.mask)
+        response = linear(pooled, w_out, b_out)
         f = None if correction is None else feed_forward(acting, correction)
         return self._sum(context, response, f)
 
@@ -190,7 +196,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         """v ↦ (∂F/∂z)ᵀ v at `z`, and the derivatives by the context."""
         acting, back = normalized_vjp(z) if self.normalize else (z, None)
         correction = context.correction
-        correct = None if correction is None else feed_forward_vjp(acting, correction)
+        correct = None if correction is None else FeedForwardVJP(acting, correction)
         transposed, w_out = context.couplings.transposed(), context.w_out.mT
 
         def parts(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +210,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             _, response, corrected = parts(v)
             out = merge_heads(transposed(split_heads(linear(response, w_out), self.heads)))
             if correct is not None:
-                out = plus(out, correct(corrected), alpha=-1)
+                out = correct.taken_from(out, corrected)
             return out if back is None else back(out.to(z.dtype))
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
@@ -240,11 +246,12 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         """
         if not self.normalize or not narrow_pays(context.x):
             return None
+        correction = context.correction
         return context._replace(
             couplings=context.couplings.narrowed(),
             w_out=context.w_out.bfloat16(),
             b_out=context.b_out.bfloat16(),
-            correction=None if context.correction is None else narrowed(context.correction),
+            correction=None if correction is None else narrowed(correction._replace(turned=None)),
         )
 
     def preconditioner(self, context: _Context) -> LinearMap | None:
