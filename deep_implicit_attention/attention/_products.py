@@ -41,7 +41,7 @@ _CACHED = 1 << 22
 # In place a function of fewer numbers than these is no faster.
 _CACHED_STATES = 1 << 18
 # Matrices of so many weights are worth a copy that lies across, for all products of a solve.
-_TURNED = 1 << 14
+_TURNED = 1 << 15
 # With fewer results a row than these and at least so many rows, the transposed product takes 0.4 to
 # 0.9 of the time.
 _SLIM = 12

@@ -418,6 +418,7 @@ class TestCorrectionAcross:
     @pytest.fixture(params=[(False, False), (True, False), (True, True)])
     def module(self, request, monkeypatch):
         monkeypatch.setattr(_products, "_OWN", True)
+        monkeypatch.setattr(_products, "_TURNED", 1 << 14)
         torch.manual_seed(0)
         normalize, causal = request.param
         return DEQVanillaSoftmaxAttention(16, 64, 4, normalize=normalize, causal=causal)
