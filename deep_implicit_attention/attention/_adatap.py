@@ -163,7 +163,7 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         blocks = diagonal_blocks(response, self.num_spins)
         return new_mean, total - torch.linalg.inv_ex(blocks).inverse
 
-    def rows(self, index: Tensor, context: _Gaussian | Matched) -> _Gaussian | Matched:
+    def select_samples(self, index: Tensor, context: _Gaussian | Matched) -> _Gaussian | Matched:
         """The context of some samples."""
         return context._replace(x=context.x[index])
 

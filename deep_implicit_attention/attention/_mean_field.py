@@ -104,7 +104,7 @@ class DEQMeanFieldAttention(SiteCouplings):
             return field
         return plus(field, feed_forward(z, context.correction), alpha=-1)
 
-    def rows(self, index: Tensor, context: _Context) -> _Context:
+    def select_samples(self, index: Tensor, context: _Context) -> _Context:
         """The context of some samples."""
         return context._replace(x=context.x[index])
 

@@ -83,6 +83,6 @@ class DEQMLPMixerAttention(DEQModule):
             return field
         return field - feed_forward(z, context.correction)
 
-    def rows(self, index: Tensor, context: _Context) -> _Context:
+    def select_samples(self, index: Tensor, context: _Context) -> _Context:
         """The context of some samples."""
         return context._replace(x=context.x[index])

@@ -166,7 +166,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         f = None if correction is None else feed_forward(acting, correction)
         return self._sum(context, response, f)
 
-    def rows(self, index: Tensor, context: _Context) -> _Context:
+    def select_samples(self, index: Tensor, context: _Context) -> _Context:
         """The context of some samples."""
         return context._replace(
             x=context.x[index],

@@ -110,7 +110,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         stretch = 1 + field.square().sum(dim=-1, keepdim=True) / self.radius**2
         return hide(merge_heads(field / (1 + stretch.sqrt())), context.mask)
 
-    def rows(self, index: Tensor, context: _Context) -> _Context:
+    def select_samples(self, index: Tensor, context: _Context) -> _Context:
         """The context of some samples."""
         mask = None if context.mask is None else context.mask[index]
         return _Context(context.fields[index], context.couplings.rows(index), mask, None)

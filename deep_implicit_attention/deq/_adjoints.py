@@ -242,7 +242,7 @@ class _Adjoint:
 
     def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor, rows: Any) -> None:
         self.product, self.g = product, g
-        self.rows = None if rows is None else lambda index: _Adjoint(rows(index), g[index], None)
+        self.of_samples = rows and (lambda index: _Adjoint(rows(index), g[index], None))
 
     def __call__(self, u: Tensor) -> Tensor:
         return self.product(u) + self.g
@@ -350,7 +350,7 @@ def _solve_adjoint(
             by_hand = f.vjp(z.detach(), tensors)
             if by_hand is not None and equation.rough:
                 rough = f.vjp(z.detach(), tensors, rough=True)
-            if f.has_rows:
+            if f.selects:
                 rows = partial(_product_of_some, f, z.detach(), tensors, by_hand is not None)
         if isinstance(by_hand, Pullback):
             by_context = by_hand.by_context

@@ -43,8 +43,9 @@ def fixed_point(
 
     Args:
         f: the map, ``f(z, *args) -> z``: a function or an `nn.Module`. Each sample's image is a
-            function of the same sample of z. A module may have ``rows(index, *args) -> args``, the
-            arguments of some samples, so that a solve can go on without those that are done.
+            function of the same sample of z. A module may have
+            ``select_samples(index, *args) -> args``, those of some samples, so that a solve can go
+            on without the others once they are done.
         z0: where to start: a tensor `(B, ...)` or a tuple of them. It gets no gradient: a fixed
             point does not depend on where the solver came from.
         args: what f depends on; tensors may stand inside tuples, lists and dicts.

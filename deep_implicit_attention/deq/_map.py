@@ -102,15 +102,15 @@ class TracedMap:
             return _flat_image(f, layout, z, args)
 
     @property
-    def has_rows(self) -> bool:
+    def selects(self) -> bool:
         """Whether f can be asked of some samples alone."""
-        return some_rows(self.f) is not None
+        return selection(self.f) is not None
 
     def _of_rows(self, rows: Tensor | None, args: Sequence[Any]) -> tuple[Layout, Sequence[Any]]:
         """The layout and the arguments of the samples `rows`."""
         if rows is None:
             return self.layout, args
-        return self.layout.of_samples(len(rows)), some_rows(self.f)(rows, *args)
+        return self.layout.of_samples(len(rows)), selection(self.f)(rows, *args)
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """`tensors` as they are to be saved for backward, and in it for the next.
@@ -299,7 +299,7 @@ def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
 class Step:
     """z ↦ f(z, *args) on flat states, in a solve.
 
-    It has `rows`, index ↦ the same of these samples alone, or None where f has none.
+    It has `of_samples`, index ↦ the same of these alone, or None where f cannot select them.
     """
 
     def __init__(self, f: Callable, layout: Layout, args: Sequence[Any]) -> None:
@@ -309,14 +309,14 @@ class Step:
         return _image_in_solve(self.f, self.layout, z, self.args)
 
     @property
-    def rows(self) -> Callable[[Tensor], Step] | None:
+    def of_samples(self) -> Callable[[Tensor], Step] | None:
         """What makes the step of some samples."""
-        some = some_rows(self.f)
-        if some is None:
+        select = selection(self.f)
+        if select is None:
             return None
 
         def alone(rows: Tensor) -> Step:
-            return Step(self.f, self.layout.of_samples(len(rows)), some(rows, *self.args))
+            return Step(self.f, self.layout.of_samples(len(rows)), select(rows, *self.args))
 
         return alone
 
@@ -342,9 +342,9 @@ class _TracedStep(Step):
         return image.detach()
 
 
-def some_rows(f: Callable) -> Any:
-    """`f.rows`, the method of a module that takes of arguments what belongs to some samples."""
-    return of_its_update(f, "rows", "forward") if isinstance(f, nn.Module) else None
+def selection(f: Callable) -> Any:
+    """`f.select_samples`, by which a module takes of arguments what belongs to some samples."""
+    return of_its_update(f, "select_samples", "forward") if isinstance(f, nn.Module) else None
 
 
 def _image_in_solve(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:

@@ -41,10 +41,10 @@ class DEQModule(nn.Module):
       update itself. Modules with parameters narrower than float32 do without.
     - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
       The solve from zeros starts there.
-    - ``rows(index, context) -> context``: that of the samples `index` `(b,)`. When half of a batch
-      are done, and then half of what is left, the solve goes on with the others alone, forward and
-      backward, on the host and without a preconditioner. Where `prepare` was overridden since,
-      it is not used.
+    - ``select_samples(index, context) -> context``: that of the samples `index` `(b,)`. When half
+      of a batch are done, and then half of what is left, the solve goes on with the others alone,
+      forward and backward, on the host and without a preconditioner. Where `prepare` was
+      overridden since, it is not used.
     - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
       Derivatives of second and higher order take the plain path. What it returns may use tensors
       of the context and of `vjp` itself, but not read parameters of the module. As a

@@ -16,7 +16,7 @@ _FORWARD, _BACKWARD = "solver_fwd_", "solver_bwd_"
 _OWN = ("adjoint", "steps", "on_failure", "initial_state")
 _BACKWARD_DEFAULTS = {"tol": 1e-4, "max_iter": 30}
 # An update of a layer costs hardly more than a mixture of its states, and most do without.
-_IN_A_LAYER = {anderson: {"period": 3}}
+_IN_A_LAYER = {"period": 3}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def parse(solver: Callable[..., Solution], options: Mapping[str, Any]) -> Settin
         check_number("solver_bwd_tol", backward["tol"], minimum=0.0)
     if "max_iter" in backward:
         check_count("solver_bwd_max_iter", backward["max_iter"])
-    in_a_layer = _IN_A_LAYER.get(solver, {})
+    in_a_layer = _IN_A_LAYER if solver is anderson else {}
     forward = {**in_a_layer, **forward}
     adjoint = options["adjoint"]
     if adjoint is None:

@@ -32,10 +32,10 @@ class Update(nn.Module):
         return of_its_update(self.fun, "vjp")
 
     @property
-    def rows(self) -> Any:
+    def select_samples(self) -> Any:
         """(index, context) ↦ the arguments of some samples, by that of `fun`, or None."""
-        rows = of_its_update(self.fun, "rows", "prepare")
-        return None if rows is None else lambda index, context: (rows(index, context),)
+        select = of_its_update(self.fun, "select_samples", "prepare")
+        return select and (lambda index, context: (select(index, context),))
 
     def rough(self, context: Any) -> tuple[Any] | None:
         """The arguments of the approximate update, if there is one here and now."""

@@ -78,10 +78,10 @@ def iterate(
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
 
-    Where f has `rows`, index ↦ the map of these samples alone, and `keep` is given, on the host,
-    samples that are done are left out once they are half of all, and then half of what is left, so
-    that each costs the steps that it takes itself. `keep` is told which ones stay, before `propose`
-    is given no more than these.
+    Where f has `of_samples`, index ↦ the map of these samples alone, and `keep` is given, on the
+    host, samples that are done are left out once they are half of all, and then half of what is
+    left, so that none costs more than twice the steps that it takes itself. `keep` is told which
+    ones stay, before `propose` is given no more than these.
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner, rough)
     on_host = is_host(z0)
@@ -92,7 +92,7 @@ def iterate(
     books = Books(z, tol, stop_mode, together=first is None)
     guard = None if preconditioner is None else _Guard(preconditioner, np if on_host else torch)
     looks = None if on_host else _Looks()
-    alone = getattr(f, "rows", None) if on_host and guard is None else None
+    alone = getattr(f, "of_samples", None) if on_host and guard is None else None
 
     for k in range(max_iter):
         before = version(z)

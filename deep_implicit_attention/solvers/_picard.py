@@ -29,9 +29,10 @@ def picard(
     that of the undamped map, so damping cannot make a slow iteration look converged.
 
     Args:
-        f: `(B, n) -> (B, n)`, each row a function of the same row only. It may have ``f.rows``,
-            index ↦ the map of these rows alone: on the host, without a preconditioner, it is asked
-            for once half of all samples are done, and when half of what was left then are.
+        f: `(B, n) -> (B, n)`, each row a function of the same row only. It may have
+            ``f.of_samples``, index ↦ the map of these samples alone: on the host, without a
+            preconditioner, it is asked for once half of all samples are done, and when half of
+            what was left then are.
         z0: initial state `(B, n)`, float32 or float64.
         tol: bound on the residual of each sample.
         max_iter: evaluations of f at most.

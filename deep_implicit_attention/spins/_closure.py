@@ -138,7 +138,7 @@ class _Step(nn.Module):
         field = _field(system, x, m, V)
         return self.prior.mean(field, V), self.prior.covariance(field, V)
 
-    def rows(self, index: Tensor, x: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
+    def select_samples(self, index: Tensor, x: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
         """The arguments of some samples."""
         return x[index], couplings
 

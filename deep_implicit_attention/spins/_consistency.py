@@ -105,7 +105,7 @@ class AdaptiveTAPStep(nn.Module):
         covariance = self.local.covariance(field, V)
         return self.local.mean(field, V), next_variance(self.local, covariance, V, couplings)[0]
 
-    def rows(self, index: Tensor, x: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
+    def select_samples(self, index: Tensor, x: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
         """The arguments of some samples."""
         return x[index], couplings
 

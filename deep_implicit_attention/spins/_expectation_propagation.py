@@ -168,7 +168,7 @@ class _Schedule:
         x = self.x[rows]
         h, V = self.cavities
         terms = terms_of(self.local, h[rows], V[rows])
-        alone: Map = f.rows(rows.nonzero().squeeze(1))  # type: ignore[attr-defined]
+        alone: Map = f.of_samples(rows.nonzero().squeeze(1))  # type: ignore[attr-defined]
 
         def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal terms

@@ -70,7 +70,7 @@ class _Step(nn.Module):
         system = SpinSystem.unchecked(couplings, self.prior)
         return self.prior.mean(x + system.pull(state[0])), unit
 
-    def rows(
+    def select_samples(
         self, index: Tensor, x: Tensor, couplings: Tensor, unit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of some samples."""

@@ -116,7 +116,7 @@ class _Step(nn.Module):
         mean_chi = _mean_chi(self.local.covariance(field, everywhere))
         return self.local.mean(field, everywhere), _variance(mean_chi, couplings, spectrum)
 
-    def rows(
+    def select_samples(
         self, index: Tensor, x: Tensor, couplings: Tensor, spectrum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of some samples."""

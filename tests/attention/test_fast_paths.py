@@ -65,7 +65,7 @@ class TestContext:
         whole = module.update(state, context)
         for index in (torch.tensor([2, 0]), torch.tensor([1])):
             few = pytree.tree_map(lambda t, index=index: t[index], state)
-            found = module.update(few, module.rows(index, context))
+            found = module.update(few, module.select_samples(index, context))
             for mine, other in zip(*map(pytree.tree_leaves, (found, whole)), strict=True):
                 torch.testing.assert_close(mine, other[index], rtol=1e-12, atol=1e-12)
 

@@ -27,7 +27,7 @@ class Map(nn.Module):
         self.sizes.append(len(z))
         return torch.tanh(gain * z @ self.weight.mT + x), torch.sin(z.sum(dim=1) + y / 2)
 
-    def rows(self, index, x, gain):
+    def select_samples(self, index, x, gain):
         return x[index], gain[index]
 
 
@@ -42,7 +42,7 @@ def arguments():
 def solved(sizes, arguments, rows=True, **options):
     module = Map(sizes)
     if not rows:
-        module.rows = None
+        module.select_samples = None
     z0 = torch.zeros(BATCH, SIZE, dtype=torch.float64), torch.zeros(BATCH, dtype=torch.float64)
     return module, fixed_point(module, z0, arguments, max_iter=300, **options)
 
@@ -125,12 +125,12 @@ class Mechanism(DEQModule):
         self.sizes.append(len(z))
         return torch.tanh(context["gain"] * z @ self.weight + context["x"])
 
-    def rows(self, index, context):
+    def select_samples(self, index, context):
         return {name: t[index] for name, t in context.items()}
 
 
 class Overridden(Mechanism):
-    """Its context has another form, of which the inherited `rows` knows nothing."""
+    """Its context has another form, of which the inherited `select_samples` knows nothing."""
 
     def prepare(self, x):
         context = super().prepare(x)

@@ -15,7 +15,7 @@ class Rows:
     def __init__(self, problem, sizes, rows=None):
         self.problem, self.sizes = problem, sizes
         if rows is None:
-            self.rows = lambda index: Rows(problem[index], sizes, index)
+            self.of_samples = lambda index: Rows(problem[index], sizes, index)
 
     def __call__(self, z):
         self.sizes.append(len(z))
@@ -84,7 +84,7 @@ def test_whatever_becomes_of_them(solver):
             image = self.slope * z + torch.sin(3 * z) / 10 + 1
             return torch.where(self.breaks & (z.abs() > 1.2), torch.nan, image)
 
-        def rows(self, index):
+        def of_samples(self, index):
             return Map(self.slope[index], self.breaks[index])
 
     breaks = torch.zeros(10, 1, dtype=torch.bool)
@@ -113,7 +113,7 @@ def test_who_went_astray_comes_back(solver):
         def __call__(self, z):
             return z + torch.tanh(self.x - z) / 2
 
-        def rows(self, index):
+        def of_samples(self, index):
             return Map(self.x[index])
 
     x = torch.tensor([0.1, 0.2, 5.0, 0.3, -40.0, 0.2, 0.1, 90.0])[:, None].expand(8, 2)
