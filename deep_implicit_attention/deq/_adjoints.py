@@ -27,6 +27,7 @@ from ._failure import report
 from ._linear_map import Pullback, nearer, transpose, vjp
 from ._map import TracedMap, node_number, without_autocast
 from ._refusal import link, refuse, reroute
+from ._transposed import AdjointMap, product_of_some
 from ._watched import mapped
 
 # Norms of gradients from here to the inverse of it are of order one.
@@ -226,7 +227,7 @@ class _Equation:
                     start = nearer(start, after)
             if rough is not None:
                 settings["rough"] = lambda u: rough(u) + g
-            solution = solver(_Adjoint(product, g, rows), start, **settings)
+            solution = solver(AdjointMap(product, g, rows), start, **settings)
         if self.adjoint.observe is not None:
             self.adjoint.observe(solution)
         if not solution.all_converged():
@@ -235,17 +236,6 @@ class _Equation:
             said: dict[str, Any] = {"stacklevel": 2, "in_a_layer": "solver_bwd_"}
             report(judged, self.on_failure, "backward solve", self.tol, **said)
         return solution.value if unit is None else solution.value * unit
-
-
-class _Adjoint:
-    """u ↦ (∂f/∂z)ᵀ u + g, and the same of some samples alone."""
-
-    def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor, rows: Any) -> None:
-        self.product, self.g = product, g
-        self.of_samples = rows and (lambda index: _Adjoint(rows(index), g[index], None))
-
-    def __call__(self, u: Tensor) -> Tensor:
-        return self.product(u) + self.g
 
 
 def is_gmres(solver: Callable) -> bool:
@@ -351,7 +341,7 @@ def _solve_adjoint(
             if by_hand is not None and equation.rough:
                 rough = f.vjp(z.detach(), tensors, rough=True)
             if f.selects:
-                rows = partial(_product_of_some, f, z.detach(), tensors, by_hand is not None)
+                rows = partial(product_of_some, f, z.detach(), tensors, by_hand is not None)
         if isinstance(by_hand, Pullback):
             by_context = by_hand.by_context
             u = equation.solve(by_hand, g.detach(), rough, rows)
@@ -373,20 +363,6 @@ def _solve_adjoint(
     with torch.no_grad(), without_autocast(z):
         u = equation.solve(by_hand or product, g.detach(), rough, rows)
     return _Adjoined(u, lambda: _gradients(image, aliases, needed, u, create_graph=False))
-
-
-def _product_of_some(
-    f: TracedMap, z: Tensor, tensors: Sequence[Tensor], by_hand: bool, rows: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """v ↦ (∂f/∂z)ᵀ v of the samples `rows` alone, `by_hand` if f has a product of its own."""
-    if by_hand:
-        product = f.vjp(z[rows], tensors, rows=rows)
-        assert product is not None
-        return product
-    with torch.enable_grad():
-        at = z[rows].requires_grad_()
-        image = f(at, [t.detach() for t in tensors], rows)
-    return lambda v: vjp(image, at, v)
 
 
 def _products(

@@ -14,16 +14,9 @@ from ..solvers._validate import check_options, takes
 from ._adjoints import Adjoint, Forward, Implicit, is_gmres
 from ._failure import OnFailure, check_on_failure, report
 from ._linear_map import on_vectors
-from ._map import (
-    FORWARD_MODE,
-    Step,
-    TracedMap,
-    dual,
-    outside_inference_mode,
-    plain_arguments,
-    without_autocast,
-)
+from ._map import TracedMap, outside_inference_mode, plain_arguments, without_autocast
 from ._state import Layout, State, widen
+from ._step import FORWARD_MODE, Step, dual
 
 
 @outside_inference_mode

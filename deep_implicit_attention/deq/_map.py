@@ -16,21 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr as node_number  # pyright: ignore
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from ..solvers._validate import check_unchanged, version
+from ..solvers._validate import version
 from ._linear_map import Pullback, on_vectors
 from ._module import of_its_update
 from ._state import Layout, full_precision
+from ._step import TracedStep, dual, flat_image, selection
 from ._tree import flatten, unflatten
 
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
 Place = tuple[dict[str, Any], str]
-
-FORWARD_MODE = (
-    "forward-mode derivatives (jvp, jacfwd) of a fixed point are not implemented: use reverse mode"
-)
 
 # Buffers of more numbers than these are couplings or masks, and constant.
 _SMALL = 1 << 16
@@ -99,7 +95,7 @@ class TracedMap:
                 # tensors then, in a copy that lives as long as that graph.
                 f = _copied(f, {}, {})
             layout, args = self._of_rows(rows, args)
-            return _flat_image(f, layout, z, args)
+            return flat_image(f, layout, z, args)
 
     @property
     def selects(self) -> bool:
@@ -129,13 +125,13 @@ class TracedMap:
         return image, ends_since(image, begun)[0]
 
     @contextmanager
-    def bound(self, constants: Sequence[Tensor]) -> Iterator[Step]:
+    def bound(self, constants: Sequence[Tensor]) -> Iterator[TracedStep]:
         """f as a function of z alone, with `constants` put in once for many evaluations.
 
         The first one finds out whether f closes over a differentiable tensor.
         """
         with self._arguments(constants) as args:
-            yield _TracedStep(self, args)
+            yield TracedStep(self, args)
 
     @contextmanager
     def _arguments(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Any]]:
@@ -265,14 +261,6 @@ def _owned(module: nn.Module, found: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def dual(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them has a tangent, for a forward-mode derivative."""
-    # Outside of `dual_level` none has.
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
 def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
     """The leaves of the graph of `image`, and whether it goes on behind nodes older than `begun`.
 
@@ -294,77 +282,6 @@ def ends_since(image: Tensor, begun: int) -> tuple[list[Tensor], bool]:
         else:
             older = True
     return leaves, older
-
-
-class Step:
-    """z ↦ f(z, *args) on flat states, in a solve.
-
-    It has `of_samples`, index ↦ the same of these alone, or None where f cannot select them.
-    """
-
-    def __init__(self, f: Callable, layout: Layout, args: Sequence[Any]) -> None:
-        self.f, self.layout, self.args = f, layout, args
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return _image_in_solve(self.f, self.layout, z, self.args)
-
-    @property
-    def of_samples(self) -> Callable[[Tensor], Step] | None:
-        """What makes the step of some samples."""
-        select = selection(self.f)
-        if select is None:
-            return None
-
-        def alone(rows: Tensor) -> Step:
-            return Step(self.f, self.layout.of_samples(len(rows)), select(rows, *self.args))
-
-        return alone
-
-
-class _TracedStep(Step):
-    """A step of whose first image a map with all that is listed detached learns if it `closes_over`
-    a differentiable tensor: it does if that needs gradients.
-
-    So it is in solves without gradients, too, where torch may have another kernel.
-    """
-
-    def __init__(self, traced: TracedMap, args: Sequence[Any]) -> None:
-        super().__init__(traced.f, traced.layout, args)
-        self.learns: TracedMap | None = traced
-
-    def __call__(self, z: Tensor) -> Tensor:
-        if self.learns is None:
-            return super().__call__(z)
-        traced, self.learns = self.learns, None
-        with torch.enable_grad():
-            image = super().__call__(z.detach())
-            traced.closes_over = image.requires_grad
-        return image.detach()
-
-
-def selection(f: Callable) -> Any:
-    """`f.select_samples`, by which a module takes of arguments what belongs to some samples."""
-    return of_its_update(f, "select_samples", "forward") if isinstance(f, nn.Module) else None
-
-
-def _image_in_solve(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
-    """`_flat_image`, refused where f closes over a tensor with a tangent.
-
-    A solver would carry it along, and end when the values have converged.
-    """
-    image = _flat_image(f, layout, z, args)
-    if dual((image,)):
-        raise RuntimeError(FORWARD_MODE)
-    return image
-
-
-def _flat_image(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:
-    before = version(z)
-    image = f(layout.unpack(z), *args)
-    check_unchanged(z, before)
-    layout.check_image(image)
-    flat = layout.pack(image)
-    return flat if flat.dtype == z.dtype else flat.to(z.dtype)
 
 
 @contextmanager
