@@ -95,7 +95,8 @@ def measure(kind: str, folder: Path, turns: int) -> list[dict[str, Any]]:
 def _backward_steps(layer: DEQFixedPoint, x: Tensor, tol: float) -> int:
     """Products with the transposed Jacobian that a backward pass of the layer takes."""
     seen: list[Solution] = []
-    adjoint = Implicit(anderson, tol=tol, max_iter=LIMIT, observe=seen.append)
+    own = layer._settings.adjoint.options
+    adjoint = Implicit(anderson, tol=tol, max_iter=LIMIT, observe=seen.append, **own)
     layer(x.detach().requires_grad_(), adjoint=adjoint).square().sum().backward()
     return int(seen[0].steps.max())
 

@@ -122,7 +122,7 @@ class DEQMeanFieldAttention(SiteCouplings):
 
         def by_state(v: Tensor) -> Tensor:
             pulled = linear(v.flatten(1), transposed).view_as(v)
-            return pulled if corrected is None else corrected.taken_from(pulled, v)
+            return pulled if corrected is None else plus(pulled, corrected(v), alpha=-1)
 
         def by_context(v: Tensor, needed: _Context) -> _Context:
             return _Context(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deq._failure import OnFailure
+from ..deq._state import Layout
 from ..solvers import Solution
 from ..solvers._iterate import Map, iterate
 from ..solvers._validate import check_number
@@ -140,7 +141,8 @@ class _Schedule:
         def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
             nonlocal h, V
             h, V = parallel(self.local, x, self.couplings, h, V, self.method.damping)
-            return _packed(self.local.mean(h, V), V)
+            state = self.local.mean(h, V), V
+            return Layout.of(state).pack(state)
 
         def keep(stay: Tensor) -> None:
             nonlocal x, h, V
@@ -174,7 +176,8 @@ class _Schedule:
             nonlocal terms
             terms = update(*terms)
             h, V, _ = cavity(self.local, x, self.couplings, *terms)
-            return _packed(self.local.mean(h, V), V)
+            state = self.local.mean(h, V), V
+            return Layout.of(state).pack(state)
 
         def part(z: Tensor, limit: int) -> Solution:
             return iterate(alone, z, propose, tol=tol, max_iter=limit, stop_mode="rel")
@@ -191,8 +194,3 @@ class _Schedule:
         if isinstance(update, DoubleLoop):
             update.conclude(*terms)
         return solution
-
-
-def _packed(m: Tensor, V: Tensor) -> Tensor:
-    """The state (m, V) as vectors `(B, n)`."""
-    return torch.cat([m.flatten(1), V.flatten(1)], dim=1)
