@@ -22,7 +22,7 @@ from ..solvers._validate import version
 from ._linear_map import Pullback, on_vectors
 from ._module import of_its_update
 from ._state import Layout, full_precision
-from ._step import TracedStep, dual, flat_image, selection
+from ._step import TracedStep, dual, flat_image, selected, selection
 from ._tree import flatten, unflatten
 
 # Where a tensor of a module stands: a table of parameters or buffers, and the name in it.
@@ -106,7 +106,7 @@ class TracedMap:
         """The layout and the arguments of the samples `rows`."""
         if rows is None:
             return self.layout, args
-        return self.layout.of_samples(len(rows)), selection(self.f)(rows, *args)
+        return self.layout.of_samples(len(rows)), selected(selection(self.f), rows, args)
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """`tensors` as they are to be saved for backward, and in it for the next.

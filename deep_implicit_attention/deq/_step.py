@@ -46,7 +46,8 @@ class Step:
             return None
 
         def alone(rows: Tensor) -> Step:
-            return Step(self.f, self.layout.of_samples(len(rows)), select(rows, *self.args))
+            layout = self.layout.of_samples(len(rows))
+            return Step(self.f, layout, selected(select, rows, self.args))
 
         return alone
 
@@ -75,6 +76,18 @@ class TracedStep(Step):
 def selection(f: Callable) -> Any:
     """`f.select_samples`, by which a module takes of arguments what belongs to some samples."""
     return of_its_update(f, "select_samples", "forward") if isinstance(f, nn.Module) else None
+
+
+def selected(select: Callable, rows: Tensor, args: Sequence[Any]) -> Sequence[Any]:
+    """What of `args` belongs to the samples `rows`."""
+    found = select(rows, *args)
+    # Of one argument a tensor of one sample would be taken apart into it without its batch.
+    if not isinstance(found, tuple | list):
+        raise TypeError(
+            "select_samples must return a tuple, the arguments of f beside z, got "
+            f"{type(found).__name__}: write (a,) for one"
+        )
+    return found
 
 
 def _image_in_solve(f: Callable, layout: Layout, z: Tensor, args: Sequence[Any]) -> Tensor:

@@ -33,5 +33,5 @@ def product_of_some(
         return product
     with torch.enable_grad():
         at = z[rows].requires_grad_()
-        image = f(at, [t.detach() for t in tensors], rows)
+        image = f(at, [t.detach() for t in f.kept(tensors)], rows)
     return lambda v: vjp(image, at, v)

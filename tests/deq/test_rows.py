@@ -110,6 +110,45 @@ def test_derivatives_of_first_and_second_order(arguments):
     assert gradgradcheck(few, (x, gain))
 
 
+class Counting(Map):
+    """It updates a buffer, as `spectral_norm` and running statistics do."""
+
+    def __init__(self):
+        super().__init__([])
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def forward(self, state, x, gain):
+        self.count += 1
+        return super().forward(state, x, gain)
+
+    select_samples = Map.select_samples
+
+
+def test_backward_twice_through_a_map_that_updates_buffers(arguments):
+    z0 = torch.zeros(BATCH, SIZE, dtype=torch.float64), torch.zeros(BATCH, dtype=torch.float64)
+    options = {"tol": 1e-8, "max_iter": 300, "adjoint": Implicit(anderson)}
+    value = fixed_point(Counting(), z0, arguments, **options).value[0]
+    once = torch.autograd.grad(value.sum(), arguments, retain_graph=True)
+    again = torch.autograd.grad(value.sum(), arguments)
+    assert all(map(torch.equal, once, again))
+
+
+class Careless(nn.Module):
+    """Of one argument it returns no tuple, of which one sample would be taken for all arguments."""
+
+    def forward(self, z, x):
+        return torch.tanh(0.9 * z + x)
+
+    def select_samples(self, index, x):
+        return x[index]
+
+
+def test_arguments_of_some_samples_are_a_tuple():
+    x = torch.tensor([0.0, 1.0]).expand(SIZE, 2).T
+    with pytest.raises(TypeError, match=r"select_samples must return a tuple.*got Tensor"):
+        fixed_point(Careless(), torch.zeros(2, SIZE), (x,))
+
+
 class Mechanism(DEQModule):
     """z ↦ tanh(s(x) W z + x) with s in the context."""
 
