@@ -7,6 +7,7 @@ its next iterate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +32,9 @@ _HELPS = 0.8
 _ROUGH = 1e-2
 _NEAR = 5.0
 _FALLS = 0.95
+
+# Of a freed block of so many bytes or less glibc takes note, with room for what it adds to one.
+_NOTED = (32 << 20) - (8 << 10)
 
 # After so many steps is the first look at an accelerator's numbers, since many solves take two or
 # three, and so many guesses are made that a solve will be over before `BETWEEN_LOOKS` more.
@@ -85,6 +89,8 @@ def iterate(
     """
     check_arguments(f, z0, "z0", tol, max_iter, stop_mode, preconditioner, rough)
     on_host = is_host(z0)
+    if on_host:
+        _keep_freed_memory()
     z = z0.detach().clone()
     first = None
     if rough is not None and on_host and stop_mode == "rel":
@@ -130,6 +136,17 @@ def iterate(
         z = books.goes_on_from(z, image, entered)
 
     return books.solution()
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let what a step frees stay for the next one, where glibc has the memory.
+
+    Blocks larger than any that it has seen freed, and more free memory than twice as much, go back
+    to the system, which clears what it gives out; mallopt(3) has it under M_MMAP_THRESHOLD. So it
+    is to see the largest that counts, which nobody touches.
+    """
+    np.empty(_NOTED, dtype=np.uint8)
 
 
 class _Looks:
