@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Size, Tensor, nn
 
 from ..deq._watched import transformed
+from ..solvers._validate import check_is_tensor
 
 
 class Prior(nn.Module):
@@ -47,7 +48,13 @@ class Prior(nn.Module):
         return V
 
     def check_field(self, field: Tensor) -> None:
-        """Raise `ValueError` unless the last dimensions of `field` are the event."""
+        """Raise `ValueError` unless the last dimensions of `field` are the event.
+
+        `TypeError` unless it is a tensor of floating-point numbers: results are in its dtype.
+        """
+        check_is_tensor("field", field)
+        if not field.is_floating_point():
+            raise TypeError(f"field must be of a floating-point dtype, got {field.dtype}")
         rank = len(self.event_shape)
         if rank and field.shape[-rank:] != self.event_shape:
             raise ValueError(
