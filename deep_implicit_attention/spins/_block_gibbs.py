@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..solvers._validate import check_count
+from ..solvers._validate import check_count, check_is_tensor
 from ._prior import Prior
 from ._system import SpinSystem, check_system
 
@@ -84,6 +84,8 @@ class BlockGibbs:
 
     def check(self, spins: Tensor, fields: Tensor) -> None:
         """Raise unless `spins` are possible states that `fields` broadcast against."""
+        check_is_tensor("spins", spins)
+        check_is_tensor("fields", fields)
         event = (self.sites[0], *self.prior.event_shape)
         if spins.shape[spins.dim() - len(event) :] != event:
             shape = ", ".join(map(str, event))

@@ -113,7 +113,7 @@ def split_r_hat(draws: Tensor) -> Tensor:
     where one is not finite. Cost: O(draws log draws).
 
     Raises:
-        ValueError: for fewer than 4 samples.
+        ValueError: for fewer than 4 samples, and without a chain.
         TypeError: for draws that are no tensor.
     """
     halves = _halves(draws)
@@ -136,7 +136,7 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     not finite. Cost: O(draws log draws).
 
     Raises:
-        ValueError: for fewer than 4 samples.
+        ValueError: for fewer than 4 samples, and without a chain.
         TypeError: for draws that are no tensor.
     """
     given = _halves(draws)
@@ -164,9 +164,10 @@ def _halves(draws: Tensor) -> Tensor:
     Draws that are integers become float64.
     """
     check_is_tensor("draws", draws)
-    if draws.dim() < 2 or len(draws) < 4:
+    if draws.dim() < 2 or len(draws) < 4 or not draws.shape[1]:
         raise ValueError(
-            f"draws must be (samples, chains, ...), at least 4 samples, got {tuple(draws.shape)}"
+            "draws must be (samples, chains, ...), at least 4 samples of a chain, got "
+            f"{tuple(draws.shape)}"
         )
     if not draws.is_floating_point():
         draws = draws.double()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..deq import Implicit
 from ..deq._failure import OnFailure, check_on_failure
-from ..deq._fixed_point import solve_and_attach
+from ..deq._fixed_point import check_fixed_point_solver, solve_and_attach
 from ..solvers import Solution, newton_krylov, picard
 from ..solvers._validate import check_count, check_number, check_options
 from ._response import Response
@@ -59,6 +59,8 @@ class IteratedMethod:
         check_number("tol", tol, minimum=0.0)
         check_count("max_iter", max_iter)
         check_on_failure(on_failure)
+        if solver is not None:
+            check_fixed_point_solver(solver)
         chosen = self.default_solver if solver is None else {"solver": solver}
         check_options(chosen["solver"], options, owner=type(self).__name__)
         self.options = {"tol": tol, "max_iter": max_iter, **chosen, **options}

@@ -245,5 +245,7 @@ def test_tap_on_the_sphere():
 
 
 def test_options():
+    with pytest.raises(TypeError, match="solver must be callable, got str"):
+        AdaptiveTAP(solver="anderson")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unknown option 'window'"):
         NaiveMeanField(window=3)

@@ -97,6 +97,10 @@ def test_refusals():
         sweeps(0.5 * up, x, generator=seeded())
     with pytest.raises(TypeError, match=r"spins are torch\.float32"):
         sweeps(up.float(), x, generator=seeded())
+    with pytest.raises(TypeError, match="spins must be a tensor, got ndarray"):
+        sweeps(up.numpy(), x, generator=seeded())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fields must be a tensor, got list"):
+        sweeps(up, [0.0] * 3, generator=seeded())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="do not broadcast"):
         sweeps(up, torch.zeros(5, 3).double(), generator=seeded())
     with pytest.raises(ValueError, match="fields must be finite"):

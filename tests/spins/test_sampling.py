@@ -181,7 +181,7 @@ class TestDiagnostics:
         for diagnostic in (split_r_hat, effective_sample_size):
             with pytest.raises(TypeError, match="draws must be a tensor, got list"):
                 diagnostic([[1.0]])
-        for bad in (torch.zeros(3, 4), torch.zeros(10)):
+        for bad in (torch.zeros(3, 4), torch.zeros(10), torch.zeros(10, 0)):
             for diagnostic in (split_r_hat, effective_sample_size):
                 with pytest.raises(ValueError, match="at least 4 samples"):
                     diagnostic(bad)
