@@ -10,7 +10,8 @@ from ._warnings import FitWarning, warn
 
 
 def tap(moments: Moments, l2: float, shrinkage: float | None) -> Learned:
-    """The couplings and fields whose TAP response has the moments m and C of the data, i ≠ j,
+    """The couplings and fields whose TAP has the means m of the data and, for i ≠ j, their C⁻¹ as
+    the inverse of its response,
 
         2 m_i m_j J_ij² + J_ij + (C⁻¹)_ij = 0,   h_i = atanh m_i − Σ_j J_ij m_j
                                                        + m_i Σ_j J_ij² (1 − m_j²)
