@@ -13,7 +13,7 @@ from .. import training
 from ..training import Devices, Plan, Progress, Run
 from ..training._progress import Columns
 from ._flags import TrainingFlags
-from ._saved import finished, start
+from ._saved import column, finished, start
 
 _SAID = {
     "interrupted": "interrupted: testing the best weights so far",
@@ -108,7 +108,7 @@ def _conclude(work: Work, run: Run, progress: Progress, ending: str) -> dict[str
     history = run.metrics()
     result = {
         **work.test(run, history),
-        "training_seconds": round(sum(record["seconds"] for record in history), 1),
+        "training_seconds": round(sum(column(history, "seconds")), 1),
         "ending": ending,
         "interrupted": ending == "interrupted",
     }

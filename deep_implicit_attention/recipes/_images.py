@@ -11,8 +11,10 @@ from .. import training
 from ..models import ImageClassifier
 from ..solvers import Solution
 from ..training import Devices, ImageData, Measured, Progress, Run
+from ..training._run import METRICS
 from ._frame import Work, run_recipe
 from ._image_recipe import ImageRecipe, measured_on_test
+from ._saved import column
 
 
 def run_images(recipe: ImageRecipe) -> dict[str, Any]:
@@ -53,11 +55,15 @@ def _test(
     model = recipe.model(data)
     run.load_weights(model)
     test = training.measure(model, data.test)
-    best = next(record for record in history if record["epoch"] == epoch)
+    accuracies = dict(
+        zip(column(history, "epoch"), column(history, "validation_accuracy"), strict=True)
+    )
+    if epoch not in accuracies:
+        raise ValueError(f"{METRICS} is damaged: it has no line of epoch {epoch}, the best")
     _draw(run, model, data, history, test, recipe.tol)
     return {
         "best_epoch": epoch,
-        "validation_accuracy": best["validation_accuracy"],
+        "validation_accuracy": accuracies[epoch],
         **measured_on_test(test),
         "parameters": model.count_params(),
     }
@@ -88,19 +94,16 @@ def _draw(
 ) -> None:
     from .. import plots  # matplotlib takes a second to import
 
-    def column(name: str) -> list[float]:
-        return [record[name] for record in history]
-
     names = [str(digit) for digit in range(10)]
     counts = np.zeros((10, 10), dtype=int)
     np.add.at(counts, (data.test.labels.numpy(), test.predictions.numpy()), 1)
     figures = {
         "learning_curves": plots.learning_curves(
             [record["epoch"] for record in history],
-            column("train_loss"),
-            column("validation_loss"),
-            column("train_accuracy"),
-            column("validation_accuracy"),
+            column(history, "train_loss"),
+            column(history, "validation_loss"),
+            column(history, "train_accuracy"),
+            column(history, "validation_accuracy"),
         ),
         "confusion_matrix": plots.confusion_matrix(
             counts, names, f"test images, accuracy {test.accuracy:.2%}"

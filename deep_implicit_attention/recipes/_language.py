@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ..training import Devices, Progress, Run, TextData, Trainer
 from ..training._files import write_whole
 from ..training._progress import Columns
 from ._frame import Work, run_recipe
+from ._saved import column
 from ._shakespeare import Shakespeare, check_text, has_vocabulary, save_vocabulary
 
 _SAMPLE = "sample.txt"
@@ -100,21 +100,20 @@ def _report(recipe: Shakespeare, result: dict[str, Any]) -> list[str]:
 def _draw(run: Run, history: list[dict[str, Any]]) -> None:
     from .. import plots  # matplotlib takes a second to import
 
-    def column(name: str) -> tuple[list[float], list[float]]:
-        values = [math.nan if record[name] is None else record[name] for record in history]
-        return [record["step"] for record in history], values
+    def against_steps(name: str) -> tuple[list[float], list[float]]:
+        return column(history, "step"), column(history, name)
 
     learned = "train_cross_entropy" if "train_cross_entropy" in history[0] else "train_loss"
     figure = plots.curves(
         plots.Panel(
             "step",
             "cross-entropy (nats per character)",
-            {"training": column(learned), "validation": column("validation_loss")},
+            {"training": against_steps(learned), "validation": against_steps("validation_loss")},
         ),
         plots.Panel(
             "step",
             "mean relative residual",
-            {"validation": column("validation_residual")},
+            {"validation": against_steps("validation_residual")},
             yscale="log",
         ),
     )

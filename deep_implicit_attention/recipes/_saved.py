@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training import Devices, Run
-from ..training._run import CONFIG, plain
+from ..training._run import CONFIG, METRICS, plain
 from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
 from ._mnist_vit import MnistViT
@@ -83,7 +83,9 @@ def evaluate_run(folder: str | Path) -> tuple[dict[str, float], dict[str, float]
     missing = [name for name in measured if name not in result]
     if missing:
         raise ValueError(f"the last line of metrics in {folder} lacks {', '.join(missing)}")
-    return measured, {name: _number(result[name]) for name in measured}
+    return measured, {
+        name: _number(result, name, f"the last line of {METRICS}") for name in measured
+    }
 
 
 def generate_run(folder: str | Path, prompt: str, **options: Any) -> str:
@@ -128,9 +130,22 @@ def agree(measured: dict[str, float], logged: dict[str, float]) -> bool:
     )
 
 
-def _number(value: float | None) -> float:
+def column(history: list[dict[str, Any]], name: str) -> list[float]:
+    """The numbers `name` of all evaluations; `ValueError` for a line that has none."""
+    return [
+        _number(record, name, f"line {number} of {METRICS}")
+        for number, record in enumerate(history, start=1)
+    ]
+
+
+def _number(record: dict[str, Any], name: str, line: str) -> float:
     """A number of the metrics, where what is not finite is null."""
-    return math.nan if value is None else value
+    value = record.get(name, "nothing")
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{line} is damaged: {name} must be a number, got {value!r}")
+    return value
 
 
 def _recipe_of(run: Run) -> str:

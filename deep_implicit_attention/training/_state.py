@@ -61,7 +61,15 @@ def pack(trainer: Trainer) -> tuple[Parts, dict[str, Any]]:
 
 
 def unpack(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put back what `pack` gathered; `ValueError` for other settings or another model."""
+    """Put back what `pack` gathered; `ValueError` for other settings or another model, and for
+    what is damaged or of another version."""
+    try:
+        _put_back(trainer, checkpoint)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _strange(checkpoint, error) from error
+
+
+def _put_back(trainer: Trainer, checkpoint: Checkpoint) -> None:
     path, parts, state = checkpoint.path, checkpoint.parts, checkpoint.state
     course, watch = _whole(checkpoint)
     for name, value in _fixed(trainer).items():
@@ -110,11 +118,16 @@ def _whole(checkpoint: Checkpoint) -> tuple[Course, Watch]:
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return Course(**state["course"]), Watch(**state["watch"])
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{checkpoint.path} is damaged, or of another version: {error}; delete it to go on "
-            "from the one before"
-        ) from error
+    except ValueError as error:
+        raise _strange(checkpoint, error) from error
+
+
+def _strange(checkpoint: Checkpoint, error: Exception) -> ValueError:
+    why = f"it lacks {error}" if isinstance(error, KeyError) else error
+    return ValueError(
+        f"{checkpoint.path} is damaged, or of another version: {why}; delete it to go on from the "
+        "one before"
+    )
 
 
 def _fixed(trainer: Trainer) -> dict[str, Any]:

@@ -251,6 +251,42 @@ def test_settings_that_are_damaged(content: Any, part: str, finished: Any, tmp_p
     assert part in line
 
 
+@pytest.mark.parametrize("value", ["0.9", [1], True])
+def test_a_metric_that_is_no_number(value: object, finished: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+    path = folder / "metrics.jsonl"
+    *before, last = path.read_text().splitlines()
+    last = json.dumps({**json.loads(last), "test_accuracy": value})
+    path.write_text("\n".join([*before, last]))
+    line = invoke(folder, "evaluate", str(folder)).complaint()
+    assert (
+        f"last line of metrics.jsonl is damaged: test_accuracy must be a number, got {value!r}"
+        in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "part"),
+    [
+        ("seconds", '"a"', "line 1 of metrics.jsonl is damaged: seconds must be a number, got 'a'"),
+        ("train_loss", None, "train_loss must be a number, got 'nothing'"),
+        ("epoch", "9", "no line of epoch 1, the best"),
+    ],
+)
+def test_an_evaluation_that_was_changed_before_the_end(
+    name: str, damage: str | None, part: str, dia: Dia, tmp_path: Path
+) -> None:
+    dia("digits", "--epochs", "1")
+    path = tmp_path / "run" / "metrics.jsonl"
+    line = path.read_text().splitlines()[0]
+    number = re.escape(json.dumps(json.loads(line)[name]))
+    # Of the same length, since the checkpoint knows where the metrics ended.
+    new = f'"{name}": {damage}' if damage else f'"x{name[1:]}": 1'
+    changed = re.sub(f'"{name}": {number}', new, line).ljust(len(line))
+    path.write_text(changed + "\n")
+    assert part in dia("digits", "--epochs", "1", "--resume").complaint()
+
+
 # --- generate -------------------------------------------------------------------------------
 
 

@@ -104,7 +104,7 @@ def test_a_clip_that_is_no_number() -> None:
             Plan(steps=1, evaluate_every=1, clip=clip)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["course", "entry", "generator", "state"])
+@pytest.mark.parametrize("damage", ["course", "entry", "fixed", "generator", "random", "state"])
 def test_a_checkpoint_of_another_version(
     regression: Build, trainer: Build, tmp_path: Path, damage: str
 ) -> None:
@@ -116,6 +116,10 @@ def test_a_checkpoint_of_another_version(
         state["course"] = {**state["course"], "of_a_later_version": 1}
     elif damage == "entry":
         del state["watch"]
+    elif damage == "fixed":
+        state["fixed"] = None
+    elif damage == "random":
+        parts["random"] = {"0/another": torch.zeros(1)}
     elif damage == "state":
         state = []  # type: ignore[assignment]
     else:
