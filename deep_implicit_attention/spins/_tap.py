@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, ClassVar
 
@@ -18,30 +19,65 @@ from ._system import SpinSystem
 # Damped Picard steps, if they may be half of all, before what they have not solved goes on with
 # Anderson acceleration.
 _DAMPED = 300
+# As many again where this much of the residual is left or more, and less than that: so states
+# leave a saddle, or pass where one has just vanished, slowly and on their way to a solution.
+_LEFT, _DRIFT = 0.3, 0.1
 
 
 @functools.wraps(anderson, assigned=())  # the options are those of anderson
 def damped_then_anderson(
     f: Map, z0: Tensor, *, tol: float, max_iter: int, stop_mode: str = "rel", **options: Any
 ) -> Solution:
-    """At most 300 damped Picard steps; what has not converged goes on from there by `anderson`.
+    """Damped Picard steps; what has not converged goes on from where it has come to by `anderson`.
 
     Damped steps settle in stable solutions, but at strong random couplings in none; Anderson finds
     one there, but where there is an order it finds a saddle, unless it begins nearby.
     """
     general: dict[str, Any] = {"tol": tol, "stop_mode": stop_mode}
-    damped = min(max_iter // 2, _DAMPED)
-    if damped == 0:
+    if max_iter < 2 or not len(z0):
         return anderson(f, z0, max_iter=max_iter, **general, **options)
-    first = picard(f, z0, max_iter=damped, damping=0.5, **general)
-    failed = ~first.converged
+    half = max_iter // 2
+    state, steps, first = z0, 0, None
+    drifts = failed = z0.new_ones(len(z0), dtype=torch.bool)
+    while first is None or (steps < half and bool(drifts.any())):
+        asked = _Asked(f, state)
+        part = picard(asked, state, max_iter=min(_DAMPED, half - steps), damping=0.5, **general)
+        first = part if first is None else first.followed_by(part.rows(drifts), drifts)
+        state = torch.where(drifts[:, None], asked.last, state)
+        failed = ~first.converged
+        now = part.trace[-1]
+        drifts = drifts & failed & (now > _LEFT * part.trace[0]) & (now < _DRIFT)
+        steps += _DAMPED
     if not bool(failed.any()):
         return first
-    sound = torch.isfinite(first.value).all(dim=1, keepdim=True)
-    begin, left = torch.where(sound, first.value, z0), max_iter - damped
+    sound = torch.isfinite(state).all(dim=1, keepdim=True)
+    begin, left = torch.where(sound, state, z0), max_iter - int(first.steps.max())
     second = anderson(f, begin, max_iter=left, **general, **options)
     second = second.rows(failed).unless_better(first.rows(failed))
     return first.followed_by(second, failed)
+
+
+class _Asked:
+    """f, and at which state it was asked `last` of every sample."""
+
+    def __init__(self, f: Map, z: Tensor) -> None:
+        self.f, self.last = f, z.clone()
+        self.rows: Any = slice(None)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.last[self.rows] = z
+        return self.f(z)
+
+    @property
+    def of_samples(self) -> Any:
+        """What makes the map of some samples, if f knows."""
+        select = getattr(self.f, "of_samples", None)
+        return select and functools.partial(self._alone, select)
+
+    def _alone(self, select: Any, index: Tensor) -> _Asked:
+        alone = copy.copy(self)
+        alone.f, alone.rows = select(index), index
+        return alone
 
 
 class TAP(Closure):
@@ -56,9 +92,10 @@ class TAP(Closure):
     O(B N² d³) a step; `covariance` one backward solve for every component.
 
     Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``. By
-    default at most 300 damped Picard steps, which settle in stable solutions; samples on which they
-    fail go on by `anderson`, whose options can be given. With ``solver=anderson`` there are fewer
-    steps, and where spins order, saddles. Raises `TypeError` for a `SphericalPrior`.
+    default 300 damped Picard steps, which settle in stable solutions, and up to half of all where
+    they are still on their way; samples on which they fail go on by `anderson`, whose options can
+    be given. With ``solver=anderson`` there are fewer steps, and where spins order, saddles. Raises
+    `TypeError` for a `SphericalPrior`.
     """
 
     default_solver: ClassVar[dict[str, Any]] = {"solver": damped_then_anderson}
