@@ -181,8 +181,8 @@ class OneStep(Phantom):
     where f contracts well; second derivatives raise.
     """
 
-    steps: int = field(default=1, init=False)
-    damping: float = field(default=0.0, init=False)
+    steps: int = field(default=1, init=False, repr=False)
+    damping: float = field(default=0.0, init=False, repr=False)
 
 
 @dataclass(frozen=True)

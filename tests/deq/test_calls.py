@@ -18,6 +18,7 @@ from deep_implicit_attention.deq import (
     DEQFixedPoint,
     Implicit,
     OneStep,
+    Phantom,
     StateCache,
 )
 from deep_implicit_attention.solvers import anderson, gmres
@@ -107,6 +108,14 @@ class TestNonfinite:
 def test_an_adjoint_for_one_call_replaces_the_backward_options():
     layer = DEQFixedPoint(DEQMeanFieldAttention(5, 4), solver_bwd_tol=1e-6)
     layer(torch.randn(2, 5, 4), adjoint=OneStep()).sum().backward()
+
+
+@pytest.mark.parametrize("adjoint", [OneStep(), Phantom(3, 0.5)], ids=repr)
+def test_what_a_layer_says_of_its_adjoint_makes_one(adjoint):
+    assert eval(repr(adjoint)) == adjoint
+    assert f"adjoint={adjoint!r}" in repr(
+        DEQFixedPoint(DEQMeanFieldAttention(5, 4), adjoint=adjoint)
+    )
 
 
 def test_a_solution_is_a_warm_start(rich, x):
