@@ -136,6 +136,10 @@ def couplings_over_text(
     """
     if per_line < 1:
         raise ValueError(f"per_line must be at least 1, got {per_line}")
+    if len(tokens) != len(strengths):
+        raise ValueError(
+            f"tokens must be one for each of {len(strengths)} sites, got {len(tokens)}"
+        )
     rows, columns = np.divmod(np.arange(len(tokens)), per_line)
     positions = np.stack([columns, _LINE * rows], axis=1)
     strengths, positions = _checked(strengths, positions)

@@ -243,7 +243,7 @@ def test_bad_input(strengths: np.ndarray) -> None:
         couplings_over_image(strengths[:4], PIXELS, PLACES)
     with pytest.raises(ValueError, match="image must have shape"):
         couplings_over_image(strengths, PIXELS[0], PLACES)
-    with pytest.raises(ValueError, match="place for each of 5 sites"):
+    with pytest.raises(ValueError, match="tokens must be one for each of 5 sites, got 3"):
         couplings_over_text(strengths, list("abc"))
     with pytest.raises(ValueError, match="per_line"):
         couplings_over_text(strengths, list("abcde"), per_line=0)
