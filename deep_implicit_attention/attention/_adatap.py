@@ -226,9 +226,9 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         Exact for a Gaussian prior, which takes no `method`. For the others by `method`, an
         inference method of `spins`: by default that of the layer, `AdaptiveTAP(tol=1e-5)`, or
         `NaiveMeanField(tol=1e-5)` without `lin_response`. Its derivative with respect to x is −z,
-        with respect to the couplings −(z_i z_jᵀ + χ_ij), by naive mean field −z_i z_jᵀ. The prior
-        is a probability measure, so −log Z is 0 without couplings and fields. Autocast has no
-        effect.
+        with respect to the couplings −(z_i z_jᵀ + χ_ij), by naive mean field −z_i z_jᵀ, where J_ij
+        and J_ji change together: autograd has half of it at each. The prior is a probability
+        measure, so −log Z is 0 without couplings and fields. Autocast has no effect.
 
         Raises:
             TypeError: if the couplings do not have both symmetries: there is no distribution; for

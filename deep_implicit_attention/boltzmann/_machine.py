@@ -67,7 +67,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     - ``"pseudolikelihood"``: joint maximum pseudolikelihood (Besag 1975). O(M N²) a step.
     - ``"pcd"``: persistent contrastive divergence (Tieleman 2008), Gibbs chains.
 
-    Those but the last two learn from means and covariances of the data, which cost O(M N²) once.
+    Of complete rows, and without hidden units, all but pseudolikelihood need means and covariances
+    only, which cost O(M N²) once.
 
     With `num_hidden` units, coupled to the visible spins and not to each other, every method but
     ``"independent"`` and ``"pseudolikelihood"`` ascends the likelihood, its responses (or chains)

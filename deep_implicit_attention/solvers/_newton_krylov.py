@@ -45,7 +45,7 @@ def newton_krylov(
 
     Returns:
         `Solution`; `steps` counts Newton steps. Cost of a step: one evaluation of f and as many
-        of `jvp` (or f) as gmres needs vectors, plus two; memory B inner_max_iter n.
+        of `jvp` (or f) as gmres needs vectors, plus one, seldom two; memory B inner_max_iter n.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.

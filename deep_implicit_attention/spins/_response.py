@@ -26,7 +26,8 @@ class Response:
 
     Attributes:
         magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
-        log_partition: log Z, `(*batch,)`, with priors that are probability measures.
+        log_partition: log Z, `(*batch,)`, with priors that are probability measures. J_ij and J_ji
+            change together: autograd's gradient has half of the derivative by them at each.
         energy: ⟨−½ Σ_ij S_iᵀ J_ij S_j − Σ_i x_i·S_i⟩, `(*batch,)`.
         cavity_variance: V_i, `(*batch, N, *event, *event)`, or None if the method has none.
         solution: evidence of the solve, or None if nothing was iterated.
