@@ -13,7 +13,7 @@ from ._solution import Solution, Status, numbers, sound, unread
 
 # A sample whose residual norm ends this many times above where it started has diverged; below,
 # it merely ran out of steps.
-_GROWTH = 10.0
+GROWTH = 10.0
 
 # So many times as long a way as the largest residual may a sample have gone, and its residual have
 # fallen by no more, to count as converged; beyond, the residual has to have fallen in proportion.
@@ -73,7 +73,7 @@ class Books:
             now = g_norm / (f_norm + self.tiny) if self.relative else g_norm.copy()
         if some(f_norm > self.huge):
             # Who comes here by growing runs away; who began here is large, and no more.
-            away = (f_norm > self.huge) & (g_norm / _GROWTH > self.first_norm) if k else self.broken
+            away = (f_norm > self.huge) & (g_norm / GROWTH > self.first_norm) if k else self.broken
             f_norm = np.where(away, np.inf, f_norm)
         if k == 0:
             self.first_norm = self.last_norm = g_norm
@@ -182,7 +182,7 @@ class Books:
             best = select(lost, torch.full_like(best, torch.nan), best)
         codes = steps * 0 + _CONVERGED
         if some(~self.converged):
-            grown = self.last_norm / _GROWTH > self.first_norm  # the product might overflow
+            grown = self.last_norm / GROWTH > self.first_norm  # the product might overflow
             failed = np.where(grown, Status.DIVERGED.code, Status.MAX_ITER.code)
             failed = np.where(self.broken & ~grown, Status.NONFINITE.code, failed)
             codes = np.where(self.converged, codes, failed)

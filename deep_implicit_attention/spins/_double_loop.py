@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import block_diagonal, diagonal_blocks
-from ._consistency import apply, inverse, matched
+from ._consistency import apply, inverse, matched, response
 from ._frames import Local
 from ._site_terms import cavity, parallel, terms_of
 
@@ -69,13 +69,12 @@ class DoubleLoop:
         self.slack = slack
         return self._moved(theta, new_r, value)
 
-    def stalled(self, steps: int) -> bool:
-        """Whether no sample's F fell by more than rounding in the last `steps` steps, or fewer were
-        made because nothing is finite any more."""
+    def falls(self, steps: int) -> Tensor:
+        """Of which samples F fell by more than rounding in the last `steps` steps; of none if
+        fewer were made because nothing is finite any more."""
         if len(self.objective) < steps:
-            return True
-        fall = self.objective[-steps] - self.objective[-1]
-        return not bool((fall > self.slack).any())
+            return torch.zeros_like(self.slack, dtype=torch.bool)
+        return self.objective[-steps] - self.objective[-1] > self.slack
 
     def conclude(self, g: Tensor, total: Tensor) -> None:
         """Append F at the moments of these terms; at a solution that is −log Z."""
@@ -183,8 +182,8 @@ class DoubleLoop:
     def _gaussian(self, theta_r: Tensor) -> tuple[Tensor, Tensor]:
         """Mean `(B, N, k)` and covariance `(B, N·k, N·k)` of the spins in r."""
         g, negative = self._unpack(theta_r)
-        operator = -block_diagonal(negative) - self.couplings
-        chi = torch.cholesky_inverse(torch.linalg.cholesky_ex(operator).L)
+        chi, sound = response(-negative, self.couplings)
+        chi = torch.where(sound[:, None, None], chi, torch.nan)
         mean = (chi @ (self.x + g).flatten(1).unsqueeze(-1)).view_as(g)
         return mean, chi
 

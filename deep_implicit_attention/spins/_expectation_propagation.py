@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..deq._failure import OnFailure
 from ..deq._state import Layout
-from ..solvers import Solution
+from ..solvers import Solution, Status
+from ..solvers._books import GROWTH
 from ..solvers._iterate import Map, iterate
 from ..solvers._validate import check_number
 from ._consistency import AdaptiveTAPStep, ConsistentMethod
@@ -23,7 +24,7 @@ Update = Callable[[Tensor, Tensor], Terms]
 
 # Parallel updates that have not converged by then are left to the double loop (schedule "auto").
 _AUTO_LIMIT = 300
-# Steps after which it is asked whether the double loop still goes down.
+# Steps after which it is asked on which samples the double loop still goes down.
 _PART = 25
 
 
@@ -166,7 +167,7 @@ class _Schedule:
     def _terms(
         self, f: Map, z0: Tensor, rows: Tensor, update: Update, tol: float, max_iter: int
     ) -> Solution:
-        """Iterate `update` of the terms on the samples `rows`, while it can move any of them."""
+        """Iterate `update` of the terms on the samples `rows`, each while it gets on."""
         x = self.x[rows]
         h, V = self.cavities
         terms = terms_of(self.local, h[rows], V[rows])
@@ -182,15 +183,22 @@ class _Schedule:
         def part(z: Tensor, limit: int) -> Solution:
             return iterate(alone, z, propose, tol=tol, max_iter=limit, stop_mode="rel")
 
+        if not isinstance(update, DoubleLoop):
+            return part(z0[rows], max_iter)
         solution = part(z0[rows], min(max_iter, _PART))
-        left = max_iter - _PART
-        while left > 0 and not bool(solution.converged.all()):
-            if isinstance(update, DoubleLoop) and update.stalled(_PART - 1):
+        going = torch.ones_like(solution.converged)
+        for left in range(max_iter - _PART, 0, -_PART):
+            going = going & ~solution.converged & (solution.codes != Status.NONFINITE.code)
+            going = going & update.falls(_PART - 1)
+            if not bool(going.any()):
                 break
-            going = ~solution.converged
             further = part(solution.value, min(left, _PART))
             solution = solution.followed_by(further.rows(going), going)
-            left -= _PART
-        if isinstance(update, DoubleLoop):
-            update.conclude(*terms)
-        return solution
+        update.conclude(*terms)
+        return _judged_as_a_whole(solution)
+
+
+def _judged_as_a_whole(solution: Solution) -> Solution:
+    """Parts begin at the best state, beside which rounding alone may look like growth."""
+    settled = (solution.trace[-1:] <= GROWTH * solution.trace[:1]).any(dim=0)
+    return solution.with_status((solution.codes == Status.DIVERGED.code) & settled, Status.MAX_ITER)

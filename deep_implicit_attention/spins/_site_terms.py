@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._consistency import apply, inverse, matched, next_variance, pull, reaction, respond, response
+from ._consistency import (
+    apply,
+    inverse,
+    matched,
+    next_variance,
+    pull,
+    reaction,
+    respond,
+    response,
+    whiten,
+)
 from ._frames import Local
 
 Terms = tuple[Tensor, Tensor]  # g (B, N, k), Λ (B, N, k, k)
@@ -21,7 +31,8 @@ def begin(local: Local, x: Tensor, couplings: Tensor, start: Tensor | None) -> C
     zero = x.new_zeros(*x.shape, x.shape[-1])
     V = reaction(local, couplings, local.covariance(x, zero))
     h = x if start is None else x + pull(couplings, start) - apply(V, start)
-    _, sound = response(terms_of(local, h, V)[1], couplings)
+    # Asked of the whitened matrix: of spins that are all but fixed Λ is large, and its rounding.
+    sound = whiten(local.covariance(h, V), V, couplings).sound
     return h, torch.where(_wide(sound), V, V + _dominance(couplings, V))
 
 

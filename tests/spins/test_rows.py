@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deep_implicit_attention.solvers import Status
 from deep_implicit_attention.spins import (
     TAP,
     AdaptiveTAP,
@@ -18,8 +19,10 @@ from deep_implicit_attention.spins import (
     _naive,
     _self_averaging_tap,
     ferromagnet,
+    sherrington_kirkpatrick,
 )
 from deep_implicit_attention.spins._double_loop import DoubleLoop
+from deep_implicit_attention.spins._frames import _Ising
 
 METHODS = {
     "naive": (NaiveMeanField(), _naive._Step),
@@ -87,3 +90,46 @@ def _counted(init, asked):
         init(self, local, couplings, x)
 
     return counted
+
+
+def test_spins_that_are_all_but_fixed_begin_alone_as_in_company():
+    """Rounding of their terms decided where they began, with up to 18 steps in the place of few."""
+    system = SpinSystem(sherrington_kirkpatrick(5, 0.5)[0].float(), PottsPrior(3))
+    generator = torch.Generator().manual_seed(1)
+    x = 20 * torch.randn(40, 5, 3, generator=generator, dtype=torch.float64).float()
+    method = ExpectationPropagation(schedule="parallel", tol=1e-5, on_failure="raise")
+    together = method(system, x).solution.steps.tolist()
+    assert together == [int(method(system, one).solution.steps) for one in x]
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "double loop"])
+def test_rounding_at_the_step_limit_is_no_divergence(schedule):
+    couplings, _ = sherrington_kirkpatrick(6)
+    x = 3 * torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    method = ExpectationPropagation(schedule=schedule, max_iter=60, tol=0, on_failure="ignore")
+    solution = method(SpinSystem(couplings.float(), IsingPrior()), x).solution
+    assert set(solution.status) == {Status.MAX_ITER}
+
+
+def test_samples_leave_the_double_loop_one_by_one(monkeypatch):
+    """Each where its own free energy falls no more, whatever its mates do."""
+    falls = torch.tensor([False, True])
+    monkeypatch.setattr(DoubleLoop, "falls", lambda self, steps: falls)
+    couplings, x = sherrington_kirkpatrick(6, 0.75, 0.5)
+    method = ExpectationPropagation(schedule="double loop", tol=0, max_iter=60, on_failure="ignore")
+    solution = method(SpinSystem(couplings, IsingPrior()), torch.stack([x, 2 * x])).solution
+    assert solution.steps.tolist() == [25, 60]
+
+
+def test_terms_without_a_distribution_spoil_no_other_sample():
+    """Rounding may leave such terms of spins that are all but fixed; the solve ended in an error of
+    torch's."""
+    couplings, x = sherrington_kirkpatrick(6, 0.75, 0.5)
+    x = x.view(1, 6, 1).expand(2, 6, 1)
+    total = torch.ones(2, 6, 1, 1, dtype=torch.float64)
+    total[0] = 0
+    total[1] *= 3
+    found = DoubleLoop(_Ising(IsingPrior()), couplings, x)(0 * x, total)
+    alone = DoubleLoop(_Ising(IsingPrior()), couplings, x[1:])(0 * x[1:], total[1:])
+    for mine, its in zip(found, alone, strict=True):
+        torch.testing.assert_close(mine[1:], its)
