@@ -51,8 +51,9 @@ def damped_then_anderson(
     if not bool(failed.any()):
         return first
     sound = torch.isfinite(state).all(dim=1, keepdim=True)
-    begin, left = torch.where(sound, state, z0), max_iter - int(first.steps.max())
-    second = anderson(f, begin, max_iter=left, **general, **options)
+    begin = torch.where(sound, state, z0)
+    # The same for all, whoever of them took how many damped steps.
+    second = anderson(f, begin, max_iter=max_iter - half, **general, **options)
     second = second.rows(failed).unless_better(first.rows(failed))
     return first.followed_by(second, failed)
 
