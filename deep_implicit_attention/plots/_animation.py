@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from matplotlib.figure import Figure
 from PIL import Image
 
+# A GIF counts hundredths of a second in 16 bits, and the last figure is shown for longer.
+_LONGEST = 600
+
 
 def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) -> bytes:
     """A GIF of figures of one size, each shown for `seconds`, the last for a while; repeated.
@@ -15,10 +18,10 @@ def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) ->
     The figures are drawn and left as they are.
 
     Raises:
-        ValueError: for no figures, or figures of different sizes.
+        ValueError: for no figures, figures of different sizes, or `seconds` that a GIF cannot hold.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds must be above 0, got {seconds}")
+    if not 0 < seconds <= _LONGEST:
+        raise ValueError(f"seconds must be above 0 and at most {_LONGEST}, got {seconds}")
     frames = []
     for figure in figures:
         drawn = io.BytesIO()

@@ -151,7 +151,9 @@ def _read(folder: Path, name: str) -> bytes:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+        raise ValueError(
+            f"{path} is not a whole gzip file: {error}; delete it and get it anew"
+        ) from error
     check_sha256(path, content, _MNIST[name])
     return content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -337,8 +338,10 @@ def test_animation_of_nothing_or_of_different_sizes() -> None:
         animation([])
     with pytest.raises(ValueError, match="one size"):
         animation([frame(1), Figure(figsize=(3, 1))])
-    with pytest.raises(ValueError, match="seconds"):
-        animation([frame(1)], seconds=0)
+    for seconds in (0, 601, math.inf, math.nan):
+        with pytest.raises(ValueError, match="seconds"):
+            animation([frame(1)], seconds=seconds)
+    assert animation([frame(1)], seconds=600)
 
 
 def test_animation_leaves_the_figures_as_they_are() -> None:

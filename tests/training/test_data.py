@@ -263,6 +263,7 @@ def test_damaged_files_are_named(how: str, tmp_path: Path, contents: dict[str, b
     with pytest.raises(ValueError, match=f"{name}{suffix}") as caught:
         mnist(tmp_path, 1 / 3, 0)
     assert str(tmp_path) in str(caught.value)
+    assert "delete it" in str(caught.value)
 
 
 def test_the_right_bytes_under_the_wrong_name(tmp_path: Path, contents: dict[str, bytes]) -> None:
