@@ -35,7 +35,8 @@ class IteratedMethod:
             small of Potts spins is the difference from 1/q. It counts as far as rounding allows,
             which for the default is 2e-6; with `NaiveMeanField` and `TAP`, which solve for m as
             it is, beside 1/q only: in fields of 1e-8 it is right to a per cent.
-        max_iter: solver steps at most.
+        max_iter: solver steps at most; in fields so weak that a second solve brings magnetizations
+            to their own scale, those of either.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
