@@ -38,16 +38,16 @@ def damped_then_anderson(
         return anderson(f, z0, max_iter=max_iter, **general, **options)
     half = max_iter // 2
     state, steps, first = z0, 0, None
-    drifts = failed = z0.new_ones(len(z0), dtype=torch.bool)
+    drifts = z0.new_ones(len(z0), dtype=torch.bool)
     while first is None or (steps < half and bool(drifts.any())):
         asked = _Asked(f, state)
         part = picard(asked, state, max_iter=min(_DAMPED, half - steps), damping=0.5, **general)
         first = part if first is None else first.followed_by(part.rows(drifts), drifts)
         state = torch.where(drifts[:, None], asked.last, state)
-        failed = ~first.converged
-        now = part.trace[-1]
-        drifts = drifts & failed & (now > _LEFT * part.trace[0]) & (now < _DRIFT)
+        begun, now = part.trace[0], part.trace[-1]
+        drifts = drifts & ~first.converged & (now > _LEFT * begun) & (now < _DRIFT)
         steps += _DAMPED
+    failed = ~first.converged
     if not bool(failed.any()):
         return first
     sound = torch.isfinite(state).all(dim=1, keepdim=True)

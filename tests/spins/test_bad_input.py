@@ -249,3 +249,17 @@ def test_options():
         AdaptiveTAP(solver="anderson")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unknown option 'window'"):
         NaiveMeanField(window=3)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [PottsPrior(2), SphericalPrior(2), GaussianPrior(torch.zeros(2), torch.eye(2))],
+    ids=lambda prior: type(prior).__name__,
+)
+def test_fields_that_no_mean_fits(prior):
+    """Results are in the dtype of the field: as integers means on the sphere were zeros."""
+    for ask in (prior.mean, prior.covariance, prior.log_partition, prior.sample):
+        with pytest.raises(TypeError, match="field must be of a floating-point dtype, got"):
+            ask(torch.tensor([1, 0]))
+        with pytest.raises(TypeError, match="field must be a tensor, got ndarray"):
+            ask(torch.zeros(2).numpy())
