@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._iterate import Map, iterate
+from ._iterate import Map, Norms, iterate
 from ._scale import is_host, power_of_two
 from ._solution import Solution
 from ._validate import check_count, check_number
@@ -77,14 +77,14 @@ def anderson(
     check_number("ridge", ridge, minimum=0.0)
     history: _History | None = None
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
         nonlocal history
         if k == 0 or history is None:
             # No more columns than steps or unknowns can fill.
             size = max(1, min(m, max_iter - 2, z.shape[1]))
-            history = _History(fz, g, norm, size, period, ridge)
+            history = _History(fz, g, norms, size, period, ridge)
             return fz - damping * g if damping else fz
-        return history.accelerate(fz, g, norm, damping)
+        return history.accelerate(fz, g, norms, damping)
 
     def keep(stay: Tensor) -> None:
         if history is not None:
@@ -106,31 +106,25 @@ def anderson(
 class _History:
     """The last differences of f and g, and γ of what they make of the next state.
 
-    A sample's history begins when its residual first falls too slowly.
+    A sample's history begins when its residual first falls too slowly. Who is mixed, and with what,
+    follows from the norms that the host has heard of.
     """
 
     def __init__(
-        self, fz: Tensor, g: Tensor, norm: Any, size: int, period: int, ridge: float
+        self, fz: Tensor, g: Tensor, norms: Norms, size: int, period: int, ridge: float
     ) -> None:
         self.size, self.ridge, self.steps = size, ridge, 0
-        self.f, self.g, self.norm, self.first = fz, g, norm, norm
-        self.on_host = is_host(g)
-        self.turns = _Turns(norm, period, np if self.on_host else torch)
+        self.f, self.g, self.on_host = fz, g, is_host(g)
+        self.norm: Any = None
+        self.first: Any = None
+        self.start = norms.here
+        self.lengths = [norms.here]  # of the last step that was heard of, and those since
+        self.slow = np.zeros(len(g), bool)
+        self.turns = _Turns(len(g), period)
         self.unit: Tensor | None = None  # in which the differences are stored
-        self.slow = norm < 0
         self.delta_f = self.delta_g = g[:0]
-        self.known: Any = None  # which differences are a sample's own
-
-    def _allocate(self) -> None:
-        batch, n = self.g.shape
-        # So that squares do not vanish. A power of two changes no digit.
-        unit = power_of_two(self.g)
-        if not self.on_host or np.any(abs(np.log2(unit.numpy())) > _MODERATE):
-            self.unit = unit
-        self.delta_f = self.g.new_empty(batch, self.size, n)
-        self.delta_g = torch.empty_like(self.delta_f)
-        xp: Any = np if self.on_host else torch
-        self.known = xp.stack([self.slow] * self.size, 1)
+        self.known = np.zeros((len(g), size), bool)  # which differences are a sample's own
+        self._hear(norms)
 
     def keep(self, stay: Tensor) -> None:
         """Leave out all samples but some."""
@@ -138,25 +132,49 @@ class _History:
         self.f, self.g = self.f[stay], self.g[stay]
         self.norm, self.first, self.slow = self.norm[rows], self.first[rows], self.slow[rows]
         self.turns.keep(rows)
+        self.known = self.known[rows]
         if self.unit is not None:
             self.unit = self.unit[stay]
         if self.steps:
             self.delta_f, self.delta_g = self.delta_f[stay], self.delta_g[stay]
-            self.known = self.known[rows]
 
-    def accelerate(self, fz: Tensor, g: Tensor, norm: Any, damping: float) -> Tensor:
-        """The next state, from f(z), f(z) − z and its norms."""
+    def _hear(self, norms: Norms) -> Any:
+        """Take note of further norms: who was not led astray by the last step, if heard of."""
+        near: Any = True
+        for norm in norms.heard:
+            if self.norm is None:
+                self.norm = self.first = norm
+                continue
+            with np.errstate(all="ignore"):
+                left = norm / self.norm
+            self.norm = norm
+            # What is not finite is not fast, nor what is lost.
+            self.slow = self.slow | ~(left < _FAST)
+            near = self.turns.hear(left) | (left < _ASTRAY) | (norm <= self.first)
+            self.known &= near[:, None]
+            del self.lengths[0]
+        return near
+
+    def _allocate(self) -> None:
+        batch, n = self.g.shape
+        with np.errstate(all="ignore"):
+            moderate = (self.norm == 0) | (abs(np.log2(self.norm)) < _MODERATE)
+        if np.count_nonzero(moderate) < batch:
+            # So that squares do not vanish. A power of two changes no digit.
+            self.unit = power_of_two(self.g)
+        self.delta_f = self.g.new_empty(batch, self.size, n)
+        self.delta_g = torch.empty_like(self.delta_f)
+
+    def accelerate(self, fz: Tensor, g: Tensor, norms: Norms, damping: float) -> Tensor:
+        """The next state, from f(z), f(z) − z and what is known of its norms."""
         plain = fz - damping * g if damping else fz
         f_before, g_before = self.f, self.g
-        with np.errstate(all="ignore"):
-            left = norm / self.norm
-        fast = left < _FAST  # what is not finite is not fast, nor what is lost
-        self.f, self.g, self.norm = fz, g, norm
-        self.slow = self.slow | ~fast
-        near = self.turns.plain | (left < _ASTRAY) | (norm <= self.first)
-        mixed = self.turns.next(left, self.slow)
+        self.f, self.g = fz, g
+        self.lengths.append(norms.here)
+        near = self._hear(norms)
+        mixed = self.turns.next(self.slow)
         if self.steps == 0:
-            if self.on_host and not np.count_nonzero(self.slow):
+            if not np.count_nonzero(self.slow):
                 return plain
             self._allocate()
         slot = self.steps % self.size
@@ -165,9 +183,8 @@ class _History:
         torch.sub(fz, f_before, out=self.delta_f[:, slot])
         if self.unit is not None:
             self.delta_g[:, slot].div_(self.unit)
-        self.known = self.known & near[:, None]
         self.known[:, slot] = self.slow & near
-        if self.on_host and not np.count_nonzero(mixed):
+        if not np.count_nonzero(mixed):
             return plain
 
         used = min(self.steps, self.size)
@@ -175,38 +192,59 @@ class _History:
         now = g if self.unit is None else g / self.unit
         # Vectors as rows: as columns MKL takes ten times as long.
         gram, target = delta_g @ delta_g.mT, (now[:, None] @ delta_g.mT).squeeze(1)
-        known = self.known[:, :used] & mixed[:, None]
-        gamma = _weights(gram, target, known, self.ridge)[:, None]
+        gamma = _weights(gram, target, self._usable(mixed, used), self.ridge)[:, None]
         z = torch.baddbmm(fz.unsqueeze(1), gamma, delta_f, alpha=-1).squeeze(1)
         if damping:
             rest = torch.baddbmm(now.unsqueeze(1), gamma, delta_g, alpha=-1).squeeze(1)
             z = z - damping * (rest if self.unit is None else rest * self.unit)
         return z
 
+    def _usable(self, mixed: Any, used: int) -> Any:
+        """Which of the `used` differences are a sample's own, for those to be `mixed`."""
+        usable = self.known[:, :used] & mixed[:, None]
+        if self.on_host:
+            return usable
+        usable = torch.from_numpy(usable).to(self.delta_g.device, non_blocking=True)
+        # Mixtures that the host has not heard of may have led astray, too.
+        steps = zip(self.turns.plain, self.lengths, self.lengths[1:], strict=False)
+        for plain, before, after in steps:
+            if np.count_nonzero(plain) < len(plain):
+                near = (after < _ASTRAY * before) | (after <= self.start)
+                usable = usable & near[:, None]
+        return usable
+
 
 class _Turns:
     """In which steps samples are mixed: every `period`-th of a solve, and as long as it pays."""
 
-    def __init__(self, norm: Any, period: int, xp: Any) -> None:
-        self.period, self.xp, self.steps = period, xp, 0
-        self.plain = norm == norm  # whose last step was a plain one
-        self.left = norm  # what part of its residual it left
+    def __init__(self, samples: int, period: int) -> None:
+        self.period, self.steps = period, 0
+        everybody = np.ones(samples, bool)
+        self.plain = [everybody]  # who took a plain step, of steps not heard of yet
+        self.left: Any = None  # what part of its residual a sample's last plain step left
+        self.also = ~everybody  # who is mixed in the steps between, too
 
     def keep(self, rows: Any) -> None:
         """Leave out all samples but some."""
-        self.plain, self.left = self.plain[rows], self.left[rows]
+        self.plain = [plain[rows] for plain in self.plain]
+        self.also = self.also[rows]
+        if self.left is not None:
+            self.left = self.left[rows]
 
-    def next(self, left: Any, begun: Any) -> Any:
-        """Who of those that have `begun` is mixed now: of residuals, the last steps `left` this."""
-        where = self.xp.where
-        self.steps += 1
-        mixed = begun
+    def hear(self, left: Any) -> Any:
+        """Take note of what part of the residuals the next step `left`: for whom it was plain."""
+        plain = self.plain.pop(0)
         if self.period > 1:
-            self.left = where(self.plain, left, self.left)
-        if self.steps % self.period:
+            self.left = left if self.left is None else np.where(plain, left, self.left)
             # After a plain step who does not get nearer, else for whom it paid.
-            mixed = begun & (self.plain ^ (left < where(self.plain, 1.0, _PAYS * self.left)))
-        self.plain = ~mixed
+            self.also = plain ^ (left < np.where(plain, 1.0, _PAYS * self.left))
+        return plain
+
+    def next(self, begun: Any) -> Any:
+        """Who of those that have `begun` is mixed now."""
+        self.steps += 1
+        mixed = begun & self.also if self.steps % self.period else begun
+        self.plain.append(~mixed)
         return mixed
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._iterate import Map, iterate
+from ._iterate import Map, Norms, iterate
 from ._scale import power_of_two
 from ._solution import Solution
 from ._validate import check_count
@@ -47,7 +45,7 @@ def broyden(
     check_count("memory", memory)
     history: _Inverse | None = None
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
         nonlocal history
         if k == 0 or history is None:
             history = _Inverse(z, g, max(1, min(memory, max_iter - 2)))

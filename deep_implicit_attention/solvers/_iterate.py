@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,20 @@ from ._solution import Solution
 from ._validate import check_arguments, check_same_shape, check_unchanged, version
 
 Map = Callable[[Tensor], Tensor]
+
+
+class Norms(NamedTuple):
+    """‖f(z) − z‖ `(B,)` of this step, and of those that the host has heard of since the last.
+
+    On the host that is this step, on an accelerator none or the last few.
+    """
+
+    here: Any
+    heard: list[Any]
+
+
 # What of k, z, f(z), f(z) − z and its norms makes the next z.
-Propose = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
+Propose = Callable[[int, Tensor, Tensor, Tensor, Norms], Tensor]
 
 # A preconditioner that helps leaves less than this of the residual in its first step.
 _HELPS = 0.8
@@ -37,7 +49,8 @@ _FALLS = 0.95
 _NOTED = (32 << 20) - (8 << 10)
 
 # After so many steps is the first look at an accelerator's numbers, since many solves take two or
-# three, and so many guesses are made that a solve will be over before `BETWEEN_LOOKS` more.
+# three, and `_Guard` asks for them then; and so many guesses are made that a solve will be over
+# before `BETWEEN_LOOKS` more.
 _FIRST_LOOK, _GUESSES = 2, 2
 
 
@@ -76,8 +89,9 @@ def iterate(
     ‖f(z) − z‖ has fallen as much. A sample that only became longer goes back to its best iterate
     and on by plain steps.
 
-    On an accelerator the host waits for the numbers of several steps at once (`_Looks`). What is
-    returned is the same, but for samples that went astray or without P meanwhile.
+    On an accelerator the host waits for the numbers of several steps at once (`_Looks`), and
+    `propose` hears of them then. Samples are judged as they are on the host; those that went astray
+    meanwhile have taken other steps.
 
     `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
     iterate is returned or counts as converged by what `rough` says of it.
@@ -96,7 +110,7 @@ def iterate(
     if rough is not None and on_host and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
     books = Books(z, tol, stop_mode, together=first is None)
-    guard = None if preconditioner is None else _Guard(preconditioner, np if on_host else torch)
+    guard = None if preconditioner is None else _Guard(preconditioner)
     looks = None if on_host else _Looks()
     alone = getattr(f, "of_samples", None) if on_host and guard is None else None
 
@@ -111,7 +125,9 @@ def iterate(
         g = fz - z
         g_norm, f_norm = norms(g, fz)
         last = k + 1 == max_iter
+        heard = []
         if looks is None:
+            heard = [g_norm]
             now = books.enter(z, g_norm, f_norm, exact)
             if first is not None:
                 first.look(now)
@@ -119,7 +135,7 @@ def iterate(
             looks.keep(z, (g, fz), (g_norm, f_norm))
         entered = looks is None or last or k + 1 == looks.next
         if looks is not None and entered:
-            looks.enter(books)
+            heard = looks.enter(books)
         if last or (entered and books.over):
             break
         if keep is not None and alone is not None and first is None:
@@ -127,12 +143,13 @@ def iterate(
             if stay is not None:
                 f = alone(books.rows)
                 z, fz, g, g_norm = z[stay], fz[stay], g[stay], g_norm[stay.numpy()]
+                heard = [g_norm]
                 keep(stay)
-        image = fz
+        image, lengths = fz, Norms(g_norm, heard)
         if guard is not None:
-            z, g, g_norm = guard(k, z, g, g_norm, propose)
+            z, g, lengths = guard(k, z, g, lengths, propose)
             fz = z + g
-        z = propose(k, z, fz, g, g_norm)
+        z = propose(k, z, fz, g, lengths)
         z = books.goes_on_from(z, image, entered)
 
     return books.solution()
@@ -167,17 +184,19 @@ class _Looks:
         self.vectors += vectors
         self.lengths += lengths
 
-    def enter(self, books: Books) -> None:
-        """Bring the books up to date, and decide when to look again."""
+    def enter(self, books: Books) -> list[np.ndarray]:
+        """Bring the books up to date, and decide when to look again; returns the residual norms."""
         found = seen(self.vectors, self.lengths)
-        for z, g_norm, f_norm in zip(self.states, found[::2], found[1::2], strict=True):
+        heard = list(found[::2])
+        for z, g_norm, f_norm in zip(self.states, heard, found[1::2], strict=True):
             books.enter(z, g_norm, f_norm)
             if books.over:
-                return
+                return heard
         self.states, self.vectors, self.lengths = [], [], []
         ahead = books.ahead(BETWEEN_LOOKS) if self.guesses else BETWEEN_LOOKS
         self.guesses -= ahead < BETWEEN_LOOKS
         self.next += ahead
+        return heard
 
 
 class _Rough:
@@ -214,35 +233,34 @@ class _Rough:
 class _Guard:
     """P (f(z) − z) where P helps, f(z) − z elsewhere, and where to go on from."""
 
-    def __init__(self, preconditioner: Map, xp: Any):
-        self.preconditioner, self.xp = preconditioner, xp
-        self.start: tuple[Tensor, Tensor, Tensor] | None = None
-        self.first_norm: Any = None
+    def __init__(self, preconditioner: Map):
+        self.preconditioner = preconditioner
+        self.start: tuple[Tensor, Tensor, Tensor, Norms] | None = None
         self.helps: Any = None
         self.everywhere = self.nowhere = False
 
     def __call__(
-        self, k: int, z: Tensor, g: Tensor, g_norm: Any, propose: Propose
-    ) -> tuple[Tensor, Tensor, Any]:
+        self, k: int, z: Tensor, g: Tensor, norms: Norms, propose: Propose
+    ) -> tuple[Tensor, Tensor, Norms]:
         if k == 0:
             changed = self.preconditioner(g)
             check_same_shape(changed, z, "the preconditioner")
-            self.start, self.first_norm = (z, g, changed), g_norm
-            return z, changed, g_norm
+            self.start = z, g, changed, norms
+            return z, changed, norms
         if self.start is not None:
-            before, plain, changed = self.start
+            before, plain, changed, first = self.start
             self.start = None
-            self.helps = g_norm <= _HELPS * self.first_norm
-            if isinstance(self.helps, np.ndarray):
-                # Asked of numpy only: on an accelerator the answer would stall the queue.
-                count = np.count_nonzero(self.helps)
-                self.everywhere, self.nowhere = count == len(self.helps), count == 0
+            first_norm, g_norm = first.heard + norms.heard
+            self.helps = g_norm <= _HELPS * first_norm
+            count = np.count_nonzero(self.helps)
+            self.everywhere, self.nowhere = count == len(self.helps), count == 0
             if not self.everywhere:
                 z, g = select(self.helps, z, before), select(self.helps, g, plain)
-                g_norm = self.xp.where(self.helps, g_norm, self.first_norm)
-                first = select(self.helps, changed, plain)
-                propose(0, before, before + first, first, self.first_norm)
+                there = select(self.helps, changed, plain)
+                propose(0, before, before + there, there, Norms(first.here, [first_norm]))
+                g_norm = np.where(self.helps, g_norm, first_norm)
+                norms = Norms(norms.here, [g_norm])
         if self.nowhere:
-            return z, g, g_norm
+            return z, g, norms
         changed = self.preconditioner(g)
-        return z, changed if self.everywhere else select(self.helps, changed, g), g_norm
+        return z, changed if self.everywhere else select(self.helps, changed, g), norms

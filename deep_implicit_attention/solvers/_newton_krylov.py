@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._gmres import gmres
-from ._iterate import Map, iterate
+from ._iterate import Map, Norms, iterate
 from ._scale import norm_column
 from ._solution import Solution
 from ._validate import check_count, check_number, check_same_shape
@@ -81,7 +80,7 @@ def newton_krylov(
         sound = torch.isfinite(delta).all(dim=1, keepdim=True) & (delta != 0).any(1, keepdim=True)
         return torch.where(sound, delta, g), sound
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
         nonlocal search
         if search is None:
             search = _LineSearch(z)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ._iterate import Map, iterate
+from ._iterate import Map, Norms, iterate
 from ._solution import Solution
 from ._validate import check_number
 
@@ -53,7 +51,7 @@ def picard(
     """
     check_number("damping", damping, minimum=0.0, below=1.0)
 
-    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+    def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
         return fz if damping == 0 else z + (1 - damping) * g
 
     return iterate(

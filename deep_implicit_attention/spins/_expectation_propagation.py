@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..deq._failure import OnFailure
 from ..deq._state import Layout
 from ..solvers import Solution, Status
 from ..solvers._books import GROWTH
-from ..solvers._iterate import Map, iterate
+from ..solvers._iterate import Map, Norms, iterate
 from ..solvers._validate import check_number
 from ._consistency import AdaptiveTAPStep, ConsistentMethod
 from ._double_loop import DoubleLoop
@@ -139,7 +139,7 @@ class _Schedule:
     def _in_parallel(self, f: Map, z0: Tensor, tol: float, max_iter: int) -> Solution:
         x, (h, V) = self.x, self.cavities
 
-        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
             nonlocal h, V
             h, V = parallel(self.local, x, self.couplings, h, V, self.method.damping)
             state = self.local.mean(h, V), V
@@ -173,7 +173,7 @@ class _Schedule:
         terms = terms_of(self.local, h[rows], V[rows])
         alone: Map = f.of_samples(rows.nonzero().squeeze(1))  # type: ignore[attr-defined]
 
-        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norm: Any) -> Tensor:
+        def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
             nonlocal terms
             terms = update(*terms)
             h, V, _ = cavity(self.local, x, self.couplings, *terms)

@@ -56,8 +56,12 @@ def test_same_answers_and_evidence(solver, scale, make_problem, monkeypatch):
     found = solver(problem.f, problem.z0, **SOLVE, **options)
     assert bool(found.converged.all())
     torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-9)
-    for name in ("steps", "codes", "converged"):
+    for name in ("codes", "converged"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    if solver is anderson:  # which hears of slow samples when the host looks
+        assert (abs(found.steps - expected.steps) <= 3).all()
+        return
+    assert torch.equal(found.steps, expected.steps)
     torch.testing.assert_close(found.residual, expected.residual, rtol=1e-2, atol=1e-12)
 
 
@@ -86,16 +90,51 @@ class Kernels(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("solver", "most"), [(picard, 4), (anderson, 60)])
-def test_what_a_step_starts_beside_the_map(solver, most, monkeypatch):
-    """f(z) − z and two norms, what makes the next state of them, and a look now and then."""
+@pytest.mark.parametrize(
+    ("solver", "left", "most"), [(picard, 0.9, 4), (anderson, 0.9, 56), (anderson, 0.25, 4)]
+)
+def test_what_a_step_starts_beside_the_map(solver, left, most, monkeypatch):
+    """f(z) − z and two norms, what makes the next state of them, and a look now and then.
+
+    Where every step leaves a quarter of the residual nobody is mixed.
+    """
     leave_the_host(monkeypatch)
-    x, counts = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), []
+    x, counts = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double(), []
     for steps in (12, 24):
         with Kernels() as kernels:
-            solver(lambda z: 0.9 * z.flip(1) + x, x, tol=1e-30, max_iter=steps)
+            solver(lambda z: left * z.flip(1) + x, x, tol=1e-30, max_iter=steps)
         counts.append(kernels.count - 3 * steps)
-    assert (counts[1] - counts[0]) / 12 <= most
+    assert 1 <= (counts[1] - counts[0]) / 12 <= most
+
+
+def test_slow_samples_are_accelerated_soon(monkeypatch):
+    """What is fast at first and then slow: as soon as the host looks."""
+    g = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64, generator=g)).Q
+    values = torch.linspace(-0.2, 0.2, 30, dtype=torch.float64)
+    values[:3] = torch.tensor([0.9, -0.8, 0.7], dtype=torch.float64)
+    matrix, x = turned * values @ turned.mT, torch.randn(8, 30, dtype=torch.float64, generator=g)
+    x = x - 0.999 * x @ turned[:, :3] @ turned[:, :3].mT
+
+    def f(z):
+        return z @ matrix + x
+
+    expected = anderson(f, torch.zeros_like(x), tol=1e-8, max_iter=40)
+    leave_the_host(monkeypatch)
+    found = anderson(f, torch.zeros_like(x), tol=1e-8, max_iter=40)
+    assert found.all_converged()
+    assert int(found.steps.max()) <= int(expected.steps.max()) + 3
+
+
+def test_what_a_mixture_leads_astray_is_forgotten_before_the_host_looks(monkeypatch):
+    """Three spins at their critical point, where mixtures of early steps point far away."""
+    g = torch.Generator().manual_seed(1)
+    x = 0.1 * torch.rand(64, 1, generator=g).expand(64, 3)
+    leave_the_host(monkeypatch)
+    found = anderson(
+        lambda z: torch.tanh(z.mean(1, keepdim=True) + x), torch.tanh(x), tol=1e-4, max_iter=30
+    )
+    assert found.all_converged()
 
 
 @pytest.mark.parametrize("solver", [picard, anderson, broyden])
