@@ -138,7 +138,8 @@ def _times(transposed: Tensor, z: Tensor) -> Tensor:
     1.2 times as long. In float64 rows were the faster at 16 and 32 components as well.
     """
     sites, width = z.shape[-2:]
-    if transposed.dtype == torch.float32 and width >= _NARROW and sites < _WIDE:
+    stands = transposed.dtype == torch.float32 and width >= _NARROW
+    if stands and (torch.compiler.is_compiling() or sites < _WIDE):  # compiled for any N
         return transposed.mT @ z.to(transposed.dtype)
     return (z.mT.to(transposed.dtype).contiguous() @ transposed).mT
 
@@ -148,8 +149,9 @@ def couple(
 ) -> Couplings:
     """The couplings of `q`, `k` `(B, h, N, k)`, to act on states of `width` components a head."""
     sites = q.shape[2]
-    # Fused attention knows no row without a key, and its fast form wants equal widths.
-    fused = sites >= _FUSED and mask is None and q.shape[3] == width
+    # Fused attention knows no row without a key, and its fast form wants equal widths. N is asked
+    # for last: to a compiler a size that is looked at is no longer any size.
+    fused = mask is None and q.shape[3] == width and sites >= _FUSED
     if transformed(q, k) or (torch.compiler.is_compiling() and not fused):
         return Couplings(softmax_couplings(q, k, scale, mask, causal))
     matrix = None

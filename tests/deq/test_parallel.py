@@ -94,6 +94,27 @@ def test_a_fixed_horizon_exports_with_any_batch_size():
         torch.testing.assert_close(exported(rows), layer(rows), rtol=1e-4, atol=1e-6)
 
 
+def test_with_a_mask_it_exports_with_any_number_of_sites():
+    torch.manual_seed(0)
+    layer = DEQFixedPoint(DEQVanillaSoftmaxAttention(5, 16), steps=2).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sites")}
+    example = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    shapes = {"x": sizes, "mask": sizes}
+    exported = torch.export.export(_Masked(layer), example, dynamic_shapes=shapes).module()
+    for batch, sites in ((3, 7), (2, 130), (1, 1025)):
+        x, mask = torch.randn(batch, sites, 16), torch.rand(batch, sites) < 0.5
+        torch.testing.assert_close(exported(x, mask), layer(x, mask), rtol=1e-4, atol=1e-5)
+
+
+class _Masked(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, mask)
+
+
 class _Plain(nn.Module):
     """A model around the layer, with one input, as an exporter wants it."""
 
