@@ -38,7 +38,7 @@ class TrainingFlags:
     checkpoint_every: int | None = None
     """steps between checkpoints, beside those after every evaluation"""
     keep_checkpoints: int = 2
-    """newest checkpoints that are kept, beside the best one"""
+    """newest checkpoints that are kept, beside the best one before them"""
     patience: int | None = None
     """evaluations without a lower validation loss after which the training ends"""
     on_divergence: OnDivergence = "warn"

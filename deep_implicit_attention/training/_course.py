@@ -22,6 +22,7 @@ class Course:
     seconds: float = 0.0
     best: float = math.inf
     best_step: int | None = None
+    bests: list[int] = field(default_factory=list)  # the steps that were the best in their time
     stale: int = 0
     ending: str = ""
     signs: list[str] = field(default_factory=list)
@@ -31,6 +32,10 @@ class Course:
         """Forget what belongs to the steps before an evaluation."""
         self.sums, self.counts, self.signs = {}, {}, []
         self.batches, self.residual, self.seconds = 0, 0.0, 0.0
+
+    def best_until(self, step: int) -> int | None:
+        """The best step of those up to `step`; of an earlier version's checkpoint, the best."""
+        return max((best for best in self.bests if best <= step), default=self.best_step)
 
     def add(self, found: dict[str, float]) -> None:
         """Take in the means of a step."""

@@ -32,7 +32,7 @@ class Plan:
             evaluated and kept as the best weights.
         patience: evaluations without improvement after which the training ends.
         checkpoint_every: steps between checkpoints, beside those after each evaluation.
-        keep: newest checkpoints that are kept, beside the best one.
+        keep: newest checkpoints that are kept, beside the best one before them.
         precision: autocast of the model; None takes what `accelerate launch` says, else "no".
         device: "auto" takes the accelerator there is.
         trackers: names such as "tensorboard" and "wandb".

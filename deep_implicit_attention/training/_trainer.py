@@ -187,6 +187,7 @@ class Trainer:
         self._heed(self.watch.evaluation(measured.get("spectral_radius", 0.0)))
         if measured[name] < course.best:
             course.best, course.best_step, course.stale = measured[name], course.step, 0
+            course.bests.append(course.step)
         else:
             course.stale += 1
         if course.step == plan.steps:
@@ -243,7 +244,9 @@ class Trainer:
         self.run.checkpoints.write(course.step, parts, state)
         if course.best_step == course.step:
             self.run.save_weights(_state.weights(parts), self._epoch(), course.step)
-        self.run.checkpoints.prune(self.plan.keep, course.best_step)
+        # With the best that the oldest kept one knows, one can go on from any of them.
+        oldest = self.run.checkpoints.steps()[-self.plan.keep :][0]
+        self.run.checkpoints.prune(self.plan.keep, course.best_until(oldest))
 
     def _begin(self) -> None:
         """Start from the first step, whatever an earlier training left."""

@@ -194,6 +194,40 @@ def test_the_newest_is_damaged_and_deleted(
     assert_same(snapshot(tmp_path), expected)
 
 
+@pytest.mark.parametrize(("keep", "kill"), [(2, 15), (3, 18)])
+def test_the_best_is_deleted(
+    keep: int,
+    kill: int,
+    whole: Build,
+    regression: Build,
+    trainer: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses, deadly = {3: 2.0, 6: 4.0, 9: 3.0, 12: 1.0, 15: 0.5, 18: 5.0}, set()
+    evaluate = Trainer._evaluate
+
+    def scripted(self: Trainer) -> None:
+        step = self.course.step
+        if step in deadly:
+            raise Killed
+        self.task.evaluate = lambda model: {"validation_loss": losses[step]}
+        evaluate(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", scripted)
+    expected = whole(steps=18, keep=keep)
+    deadly.add(kill)
+    with pytest.raises(Killed):
+        trainer(regression(), steps=18, keep=keep).train()
+    deadly.clear()
+    checkpoints = Run(tmp_path).checkpoints
+    assert checkpoints.steps() == [3, 9, 12, 15][: keep + 1]
+    for step in checkpoints.steps()[2:]:
+        checkpoints.path(step).unlink()
+    trainer(regression(), steps=18, keep=keep).train(resume=True)
+    assert_same(snapshot(tmp_path), expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
