@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
@@ -36,8 +37,14 @@ def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) ->
         )
     each = max(20, round(1000 * seconds))  # browsers slow down what is faster
     written = io.BytesIO()
-    frames[0].save(
-        written, "GIF", save_all=True, append_images=frames[1:], loop=0, optimize=True,
-        duration=[each] * (len(frames) - 1) + [each + 2000],
-    )  # fmt: skip
+    try:
+        frames[0].save(
+            written, "GIF", save_all=True, append_images=frames[1:], loop=0, optimize=True,
+            duration=[each] * (len(frames) - 1) + [each + 2000],
+        )  # fmt: skip
+    except (OverflowError, struct.error) as error:
+        raise ValueError(
+            "seconds must be fewer: equal figures in a row become one, which is shown for as long "
+            f"as all of them, more than the 655 s that a GIF can hold; got {seconds}"
+        ) from error
     return written.getvalue()

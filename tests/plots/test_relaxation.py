@@ -341,6 +341,8 @@ def test_animation_of_nothing_or_of_different_sizes() -> None:
     for seconds in (0, 601, math.inf, math.nan):
         with pytest.raises(ValueError, match="seconds"):
             animation([frame(1)], seconds=seconds)
+    with pytest.raises(ValueError, match="equal figures in a row"):
+        animation([frame(1)] * 3, seconds=300)
     assert animation([frame(1)], seconds=600)
 
 
