@@ -32,7 +32,7 @@ bench: $(DEV)  ## the layers beside their rivals, in minutes; writes docs/benchm
 
 # With VIT=RUN and SHAKESPEARE=RUN, folders of `dia train`, also the layers of trained models.
 TRAINED := $(if $(VIT),--vit $(VIT)) $(if $(SHAKESPEARE),--shakespeare $(SHAKESPEARE))
-PARTS := speed scaling importing evaluations inference response boltzmann choosing cuda
+PARTS := speed scaling importing evaluations inference response boltzmann choosing launches cuda
 bench-full: $(DEV)  ## all of docs/benchmarks.md and .json; VIT=RUN SHAKESPEARE=RUN for trained models
 	@missed=; \
 	run() { echo "benchmarks.$$*"; $(BIN)/python -m benchmarks.$$* || missed="$$missed $$1"; }; \

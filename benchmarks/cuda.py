@@ -34,7 +34,7 @@ BAR = 3.0
 # The part of the forward time that is bare products at the large mean-field size, at least.
 FLOOR = 0.6
 # Peak memory at most, over that with the fewest steps; all of them fill the solver's history.
-STEPS, MEMORY = (10, 20, 40, 80), 1.02
+STEPS, MEMORY = (20, 40, 80, 160), 1.02
 LARGE = Workload("mean-field", lambda: DEQMeanFieldAttention(256, 64), (64, 256, 64), (0, 0))
 
 
