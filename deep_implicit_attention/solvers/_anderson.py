@@ -151,7 +151,8 @@ class _History:
             # What is not finite is not fast, nor what is lost.
             self.slow = self.slow | ~(left < _FAST)
             near = self.turns.hear(left) | (left < _ASTRAY) | (norm <= self.first)
-            self.known &= near[:, None]
+            if self.steps:
+                self.known &= near[:, None]
             del self.lengths[0]
         return near
 
@@ -219,31 +220,32 @@ class _Turns:
 
     def __init__(self, samples: int, period: int) -> None:
         self.period, self.steps = period, 0
-        everybody = np.ones(samples, bool)
-        self.plain = [everybody]  # who took a plain step, of steps not heard of yet
-        self.left: Any = None  # what part of its residual a sample's last plain step left
-        self.also = ~everybody  # who is mixed in the steps between, too
+        self.plain = [np.ones(samples, bool)]  # who took a plain step, of steps not heard of yet
+        self.last: Any = None  # of the last that was: that, and what part of the residuals it left
+        self.left: Any = None  # what part a sample's last plain step left
 
     def keep(self, rows: Any) -> None:
         """Leave out all samples but some."""
         self.plain = [plain[rows] for plain in self.plain]
-        self.also = self.also[rows]
-        if self.left is not None:
+        if self.last is not None:
+            self.last = [numbers[rows] for numbers in self.last]
             self.left = self.left[rows]
 
     def hear(self, left: Any) -> Any:
         """Take note of what part of the residuals the next step `left`: for whom it was plain."""
         plain = self.plain.pop(0)
-        if self.period > 1:
-            self.left = left if self.left is None else np.where(plain, left, self.left)
-            # After a plain step who does not get nearer, else for whom it paid.
-            self.also = plain ^ (left < np.where(plain, 1.0, _PAYS * self.left))
+        self.left = left if self.left is None else np.where(plain, left, self.left)
+        self.last = plain, left
         return plain
 
     def next(self, begun: Any) -> Any:
         """Who of those that have `begun` is mixed now."""
         self.steps += 1
-        mixed = begun & self.also if self.steps % self.period else begun
+        mixed = begun
+        if self.steps % self.period and np.count_nonzero(begun):
+            # After a plain step who does not get nearer, else for whom it paid.
+            plain, left = self.last
+            mixed = begun & (plain ^ (left < np.where(plain, 1.0, _PAYS * self.left)))
         self.plain.append(~mixed)
         return mixed
 
