@@ -12,11 +12,11 @@ process of its own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,  # pyright: ignore
 )
@@ -89,7 +89,7 @@ def _is_pretended(device: Any) -> bool:
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The operation on the host, as if it were not."""
     name = func.name().partition("::")[2].partition(".")[0]
-    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves = list(_tensors((*args, *kwargs.values())))
     wrapped = {id(leaf.raw): leaf for leaf in leaves if isinstance(leaf, Pretended)}
     host = [leaf for leaf in leaves if not isinstance(leaf, Pretended)]
     asked = name in _ASKING
@@ -112,18 +112,37 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         Counts.current.kernels += _starts(func)
         Counts.current.waits += asked
 
-    def bare(leaf: Any) -> Any:
+    def bare(leaf: Tensor) -> Tensor:
         return leaf.raw if isinstance(leaf, Pretended) else leaf
 
-    def dressed(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, Pretended) or not here:
+    def dressed(leaf: Tensor) -> Tensor:
+        if isinstance(leaf, Pretended) or not here:
             return leaf
         return wrapped[id(leaf)] if id(leaf) in wrapped else Pretended(leaf)
 
-    found = func(*pytree.tree_map(bare, args), **pytree.tree_map(bare, kwargs))
+    options = {key: _with_tensors(bare, value) for key, value in kwargs.items()}
+    found = func(*_with_tensors(bare, args), **options)
     for leaf in wrapped.values():
         assert leaf.size() == leaf.raw.size(), f"{func.name()} has changed a size in place"
-    return pytree.tree_map(dressed, found)
+    return _with_tensors(dressed, found)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among what an operation is given, in lists as well."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _with_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_with_tensors(change, part) for part in value])
+    return value
 
 
 _libraries: list[Any] = []  # which are in force as long as somebody holds them
