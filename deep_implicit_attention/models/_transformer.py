@@ -202,6 +202,9 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         """
         check_sampling(max_new_tokens, temperature, top_k)
         self._check(ids, mask)
+        for name in ("state", "return_solution"):
+            if name in overrides:
+                raise TypeError(f"generate solves many times and takes no {name!r}")
         if ids.shape[1] == 0:
             raise ValueError("ids must hold at least one token of every prompt")
         if mask is not None:

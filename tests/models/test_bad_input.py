@@ -85,3 +85,10 @@ def test_a_state_that_is_not_one_for_each_block(depth: int) -> None:
     for wrong in (solutions[0], solutions[0].value, 0):
         with pytest.raises(TypeError, match=f"state must be a tuple or list of {depth}, .* got"):
             model(ids, state=wrong)
+
+
+@pytest.mark.parametrize("name", ["state", "return_solution"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_one_solve_takes_and_generation_does_not(name: str, cache: bool) -> None:
+    with pytest.raises(TypeError, match=f"generate solves many times and takes no '{name}'"):
+        build().generate(tokens(2, 3), 2, cache=cache, **{name: True})
