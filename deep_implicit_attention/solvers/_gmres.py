@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,70 +157,123 @@ def _cycle(
     Returns the correction, the number of vectors each sample used, which samples found A singular
     on their space or not finite, which of them not finite, the residual norm of every sample after
     each vector, and how to get the correction with so few vectors that its residual, with the
-    rounding of a product with it, is least. The Hessenberg matrix is triangularised by Givens
-    rotations as it grows; for a sample that is done, further columns are those of the identity.
+    rounding of a product with it, is least.
     """
     batch, n = r.shape
     look_every = 1 if is_host(r) else BETWEEN_LOOKS
     norm = torch.linalg.vector_norm(r, dim=1)
-    basis = r.new_zeros(batch, size + 1, n)
+    basis = r.new_empty(batch, size + 1, n)
     basis[:, 0] = torch.where(active[:, None], r / torch.where(norm > 0, norm, 1)[:, None], 0)
-    triangle = torch.eye(size, dtype=r.dtype, device=r.device).repeat(batch, 1, 1)
-    rhs = r.new_zeros(batch, size + 1)
-    rhs[:, 0] = torch.where(active, norm, 0)
-    cosines, sines = r.new_ones(batch, size), r.new_zeros(batch, size)
-    used = torch.zeros(batch, dtype=torch.long, device=r.device)
-    stuck = broken = torch.zeros_like(active)
-    largest = torch.zeros_like(norm)
-    rows: list[Tensor] = []
-    now = norm
+    given = torch.stack([t.to(r) for t in (norm, bound, active, room)]).cpu().numpy()
+    problem = _LeastSquares(given, size)
+    columns: list[Tensor] = []
 
     for k in range(size):
         image = matvec(basis[:, k])
         if k == 0:
             check_same_shape(image, r, "matvec")
-        column = _arnoldi.extend(basis, k, image)
-        for i in range(k):
-            upper, lower = column[:, i].clone(), column[:, i + 1]
-            column[:, i] = cosines[:, i] * upper + sines[:, i] * lower
-            column[:, i + 1] = cosines[:, i] * lower - sines[:, i] * upper
-        length = torch.hypot(column[:, k], column[:, k + 1])
-        # A pivot that is rounding noise (or not finite): A is singular on this space.
-        largest = torch.maximum(largest, torch.linalg.vector_norm(image, dim=1))
-        noise = 10 * torch.finfo(r.dtype).eps * largest
-        sound = active & (length > noise) & torch.isfinite(length)
-        used += active
-        safe = torch.where(sound, length, 1)
-        cosines[:, k] = torch.where(sound, column[:, k] / safe, 1)
-        sines[:, k] = torch.where(sound, column[:, k + 1] / safe, 0)
-        column[:, k] = length
-        triangle[:, : k + 1, k] = torch.where(
-            sound[:, None], column[:, : k + 1], triangle[:, : k + 1, k]
-        )
-        rhs[:, k + 1] = torch.where(sound, -sines[:, k] * rhs[:, k], 0)
-        rhs[:, k] = torch.where(sound, cosines[:, k] * rhs[:, k], 0)
-        now = torch.where(sound, rhs[:, k + 1].abs(), now)
-        rows.append(now)
-        stuck = stuck | (active & ~sound)
-        broken = broken | (active & ~torch.isfinite(length))
-        active = sound & (now > bound) & (used < room)
-        if (k + 1) % look_every == 0 and not active.any():
-            break
+        columns.append(_arnoldi.extend(basis, k, image))
+        columns.append(torch.linalg.vector_norm(image, dim=1, keepdim=True))
+        if (k + 1) % look_every == 0 or k + 1 == size:
+            problem.enter(torch.cat(columns, dim=1).cpu().numpy())
+            columns = []
+            if problem.over:
+                break
 
-    k = len(rows)
-
-    def combined(weights: Tensor) -> Tensor:
-        return (weights.unsqueeze(1) @ basis[:, :k]).squeeze(1)
-
-    def solved(rhs: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(triangle[:, :k, :k], rhs, upper=True)
+    def combined(weights: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(weights).to(r).unsqueeze(1)
+        return (rows @ basis[:, : problem.k]).squeeze(1)
 
     def shorter() -> Tensor:
-        # Column j has the weights of j + 1 vectors.
-        weights = solved(torch.diag_embed(rhs[:, :k])).cumsum(dim=2)
-        length = torch.linalg.vector_norm(weights, dim=1)
-        rounding = torch.finfo(r.dtype).eps * largest[:, None] * length
-        least = torch.hypot(torch.stack(rows, dim=1), rounding).nan_to_num(torch.inf).argmin(dim=1)
-        return combined(weights[torch.arange(batch, device=r.device), :, least])
+        return combined(problem.shorter())
 
-    return combined(solved(rhs[:, :k].unsqueeze(2)).squeeze(2)), used, stuck, broken, rows, shorter
+    used, stuck, broken = (
+        torch.from_numpy(found).to(r.device)
+        for found in (problem.used, problem.stuck, problem.broken)
+    )
+    rows = list(torch.from_numpy(np.stack(problem.rows)).to(r))
+    return combined(problem.weights()), used, stuck, broken, rows, shorter
+
+
+class _LeastSquares:
+    """Weights of the Krylov vectors whose residual is least, of every sample.
+
+    The Hessenberg matrix is triangularised by rotations as it grows; for a sample that is done,
+    further columns are those of the identity. All on the host, where these are a few numbers of
+    numpy's, in the precision of the vectors.
+    """
+
+    def __init__(self, given: np.ndarray, size: int) -> None:
+        norm, bound, active, room = given
+        self.dtype, self.eps = given.dtype, np.finfo(given.dtype).eps
+        self.size, self.k, self.bound, self.room = size, 0, bound, room
+        self.active = active > 0
+        batch = len(norm)
+        self.rhs = np.zeros((batch, size + 1), self.dtype)
+        self.rhs[:, 0] = np.where(self.active, norm, 0)
+        self.triangle = np.tile(np.eye(size, dtype=self.dtype), (batch, 1, 1))
+        self.cosines, self.sines = np.ones_like(self.rhs), np.zeros_like(self.rhs)
+        self.used = np.zeros(batch, np.int64)
+        self.stuck = self.broken = np.zeros(batch, bool)
+        self.largest = np.zeros_like(norm)  # norm of a product with a vector
+        self.now = norm
+        self.rows: list[np.ndarray] = []
+
+    @property
+    def over(self) -> bool:
+        """Whether no sample needs another vector."""
+        return not np.count_nonzero(self.active)
+
+    def enter(self, columns: np.ndarray) -> None:
+        """Take in further columns, each with the norm of its product behind it."""
+        while columns.shape[1] and not (self.over and self.k):
+            column, norm, columns = np.split(columns, [self.k + 2, self.k + 3], axis=1)
+            with np.errstate(all="ignore"):
+                self._enter(column.copy(), norm[:, 0])
+
+    def _enter(self, column: np.ndarray, norm: np.ndarray) -> None:
+        k = self.k
+        for i in range(k):
+            upper, lower = column[:, i].copy(), column[:, i + 1]
+            cosine, sine = self.cosines[:, i], self.sines[:, i]
+            column[:, i] = cosine * upper + sine * lower
+            column[:, i + 1] = cosine * lower - sine * upper
+        length = np.hypot(column[:, k], column[:, k + 1])
+        finite = np.isfinite(length)
+        # A pivot that is rounding noise (or not finite): A is singular on this space.
+        self.largest = np.maximum(self.largest, norm)
+        sound = self.active & (length > 10 * self.eps * self.largest) & finite
+        self.used += self.active
+        safe = np.where(sound, length, 1)
+        cosine = np.where(sound, column[:, k] / safe, 1)
+        sine = np.where(sound, column[:, k + 1] / safe, 0)
+        self.cosines[:, k], self.sines[:, k] = cosine, sine
+        column[:, k] = length
+        self.triangle[sound, : k + 1, k] = column[sound, : k + 1]
+        self.rhs[:, k + 1] = np.where(sound, -sine * self.rhs[:, k], 0)
+        self.rhs[:, k] = np.where(sound, cosine * self.rhs[:, k], 0)
+        self.now = np.where(sound, abs(self.rhs[:, k + 1]), self.now)
+        self.rows.append(self.now)
+        self.stuck = self.stuck | (self.active & ~sound)
+        self.broken = self.broken | (self.active & ~finite)
+        self.active = sound & (self.now > self.bound) & (self.used < self.room)
+        self.k += 1
+
+    def _solved(self, rhs: np.ndarray) -> np.ndarray:
+        triangle = torch.from_numpy(self.triangle[:, : self.k, : self.k])
+        return torch.linalg.solve_triangular(triangle, torch.from_numpy(rhs), upper=True).numpy()
+
+    def weights(self) -> np.ndarray:
+        """Of the vectors, `(B, k)`."""
+        return self._solved(self.rhs[:, : self.k, None])[:, :, 0]
+
+    def shorter(self) -> np.ndarray:
+        """Of so few vectors that the residual with the rounding of a product with them is least."""
+        # Column j has the weights of j + 1 vectors.
+        each = self.rhs[:, None, : self.k] * np.eye(self.k, dtype=self.dtype)
+        weights = self._solved(each).cumsum(axis=2)
+        length = np.linalg.norm(weights, axis=1)
+        rounding = self.eps * self.largest[:, None] * length
+        sums = np.nan_to_num(np.hypot(np.stack(self.rows, 1), rounding), nan=np.inf)
+        least = sums.argmin(axis=1)
+        return np.take_along_axis(weights, least[:, None, None], axis=2)[:, :, 0]

@@ -207,3 +207,16 @@ def test_gmres_asks_every_fourth_vector_at_most(monkeypatch):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
     # One for each fourth vector, one for each of at most three cycles, one for the trace.
     assert questions.count <= int(found.steps.max()) // 4 + 4
+
+
+def test_what_a_vector_of_gmres_starts(monkeypatch):
+    """The product, its norm and two passes of Gram–Schmidt; rotations are the host's."""
+    leave_the_host(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    b, counts = torch.randn(3, 40, dtype=torch.float64, generator=generator), []
+    for vectors in (8, 24):
+        with Kernels() as kernels:
+            gmres(lambda v: v @ matrix.mT, b, tol=1e-12, max_iter=vectors)
+        counts.append(kernels.count)
+    assert (counts[1] - counts[0]) / 16 <= 36
