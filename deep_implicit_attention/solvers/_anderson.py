@@ -205,12 +205,15 @@ class _History:
         usable = self.known[:, :used] & mixed[:, None]
         if self.on_host:
             return usable
-        usable = torch.from_numpy(usable).to(self.delta_g.device, non_blocking=True)
+        device = self.delta_g.device
+        usable = torch.from_numpy(usable).to(device, non_blocking=True)
         # Mixtures that the host has not heard of may have led astray, too.
         steps = zip(self.turns.plain, self.lengths, self.lengths[1:], strict=False)
         for plain, before, after in steps:
             if np.count_nonzero(plain) < len(plain):
                 near = (after < _ASTRAY * before) | (after <= self.start)
+                if np.count_nonzero(plain):
+                    near = near | torch.from_numpy(plain).to(device, non_blocking=True)
                 usable = usable & near[:, None]
         return usable
 

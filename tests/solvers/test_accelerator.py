@@ -137,6 +137,21 @@ def test_what_a_mixture_leads_astray_is_forgotten_before_the_host_looks(monkeypa
     assert found.all_converged()
 
 
+def test_who_took_a_plain_step_forgets_nothing_for_a_mate_that_was_mixed(monkeypatch):
+    """Of two, one is mixed at once; the other's plain step makes its residual twenty times."""
+    matrices = torch.tensor([[[0.0, -20], [0.5, 0]], [[-2, 0], [0, -2]]]).double()
+    x = torch.tensor([[[1.0], [0]], [[1], [1]]]).double()
+    leave_the_host(monkeypatch)
+
+    def steps(samples):
+        M, b = matrices[:samples], x[:samples]
+        return anderson(
+            lambda z: (M @ z[:, :, None] + b)[:, :, 0], 0 * b[:, :, 0], tol=1e-8, period=2, ridge=0
+        ).steps[0]
+
+    assert steps(2) == steps(1)
+
+
 @pytest.mark.parametrize("solver", [picard, anderson, broyden])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_who_is_done_stays_while_others_go_on(solver, dtype, make_problem, monkeypatch):
