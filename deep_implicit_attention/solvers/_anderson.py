@@ -106,8 +106,8 @@ def anderson(
 class _History:
     """The last differences of f and g, and γ of what they make of the next state.
 
-    A sample's history begins when its residual first falls too slowly. Who is mixed, and with what,
-    follows from the norms that the host has heard of.
+    A sample's history begins when its residual first falls too slowly. Who is mixed follows from
+    the norms that the host has heard of; later ones only say who has been led astray.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def iterate(
     rough: Map | None = None,
     keep: Callable[[Tensor], None] | None = None,
 ) -> Solution:
-    """Iterate `z ← propose(k, z, f(z), f(z) − z, ‖f(z) − z‖)` to residuals within `tol`.
+    """Iterate `z ← propose(k, z, f(z), f(z) − z, norms)` to residuals within `tol`.
 
     The value returned is, per sample, the iterate with the smallest residual seen. A sample that
     is done (converged or no longer finite) is frozen: its value does not change any more, however

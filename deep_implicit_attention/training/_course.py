@@ -28,13 +28,17 @@ class Course:
     signs: list[str] = field(default_factory=list)
     metrics_size: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.bests and self.best_step is not None:
+            self.bests = [self.best_step]  # all that an earlier version's checkpoint knows
+
     def start_anew(self) -> None:
         """Forget what belongs to the steps before an evaluation."""
         self.sums, self.counts, self.signs = {}, {}, []
         self.batches, self.residual, self.seconds = 0, 0.0, 0.0
 
     def best_until(self, step: int) -> int | None:
-        """The best step of those up to `step`; of an earlier version's checkpoint, the best."""
+        """The best step of those up to `step`."""
         return max((best for best in self.bests if best <= step), default=self.best_step)
 
     def add(self, found: dict[str, float]) -> None:

@@ -322,3 +322,9 @@ def test_means_go_on_from_sums_that_a_version_without_counts_has_written() -> No
     course.start_anew()
     course.add({"other": 3.0})
     assert course.means() == {"other": 3.0}
+
+
+def test_a_checkpoint_of_an_earlier_version_names_its_best() -> None:
+    course = Course(best_step=4)  # which knows no others
+    course.bests.append(12)
+    assert [course.best_until(step) for step in (9, 12)] == [4, 12]
