@@ -23,7 +23,7 @@ from deep_implicit_attention.attention import DEQMeanFieldAttention
 from deep_implicit_attention.deq import DEQFixedPoint
 
 from .page import machine, parse_out, provenance, write_results, write_section
-from .rivals import PEERS, products, torchdeq_on_our_map
+from .rivals import PEERS, over_ours, products, torchdeq_on_our_map
 from .speed import WORKLOADS, Workload, iterated, literally
 from .timing import Respond, Run, both, forward, take_turns
 
@@ -33,7 +33,7 @@ TURNS = 15
 BAR = 3.0
 # The part of the forward time that is bare products at the large mean-field size, at least.
 FLOOR = 0.6
-# Peak memory at most, over that with the fewest steps; all of them fill the solver's history.
+# Peak memory at most, over that with the fewest steps; all of them have the solver's history.
 STEPS, MEMORY = (20, 40, 80, 160), 1.02
 LARGE = Workload("mean-field", lambda: DEQMeanFieldAttention(256, 64), (64, 256, 64), (0, 0))
 
@@ -98,16 +98,10 @@ def measure(workload: Workload) -> dict[str, Any]:
     }
 
 
-def over_peers(found: dict[str, Any]) -> float | None:
-    """The time of TorchDEQ's best solver over ours; None without a solver."""
-    rivals = [found["seconds"][peer] for peer in PEERS if peer in found["seconds"]]
-    return min(rivals) / found["seconds"]["ours"] if rivals else None
-
-
 def row(found: dict[str, Any]) -> str:
     """A line of the table."""
     seconds = found["seconds"]
-    ratio = over_peers(found)
+    ratio = over_ours(seconds)
     peer = "–" if ratio is None else f"{ratio:.1f}"
     return (
         f"| {found['name']} | {', '.join(map(str, found['size']))} "
@@ -171,7 +165,8 @@ def main() -> None:
     write_section(page, TITLE, text)
     everything = {"workloads": results, "large": part, "peak by steps": peaks}
     write_results(page, TITLE, everything, command)
-    ratios = [ratio for ratio in map(over_peers, results) if ratio is not None]
+    ratios = [over_ours(found["seconds"]) for found in results]
+    ratios = [ratio for ratio in ratios if ratio is not None]
     grows = max(peaks.values()) > MEMORY * peaks[STEPS[0]]
     if min(ratios) < BAR or part["floor"] < FLOOR or grows:
         raise SystemExit(f"not {BAR:g} times TorchDEQ, under {FLOOR:.0%} products, or memory grows")

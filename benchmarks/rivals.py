@@ -20,6 +20,12 @@ from .timing import Respond, Run
 PEERS = ("anderson", "broyden", "fixed_point_iter")
 
 
+def over_ours(costs: dict[str, float]) -> float | None:
+    """What the best of TorchDEQ's solvers costs over "ours"; None where there is no solver."""
+    rivals = [costs[peer] for peer in PEERS if peer in costs]
+    return min(rivals) / costs["ours"] if rivals else None
+
+
 def torchdeq_on_our_map(
     module: Any,
     solver: str,

@@ -167,7 +167,7 @@ def _ritz_values(
         image = product(basis[:, k])
         if k == 0:
             unit = power_of_two(image)
-        hessenberg[:, : k + 2, k] = _arnoldi.extend(basis, k, image / unit)
+        hessenberg[:, : k + 2, k], _ = _arnoldi.extend(basis, k, image / unit)
     square = hessenberg[:, :size]
     finite = torch.isfinite(square).flatten(1).all(dim=1)
     values = torch.linalg.eigvals(torch.where(finite[:, None, None], square, 0))

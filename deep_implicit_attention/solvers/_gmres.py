@@ -172,8 +172,7 @@ def _cycle(
         image = matvec(basis[:, k])
         if k == 0:
             check_same_shape(image, r, "matvec")
-        columns.append(_arnoldi.extend(basis, k, image))
-        columns.append(torch.linalg.vector_norm(image, dim=1, keepdim=True))
+        columns += _arnoldi.extend(basis, k, image)
         if (k + 1) % look_every == 0 or k + 1 == size:
             problem.enter(torch.cat(columns, dim=1).cpu().numpy())
             columns = []
@@ -206,7 +205,7 @@ class _LeastSquares:
     def __init__(self, given: np.ndarray, size: int) -> None:
         norm, bound, active, room = given
         self.dtype, self.eps = given.dtype, np.finfo(given.dtype).eps
-        self.size, self.k, self.bound, self.room = size, 0, bound, room
+        self.k, self.bound, self.room = 0, bound, room
         self.active = active > 0
         batch = len(norm)
         self.rhs = np.zeros((batch, size + 1), self.dtype)
@@ -226,7 +225,7 @@ class _LeastSquares:
 
     def enter(self, columns: np.ndarray) -> None:
         """Take in further columns, each with the norm of its product behind it."""
-        while columns.shape[1] and not (self.over and self.k):
+        while columns.shape[1] and not self.over:
             column, norm, columns = np.split(columns, [self.k + 2, self.k + 3], axis=1)
             with np.errstate(all="ignore"):
                 self._enter(column.copy(), norm[:, 0])

@@ -15,7 +15,7 @@ def krylov(matrices, start, steps):
     hessenberg = start.new_zeros(batch, steps + 1, steps)
     for k in range(steps):
         image = (matrices @ basis[:, k, :, None]).squeeze(2)
-        hessenberg[:, : k + 2, k] = _arnoldi.extend(basis, k, image)
+        hessenberg[:, : k + 2, k], _ = _arnoldi.extend(basis, k, image)
     return basis, hessenberg
 
 
