@@ -20,8 +20,10 @@ from deep_implicit_attention.attention import (
     DEQMLPMixerAttention,
     DEQVanillaSoftmaxAttention,
     DEQVectorSpinAttention,
+    _mean_field,
+    _softmax,
 )
-from deep_implicit_attention.deq import DEQFixedPoint, Implicit, spectral_radius
+from deep_implicit_attention.deq import DEQFixedPoint, Implicit, _layer, spectral_radius
 from deep_implicit_attention.models import (
     DeepImplicitAttentionTransformer,
     DeepImplicitAttentionViT,
@@ -116,6 +118,32 @@ def check_models() -> None:
         alike(spectral_radius(g, y), spectral_radius(f, z), atol=1e-2)
 
 
+def check_narrow() -> None:
+    """Inside autocast first steps are in bfloat16, with sums in float32; answers are as exact."""
+    for part in (_softmax, _mean_field):
+        part.narrow_pays = lambda x: x.device.type == NAME
+    _softmax._WIDE = _mean_field._LARGE = 1
+    outside = _layer.in_autocast
+    for name in ("mean field", "softmax, normalised"):
+        module, x = MECHANISMS[name](), torch.randn(3, N, D).requires_grad_()
+        options = {"solver_fwd_max_iter": 90, "on_failure": "raise"}
+        z = DEQFixedPoint(module, solver_fwd_tol=1e-6, **options)(x)
+        z.square().sum().backward()
+        there = DEQFixedPoint(copy.deepcopy(module).to(NAME), **options)
+        for inside in (False, True):
+            _layer.in_autocast = lambda like, inside=inside: inside
+            y = x.detach().to(NAME).requires_grad_()
+            forward = Counts()
+            found = there(y)
+            backward = Counts()
+            found.square().sum().backward()
+            for counts in (forward, backward):
+                assert counts.narrow >= 2 if inside else not counts.narrow, (name, counts.narrow)
+            alike(found, z, atol=2e-3)
+            alike(y.grad, x.grad, atol=1e-2)
+    _layer.in_autocast = outside
+
+
 def check_counts() -> None:
     """A step that is no mixture starts a dozen kernels, map included; few steps end in a look."""
     module = DEQMeanFieldAttention(64, 16)
@@ -146,6 +174,7 @@ def main() -> None:
         check_method(method, J, fields)
     check_models()
     check_counts()
+    check_narrow()
     print("ok", flush=True)
     # Not by way of Python's end, where torch's threads for the device are in the way.
     os._exit(0)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..deq._map import without_autocast
 from ..deq._watched import transformed, watched
 from ._memory import empty
+from ._products import sums
 
 # From here on fused attention gives the gradient by queries and keys, which takes half the memory
 # and (measured on one core) an eighth more time, and the few updates of a solve that no backward
@@ -141,7 +142,7 @@ def _times(transposed: Tensor, z: Tensor) -> Tensor:
     stands = transposed.dtype == torch.float32 and width >= _NARROW
     if stands and (torch.compiler.is_compiling() or sites < _WIDE):  # compiled for any N
         return transposed.mT @ z.to(transposed.dtype)
-    return (z.mT.to(transposed.dtype).contiguous() @ transposed).mT
+    return sums(z.mT.to(transposed.dtype).contiguous(), transposed).mT
 
 
 def couple(

@@ -65,7 +65,8 @@ _PART_COMPONENTS = 32
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for `x` `(..., k)`, `weight` `(n, k)` and `bias` `(n,)`.
 
-    `x` is narrowed to a narrow `weight`, and so is the result; there are no gradients then.
+    `x` is narrowed to a narrow `weight`, and so is the result; without a bias a GPU returns sums in
+    float32. There are no gradients then.
     """
     if weight.dtype == torch.bfloat16:
         return _product(x.to(weight.dtype), weight, bias)
@@ -166,10 +167,11 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear_times(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
     """(x Wᵀ) ∘ factor; in one pass, and without a gradient, by oneDNN and for a narrow `weight`."""
-    if weight.dtype == torch.bfloat16 or _fast(x, weight):
+    narrow = weight.dtype == torch.bfloat16
+    if (narrow and x.is_cpu) or _fast(x, weight):
         x = x.to(weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, weight, None, "mul")
-    product = F.linear(x, weight)
+    product = linear(x, weight) if narrow else F.linear(x, weight)
     return product.mul_(factor) if _spare() else product * factor
 
 
@@ -221,16 +223,21 @@ def narrowed(context: Any) -> Any:
     return type(context)(*(t if t is None else t.bfloat16() for t in context))
 
 
+def sums(a: Tensor, b: Tensor) -> Tensor:
+    """a b for batches of matrices, in float32 for narrow ones of a GPU, which adds up in it."""
+    if a.is_cpu or a.dtype != torch.bfloat16:
+        return a @ b
+    found = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return found.view(*a.shape[:-1], b.shape[-1])
+
+
 def narrow_pays(x: Tensor) -> bool:
-    """Whether the processor multiplies bfloat16 faster than float32."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not watched(x)
-        and _has_onednn()
-        and torch.backends.mkldnn.enabled
-        and _has_bfloat16()
-    )
+    """Whether the processor, or NVIDIA's GPU, multiplies bfloat16 faster than float32."""
+    if x.dtype != torch.float32 or watched(x):
+        return False
+    if x.is_cuda:
+        return torch.version.hip is None and _gpu_has_bfloat16(x.device)
+    return x.is_cpu and _has_onednn() and bool(torch.backends.mkldnn.enabled) and _has_bfloat16()
 
 
 @functools.cache
@@ -244,9 +251,21 @@ def _has_bfloat16() -> bool:
     return asked is not None and bool(asked())
 
 
+@functools.cache
+def _gpu_has_bfloat16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", how: str = ""
 ) -> Tensor:
+    if not x.is_cpu:  # narrow, or it would not be here
+        if bias is None:
+            found = torch.mm(x.reshape(-1, x.shape[-1]), weight.mT, out_dtype=torch.float32)
+            return found.view(*x.shape[:-1], len(weight))
+        product = F.linear(x, weight, bias)
+        return F.gelu(product) if after == "gelu" else product
     # oneDNN reads the numbers of a bias one after the other, wherever they are.
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], how)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..solvers import Solution, Status, anderson
+from ..solvers._scale import is_host
 from ..solvers._validate import check_is_tensor
 from ._adjoints import Adjoint
 from ._failure import OnFailure, report
@@ -203,9 +204,10 @@ class DEQFixedPoint(nn.Module):
         self, x: Tensor, inputs: tuple, state: State | None, settings: Settings, evidence: bool
     ) -> Solution:
         """The solution for `x`; `value` is the list of output elements."""
+        how = {"evidence": evidence, "rough": is_host(x) or in_autocast(x)}
         with without_autocast(x):
             fields = self._fields(x, inputs)
-            solution = self._solve(fields, self._prepare(fields, inputs), state, settings, evidence)
+            solution = self._solve(fields, self._prepare(fields, inputs), state, settings, **how)
             poisoned = False
             # A bounded response to what is not finite may be finite. The sum is a first look.
             converged = solution.all_converged()
@@ -216,9 +218,7 @@ class DEQFixedPoint(nn.Module):
                 # NaN in one sample spoils the gradients of shared parameters for all, since
                 # 0 · NaN is NaN. Solve with another in its place and put the NaN back at the end.
                 clean = replaced(broken, fields)
-                solution = self._solve(
-                    clean, self._prepare(clean, inputs), state, settings, evidence
-                )
+                solution = self._solve(clean, self._prepare(clean, inputs), state, settings, **how)
                 solution = solution.with_status(broken, Status.NONFINITE)
                 solution = solution.with_value(
                     [_Poison.apply(part, per_sample(broken, part)) for part in solution.value]
@@ -271,9 +271,13 @@ class DEQFixedPoint(nn.Module):
         state: State | None,
         settings: Settings,
         evidence: bool,
+        rough: bool = False,
         traceable: bool = False,
     ) -> Solution:
-        """The solution for the sources `fields`; `value` is the list of output elements."""
+        """The solution for the sources `fields`; `value` is the list of output elements.
+
+        `rough` says that first steps may be rough ones: on an accelerator autocast is the leave.
+        """
         fun, steps = self.fun, settings.steps
         if steps is not None:
             start, layout = self._start(fields, state, settings)
@@ -296,22 +300,23 @@ class DEQFixedPoint(nn.Module):
                 check_reach(fun, self.output_elements, len(layout.shapes))
             return closed_form(fun, context, layout, self.output_elements, settings.tol)
         else:
-            solution = self._equilibrium(fields, context, state, settings)
+            solution = self._equilibrium(fields, context, state, settings, rough)
             value = solution.value
         parts = (value,) if isinstance(value, Tensor) else value
         return solution.with_value([parts[i] for i in self.output_elements])
 
     def _equilibrium(
-        self, fields: Tensor, context: Any, state: State | None, settings: Settings
+        self, fields: Tensor, context: Any, state: State | None, settings: Settings, rough: bool
     ) -> Solution:
         """The solution of an iteration to tolerance; `value` is the whole state."""
         refuse_transformations()
-        fun, given, start = self.fun, settings.solver_options, None
+        fun, given, start, first = self.fun, settings.solver_options, None, None
         with torch.no_grad():
             preconditioner = solver_option(fun, "preconditioner", context, given)
             if settings.initial_state == "zeros" and state is None:
                 start = start_near(fun, context, preconditioner)
-            rough = solver_option(fun, "rough", context, given) if state is None else None
+            if rough and state is None:
+                first = solver_option(fun, "rough", context, given)
         if start is None:
             start, _ = self._start(fields, state, settings)
         check_reach(fun, self.output_elements, count(start))
@@ -325,7 +330,7 @@ class DEQFixedPoint(nn.Module):
             tol=settings.tol,
             max_iter=settings.max_iter,
             state_preconditioner=preconditioner,
-            rough_args=None if rough is None else (rough,),
+            rough_args=None if first is None else (first,),
             **given,
         )
 

@@ -38,7 +38,8 @@ class DEQModule(nn.Module):
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
       backward; or None. The last steps, and the residuals of what is returned, are those of the
-      update itself. Modules with parameters narrower than float32 do without.
+      update itself. On an accelerator it is asked for inside autocast only. Modules with parameters
+      narrower than float32 do without.
     - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
       The solve from zeros starts there.
     - ``select_samples(index, context) -> context``: that of the samples `index` `(b,)`. When half

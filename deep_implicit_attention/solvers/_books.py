@@ -158,13 +158,17 @@ class Books:
             z = self.distance.back(z, image, self.best, self.active if entered else None)
         return z if self.together or not entered else select(self.active, z, self.best)
 
-    def ahead(self, most: int) -> int:
-        """After how many further steps all samples should be done, by their last two residuals."""
+    def ahead(self, most: int, bound: float | None = None) -> int:
+        """After how many further steps all samples should be done, by their last two residuals.
+
+        With `bound`, after how many their residuals should be down to it.
+        """
+        bound = self.tol if bound is None else bound
         if len(self.trace) < 2:
             return most
         now, before = self.trace[-1][self.active], self.trace[-2][self.active]
         with np.errstate(all="ignore"):
-            steps = np.log(self.tol / now) / np.log(now / before)
+            steps = np.log(bound / now) / np.log(now / before)
         # Of those whose residual grows there is nothing to say; comparisons are false of NaN.
         return int(np.ceil(np.where((steps > 0) & (steps < most), steps, most).max()))
 

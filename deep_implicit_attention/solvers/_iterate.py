@@ -93,8 +93,8 @@ def iterate(
     `propose` hears of them then. Samples are judged as they are on the host; those that went astray
     meanwhile have taken other steps.
 
-    `rough` takes the place of f while a sample is far from its solution (`_Rough`), on the host. No
-    iterate is returned or counts as converged by what `rough` says of it.
+    `rough` takes the place of f while a sample is far from its solution (`_Rough`). No iterate is
+    returned or counts as converged by what `rough` says of it.
 
     Where f has `of_samples`, index ↦ the map of these samples alone, and `keep` is given, on the
     host, samples that are done are left out once they are half of all, and then half of what is
@@ -107,7 +107,7 @@ def iterate(
         _keep_freed_memory()
     z = z0.detach().clone()
     first = None
-    if rough is not None and on_host and stop_mode == "rel":
+    if rough is not None and stop_mode == "rel":
         first = _Rough(f, rough, len(z), tol)
     books = Books(z, tol, stop_mode, together=first is None)
     guard = None if preconditioner is None else _Guard(preconditioner)
@@ -132,10 +132,10 @@ def iterate(
             if first is not None:
                 first.look(now)
         else:
-            looks.keep(z, (g, fz), (g_norm, f_norm))
+            looks.keep(z, (g, fz), (g_norm, f_norm), exact)
         entered = looks is None or last or k + 1 == looks.next
         if looks is not None and entered:
-            heard = looks.enter(books)
+            heard = looks.enter(books, first)
         if last or (entered and books.over):
             break
         if keep is not None and alone is not None and first is None:
@@ -174,27 +174,33 @@ class _Looks:
 
     def __init__(self) -> None:
         self.next, self.guesses = _FIRST_LOOK, _GUESSES
-        self.states: list[Tensor] = []
+        self.states: list[tuple[Tensor, Any]] = []  # and for whom f was the exact one
         self.vectors: list[Tensor] = []  # f(z) − z and f(z) of each
         self.lengths: list[Tensor] = []  # of these
 
-    def keep(self, z: Tensor, vectors: Iterable[Tensor], lengths: Iterable[Tensor]) -> None:
+    def keep(
+        self, z: Tensor, vectors: Iterable[Tensor], lengths: Iterable[Tensor], exact: Any
+    ) -> None:
         """Keep a step."""
-        self.states.append(z)
+        self.states.append((z, exact))
         self.vectors += vectors
         self.lengths += lengths
 
-    def enter(self, books: Books) -> list[np.ndarray]:
+    def enter(self, books: Books, first: _Rough | None) -> list[np.ndarray]:
         """Bring the books up to date, and decide when to look again; returns the residual norms."""
         found = seen(self.vectors, self.lengths)
         heard = list(found[::2])
-        for z, g_norm, f_norm in zip(self.states, heard, found[1::2], strict=True):
-            books.enter(z, g_norm, f_norm)
+        for (z, exact), g_norm, f_norm in zip(self.states, heard, found[1::2], strict=True):
+            now = books.enter(z, g_norm, f_norm, exact)
+            if first is not None:
+                first.look(now)
             if books.over:
                 return heard
         self.states, self.vectors, self.lengths = [], [], []
         ahead = books.ahead(BETWEEN_LOOKS) if self.guesses else BETWEEN_LOOKS
         self.guesses -= ahead < BETWEEN_LOOKS
+        if first is not None and np.count_nonzero(first.serves):
+            ahead = min(ahead, books.ahead(BETWEEN_LOOKS, first.bound))
         self.next += ahead
         return heard
 
@@ -203,7 +209,8 @@ class _Rough:
     """f, or `rough` for the samples that it still serves.
 
     They are far from their solutions: `rough` is near f as seen from there, and what it is wrong by
-    the steps that follow take away. Each sample decides by itself, by its own residuals.
+    the steps that follow take away. Each sample decides by itself, by its own residuals, on an
+    accelerator when the host looks.
     """
 
     def __init__(self, f: Map, rough: Map, samples: int, tol: float):
@@ -216,7 +223,11 @@ class _Rough:
         image = self.rough(z)
         check_same_shape(image, z, "the rough map")
         # Narrow numbers may not reach as far as those of f.
-        self.serves = self.serves & np.isfinite(norms(image)[0])
+        (norm,) = norms(image)
+        if is_host(z):
+            self.serves = self.serves & np.isfinite(norm)
+        else:  # where the host has not seen it yet, who does not move is not served any more
+            image = torch.where(torch.isfinite(norm)[:, None], image, z)
         if np.count_nonzero(self.serves) == len(z):
             return image
         exact = self.f(z)

@@ -41,7 +41,8 @@ def picard(
             sample of whose residual the first step leaves more than 0.8 goes on without P.
         rough: z ↦ a cheap approximation of f(z), in narrower numbers for instance. It is asked in
             the place of f as long as a sample's residual falls and is above 1e-2 and 5 `tol` (with
-            "rel", on the host). `trace` then holds residuals of `rough`.
+            "rel"; on an accelerator up to three steps longer). `trace` then holds residuals of
+            `rough`.
 
     Returns:
         `Solution`. Cost: one evaluation and O(B n) a step; memory O(B n).

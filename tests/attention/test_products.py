@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,3 +357,24 @@ def test_couplings_act_as_their_matrix_does(width, sites, dtype):
         torch.testing.assert_close(coupled.transposed()(g), transposed)
     mine, theirs = (torch.autograd.grad(value, inputs, g) for value in (found, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_narrow_products_of_a_gpu_are_sums_in_float32():
+    """Without a GPU torch tells shapes and types only; `tests/other_device.py` has numbers."""
+
+    def narrow(*shape):
+        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 5, 8, device="cuda"), narrow(6, 8)
+        found = [
+            _products.linear(x, weight),
+            _products.linear(x, narrow(8, 6).mT),
+            _products.linear_times(x, weight, narrow(3, 5, 6)),
+            _products.sums(narrow(3, 5, 8), narrow(3, 6, 8).mT),
+        ]
+        for product in found:
+            assert (product.shape, product.dtype) == ((3, 5, 6), torch.float32)
+            assert product.is_cuda
+        assert _products.gelu_linear(x, weight, narrow(6)).dtype == torch.bfloat16

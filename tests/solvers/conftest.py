@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_implicit_attention.solvers import anderson, broyden, newton_krylov, picard
+from deep_implicit_attention.solvers import (
+    _anderson,
+    _books,
+    _gmres,
+    _iterate,
+    _scale,
+    anderson,
+    broyden,
+    newton_krylov,
+    picard,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,6 +27,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def leave_the_host(monkeypatch):
+    """A function after whose call solves on the host run as on an accelerator."""
+
+    def leave():
+        for part in (_iterate, _books, _anderson, _gmres, _scale):
+            monkeypatch.setattr(part, "is_host", lambda z: False)
+
+    return leave
 
 
 @pytest.fixture(params=[picard, anderson, broyden, newton_krylov], ids=lambda s: s.__name__)
