@@ -71,6 +71,11 @@ class Books:
         with np.errstate(all="ignore"):
             # A copy, so that residual and norm of a solution do not share memory.
             now = g_norm / (f_norm + self.tiny) if self.relative else g_norm.copy()
+        if k and not self.together and some(self.first_norm == 0):
+            # Who stood still until now, since its rough image was not finite, begins here.
+            still = self.first_norm == 0
+            self.first_norm = np.where(still, g_norm, self.first_norm)
+            self.distance.begin(still, f_norm)
         if some(f_norm > self.huge):
             # Who comes here by growing runs away; who began here is large, and no more.
             away = (f_norm > self.huge) & (g_norm / GROWTH > self.first_norm) if k else self.broken
@@ -224,6 +229,10 @@ class _Distance:
             self.astray = found & (left > _ASTRAY * self.largest)
         self.largest = np.maximum(g_norm, self.largest)
         return found
+
+    def begin(self, there: np.ndarray, f_norm: np.ndarray) -> None:
+        """The way of those `there` begins here."""
+        self.first = np.where(there, f_norm, self.first)
 
     def keep(self, stay: np.ndarray) -> None:
         """Leave out all but some."""

@@ -223,11 +223,12 @@ class _Rough:
         image = self.rough(z)
         check_same_shape(image, z, "the rough map")
         # Narrow numbers may not reach as far as those of f.
-        (norm,) = norms(image)
         if is_host(z):
+            (norm,) = norms(image)
             self.serves = self.serves & np.isfinite(norm)
         else:  # where the host has not seen it yet, who does not move is not served any more
-            image = torch.where(torch.isfinite(norm)[:, None], image, z)
+            size = torch.linalg.vector_norm(image, 1, dim=1, keepdim=True)  # without squares
+            image = torch.where(torch.isfinite(size), image, z)
         if np.count_nonzero(self.serves) == len(z):
             return image
         exact = self.f(z)
@@ -262,7 +263,8 @@ class _Guard:
             before, plain, changed, first = self.start
             self.start = None
             first_norm, g_norm = first.heard + norms.heard
-            self.helps = g_norm <= _HELPS * first_norm
+            # Of who stood still, since its rough image was not finite, nothing is known.
+            self.helps = (g_norm > 0) & (g_norm <= _HELPS * first_norm)
             count = np.count_nonzero(self.helps)
             self.everywhere, self.nowhere = count == len(self.helps), count == 0
             if not self.everywhere:

@@ -79,6 +79,30 @@ def test_a_bad_approximation_costs_steps_and_not_the_solution(solver, make_probl
     assert int(found.steps.max()) <= int(plain.steps.max()) + 25
 
 
+@SOLVERS
+def test_who_stands_still_is_judged_from_where_the_exact_map_begins(solver, make_problem):
+    """An accelerator's states stay where they are until the host hears of an image that is NaN."""
+    problem = make_problem(norm=0.6)
+
+    def lost(z):
+        return torch.full_like(z, torch.nan)
+
+    found = solver(problem.f, problem.z0, rough=lost, preconditioner=lambda r: -r, **SOLVE)
+    assert bool(found.converged.all())
+    found = solver(problem.f, problem.z0, rough=lost, tol=1e-12, max_iter=4)
+    assert set(found.status) == {"max_iter"}
+
+
+@SOLVERS
+def test_states_whose_squares_are_lost_begin_on_the_approximation(solver, make_problem, record):
+    problem = make_problem(norm=0.6, scale=1e25, nonlinear=False, dtype=torch.float32)
+    rough = record(off(problem))
+    found = solver(problem.f, problem.z0, rough=rough, tol=1e-5, max_iter=100)
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.value / 1e25, problem.solution / 1e25, rtol=1e-3, atol=1e-3)
+    assert len(rough.seen) >= 3
+
+
 def test_a_first_step_that_gains_nothing_does_not_drop_the_approximation(record):
     """Relative residuals of z ← 1 − z/2 from 0 are 1, 1, 1/3, 1/5, … down to 1e-2 and beyond."""
     rough = record(lambda z: 1 - 0.5 * z)
