@@ -1,8 +1,8 @@
 """Spins with priors whose cavity variance depends on the sample: one adaptive TAP step of a layer.
 
-A layer keeps its state (z, V) as users see it, `(B, N, d)` and `(B, N, d, d)`; the equations are
-solved in the coordinates of `spins._frames`. Of Ising spins every component is one: N·d scalar
-spins, and V diagonal.
+A layer keeps its state (z, V) as users see it, `(B, N, d)` and `(B, N, d, d)`; the equations of
+Potts spins are solved in the coordinates of `spins._frames`. Of Ising spins every component is one:
+N·d scalar spins, and V diagonal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..spins import AdaptiveTAP, IsingPrior, NaiveMeanField, Response, SpinSystem
+from ..spins import AdaptiveTAP, IsingPrior, NaiveMeanField, PottsPrior, Response, SpinSystem
 from ..spins._consistency import AdaptiveTAPStep, pull
 from ..spins._frames import frame_of, local_of
 from ..spins._prior import Prior
@@ -40,7 +40,10 @@ def spin_system(weight: Tensor, prior: Prior) -> SpinSystem:
 
 def prepare(weight: Tensor, prior: Prior, x: Tensor) -> Matched:
     """The context of a solve for fields `x` `(B, N, d)`."""
-    frame = frame_of(spin_system(weight, prior), "DEQAdaTAPMeanFieldAttention")
+    system = spin_system(weight, prior)
+    if not isinstance(prior, PottsPrior):
+        return Matched(x.reshape(len(x), system.num_spins, -1), system.matrix(), None)
+    frame = frame_of(system, "DEQAdaTAPMeanFieldAttention")
     return Matched(frame.fields(x), frame.couplings, frame.basis)
 
 

@@ -1,11 +1,14 @@
 """Coordinates in which every spin is a vector with a covariance that can be inverted.
 
 Ising spins are vectors of one component. Potts spins live in the q − 1 dimensions across
-(1, …, 1): S = 1/q + U s with an orthonormal basis U of that space. Spherical spins stay as they
-are, but their second moments are matched on the trace only.
+(1, …, 1): S = 1/q + U s with an orthonormal basis U of that space. Spherical spins have a unit of
+their own, and their second moments are matched on the trace only.
 """
 
 from __future__ import annotations
+
+import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +58,9 @@ class _Sphere(Local):
     prior: SphericalPrior
 
     def log_partition(self, field: Tensor, V: Tensor) -> Tensor:
-        # V is isotropic as it is made, and numbers v of any shape are meant.
-        return self.prior.log_partition(field) + 0.5 * self.prior.radius**2 * V[..., 0, 0]
+        # V is isotropic as it is made, and so are derivatives by it.
+        v = V.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+        return self.prior.log_partition(field) + 0.5 * self.prior.radius**2 * v
 
     def mean(self, field: Tensor, V: Tensor) -> Tensor:
         return self.prior.mean(field)
@@ -109,8 +113,17 @@ class Frame:
             self._couplings = self._matrix()
         return self._couplings
 
+    @property
+    def stretch(self) -> float:
+        """Couplings in these coordinates over those of the system, where those are scalar."""
+        return 1.0
+
+    def stretched(self, couplings: Tensor) -> Tensor:
+        """Scalar couplings of the system, or their eigenvalues, in these coordinates."""
+        return couplings if self.stretch == 1 else couplings * self.stretch
+
     def _matrix(self) -> Tensor:
-        return self.system.matrix()
+        return self.stretched(self.system.matrix())
 
     def fields(self, x: Tensor) -> Tensor:
         """`(*batch, N, *event)` -> `(B, N, k)`."""
@@ -137,6 +150,40 @@ class Frame:
     def constant(self, x: Tensor) -> Tensor:
         """What the change of coordinates adds to log Z, `(B,)`."""
         return x.new_zeros(self.fields(x).shape[0])
+
+
+class _SphereFrame(Frame):
+    """Spins in the unit that brings their radius next to the default, a power of two.
+
+    There variances are of order one, and V are in spin glasses, so that neither hides
+    magnetizations, or is hidden by them, in a state of both. A power of two changes no digit.
+    """
+
+    def __init__(self, system: SpinSystem, prior: SphericalPrior) -> None:
+        (dim,) = prior.event_shape
+        self.unit = 2.0 ** round(math.log2(prior.radius / SphericalPrior(dim).radius))
+        measured = copy.copy(prior)
+        measured.radius = prior.radius / self.unit
+        super().__init__(system, local_of(measured), dim)
+
+    @property
+    def stretch(self) -> float:
+        return self.unit**2
+
+    def fields(self, x: Tensor) -> Tensor:
+        return super().fields(x) * self.unit
+
+    def coordinates(self, m: Tensor) -> Tensor:
+        return super().fields(m) / self.unit
+
+    def magnetization(self, m: Tensor, batch: torch.Size) -> Tensor:
+        return super().magnetization(m * self.unit, batch)
+
+    def variance(self, V: Tensor, batch: torch.Size) -> Tensor:
+        return super().variance(V / self.stretch, batch)
+
+    def pairs(self, chi: Tensor, batch: torch.Size) -> Tensor:
+        return super().pairs(chi * self.stretch, batch)
 
 
 class _PottsFrame(Frame):
@@ -191,8 +238,10 @@ def frame_of(system: SpinSystem, method: str) -> Frame:
     prior = system.prior
     if isinstance(prior, PottsPrior):
         return _PottsFrame(system)
-    if isinstance(prior, IsingPrior | SphericalPrior):
-        return Frame(system, local_of(prior), system.event_shape.numel())
+    if isinstance(prior, SphericalPrior):
+        return _SphereFrame(system, prior)
+    if isinstance(prior, IsingPrior):
+        return Frame(system, local_of(prior), 1)
     raise TypeError(f"{method} has no equations for {type(prior).__name__}")
 
 

@@ -97,8 +97,14 @@ class IteratedMethod:
             return first
         # So weak, they are a linear response to the fields: Newton's method has a step to go.
         measured = _InUnits(step, unit)
-        second = solve(measured, measured.scaled(first.value), general | {"solver": newton_krylov})
-        second = second.with_value(measured.natural(second.value))
+        with torch.no_grad():
+            start = measured.scaled(first.value)
+            second = solve(measured, start, general | {"solver": newton_krylov})
+            value = measured.natural(second.value)
+        if torch.is_grad_enabled():
+            # Not in these units, in which derivatives by variances hide those by magnetizations.
+            value = self.attached(step, value, *args)
+        second = second.with_value(value)
         small = unit.flatten(1)[:, 0] != 1
         return first.followed_by(second.rows(small), small)
 

@@ -33,8 +33,9 @@ class SelfAveragingTAP(IteratedMethod):
     `log_partition` are the magnetization (fields) and m_i·m_j + tr χ_ij (couplings).
 
     Cost: one eigendecomposition for each system, O(N³), which `SpinSystem.spectrum` keeps for
-    further fields, then O(B N² d) a step. Memory without gradients: one array `(N, N)` beside J.
-    Derivatives by couplings, and `covariance`, take an inverse for each sample, O(B N³).
+    further fields, then O(B N² d) a step. Memory without gradients: one array `(N, N)` beside J,
+    two on spheres far from the default radius. Derivatives by couplings, and `covariance`, take an
+    inverse for each sample, O(B N³).
 
     Options are those of `IteratedMethod`.
     """
@@ -64,7 +65,8 @@ class SelfAveragingTAP(IteratedMethod):
         system.check_fields(fields)
         check_start(start, fields)
         batch = fields.shape[: fields.dim() - 1 - len(system.event_shape)]
-        local, couplings, spectrum = frame.local, system.couplings, system.spectrum()
+        local, couplings = frame.local, frame.stretched(system.couplings)
+        spectrum = frame.stretched(system.spectrum())
         x = frame.fields(fields)
         zero = torch.zeros_like(x[:, :1, 0])
 

@@ -18,6 +18,7 @@ from deep_implicit_attention.spins import (
 )
 
 METHODS = [NaiveMeanField, TAP, AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation]
+CONSISTENT = [AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation]
 PRIORS = {"ising": IsingPrior(), "sphere": SphericalPrior(3, 1.0)}
 CASES = [(kind, name) for name in PRIORS for kind in METHODS if (kind, name) != (TAP, "sphere")]
 
@@ -52,7 +53,7 @@ def test_the_response_is_linear(kind, name, size):
     assert bool((response.solution.residual <= 1e-10).all())
 
 
-@pytest.mark.parametrize("kind", [AdaptiveTAP, SelfAveragingTAP, ExpectationPropagation])
+@pytest.mark.parametrize("kind", CONSISTENT)
 @pytest.mark.parametrize("size", [1e-5, 1e-8, 1e-20])
 def test_probabilities_of_potts_spins_are_right_to_rounding(kind, size):
     """Their deviations from 1/q cannot be solved to less than their rounding."""
@@ -64,6 +65,50 @@ def test_probabilities_of_potts_spins_are_right_to_rounding(kind, size):
     response = kind(on_failure="raise", max_iter=60)(spins, size * x)
     expected = 1 / 4 + (alone @ (size * x).flatten()).view(5, 4)
     torch.testing.assert_close(response.magnetization, expected, rtol=0, atol=size**2 + 1e-15)
+
+
+@pytest.mark.parametrize("kind", CONSISTENT)
+@pytest.mark.parametrize(("size", "power"), [(0.5, 10), (1e-7, -10)])
+def test_the_radius_is_a_unit(kind, size, power):
+    """A power of two changes no digit, also where V, which goes as d/R², is 1e-6 or 1e6."""
+    couplings, _ = sherrington_kirkpatrick(3, 0.8, 0.0, 1)
+
+    def found(radius):
+        x = (size / radius * randn(3, 3)).requires_grad_()
+        spins = SpinSystem(couplings / radius**2, SphericalPrior(3, radius))
+        response = kind(on_failure="raise")(spins, x)
+        m = response.magnetization / radius
+        (slope,) = torch.autograd.grad(m.square().sum() + response.log_partition, x)
+        return (
+            m,
+            response.log_partition,
+            response.cavity_variance * radius**2,
+            response.covariance / radius**2,
+            response.susceptibility / radius**2,
+            slope / radius,
+        )
+
+    for ours, theirs in zip(found(2.0**power), found(1.0), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("kind", CONSISTENT)
+def test_derivatives_by_variances_do_not_hide_others(kind, name):
+    """Those of V and log Z by V are of order one, those by m as small as m."""
+    spins, size = system(name), 1e-4
+    x, way = size * randn(8, *spins.event_shape), randn(*spins.event_shape, 8).movedim(-1, 0)
+
+    def loss(x, **options):
+        found = kind(**options)(spins, x)
+        small = found.magnetization.square().sum() + found.cavity_variance.sum()
+        return small + found.log_partition
+
+    at = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(at), at)
+    ends = [loss(x + s * size * way, tol=1e-13) for s in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * size)
+    torch.testing.assert_close((slope * way).sum(), expected, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", METHODS)
