@@ -4,6 +4,7 @@
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -161,6 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
         named = isinstance(error, OSError) and error.strerror and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore
         print(f"dia: {message}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # torch has no error of its own for the memory of the host.
+        known = re.search("allocate memory|out of memory", str(error))
+        if isinstance(error, RuntimeError) and not known:
+            raise
+        told = str(error).partition("\n")[0]
+        print(f"dia: too large for the memory here: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dia: interrupted", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from deep_implicit_attention import recipes
 from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, MnistViT
 
@@ -81,6 +82,28 @@ def test_what_is_not_understood(
     assert stop.value.code == 2
     assert capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_memory_cannot_hold(
+    capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = "boltzmann --methods pcd --num-hidden 100000000 --num-updates 1 --l2 0.1"
+    assert main(large.split()) == 1
+    assert re.fullmatch(
+        "dia: too large for the memory here: .* allocate .*\n", capsys.readouterr().err
+    )
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recipes, "run_ising", fail)
+    error: Exception = MemoryError("Unable to allocate 1 PiB")
+    assert main(["ising"]) == 1
+    assert capsys.readouterr().err == f"dia: too large for the memory here: {error}\n"
+    error = RuntimeError("a mistake of the program")
+    with pytest.raises(RuntimeError, match="mistake"):
+        main(["ising"])
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # so output fails at the exit, or at once
