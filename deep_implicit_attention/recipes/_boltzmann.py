@@ -15,6 +15,7 @@ import torch
 from ..solvers._validate import check_seed
 from ..training import Run, digits, require
 from ._flags import check_threads, refuse
+from ._made import save_arrays, save_figure
 
 PARAMETERS, COMPLETIONS, SAMPLES = "machine.npz", "completions.png", "samples.png"
 SIDE, SHOWN = 8, 12
@@ -130,7 +131,7 @@ def _complete(recipe: Boltzmann, run: Run, data: Halves) -> list[dict[str, Any]]
             best, machine = row["validation_error"], fitted
     for row in rows:
         run.log(**{key: value for key, value in row.items() if key != "completed"})
-    np.savez(run.folder / PARAMETERS, couplings=machine.couplings_, fields=machine.fields_)  # type: ignore[union-attr]
+    save_arrays(run.folder / PARAMETERS, couplings=machine.couplings_, fields=machine.fields_)  # type: ignore[union-attr]
     _draw(recipe, run, data, rows, machine, console)
     console.print(f"metrics, parameters and figures are in {run.folder}/", soft_wrap=True)
     return rows
@@ -238,7 +239,7 @@ def _draw(
         images[f"{row['method']} {row['test_error']:.1%}"] = row["completed"][chosen]
     shaped = {name: flat.reshape(-1, SIDE, SIDE) for name, flat in images.items()}
     title = "lower halves completed from upper ones; wrong pixels of all test images"
-    plots.image_rows(shaped, title).savefig(run.folder / COMPLETIONS, dpi=130)
+    save_figure(run.folder / COMPLETIONS, plots.image_rows(shaped, title))
     if not recipe.samples:
         return
     with console.status("drawing"), warnings.catch_warnings(record=True) as caught:
@@ -251,4 +252,4 @@ def _draw(
     whole = np.concatenate([drawn, missing]).reshape(-1, columns, SIDE, SIDE)
     named = {" " * i or "drawn": images for i, images in enumerate(whole)}
     title = f"digits drawn from the machine learned by {machine.method}"
-    plots.image_rows(named, title).savefig(run.folder / SAMPLES, dpi=130)
+    save_figure(run.folder / SAMPLES, plots.image_rows(named, title))

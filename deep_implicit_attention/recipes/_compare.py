@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ..spins import Exact, GibbsSampler, IsingPrior, Sampling, SpinSystem
 from ..training import Run, require
 from ._flags import refuse
 from ._ising import Ising, Method
+from ._made import save_arrays, save_figure
 
 ANSWERS, FIGURE = "answers.npz", "ising.png"
 EXACT, SAMPLED = "exact", "gibbs reference"
@@ -223,7 +223,7 @@ def _save(path: Path, system: SpinSystem, x: Tensor, answers: Answers) -> None:
     for name, answer in answers.items():
         arrays[f"{name} magnetization"] = answer.magnetization.numpy()
         arrays[f"{name} covariance"] = answer.covariance.numpy()
-    np.savez(path, **arrays)
+    save_arrays(path, **arrays)
 
 
 def _print(console: Any, recipe: Ising, answers: Answers) -> None:
@@ -318,4 +318,4 @@ def _draw(path: Path, recipe: Ising, answers: dict[float, Answers], magnetized: 
         else "inverse temperature β (dimensionless, 1 as loaded)",
         title=recipe.describe(len(true.magnetization)),
     )
-    figure.savefig(path, dpi=130)
+    save_figure(path, figure)

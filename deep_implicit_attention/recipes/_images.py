@@ -14,6 +14,7 @@ from ..training import Devices, ImageData, Measured, Progress, Run
 from ..training._run import METRICS
 from ._frame import Work, run_recipe
 from ._image_recipe import ImageRecipe, measured_on_test
+from ._made import save_figure
 from ._saved import column
 
 
@@ -124,7 +125,7 @@ def _draw(
                 couplings[number].numpy(), *sites_of(model), "learned couplings"
             )
     for name, figure in figures.items():
-        figure.savefig(run.folder / f"{name}.png", dpi=130)
+        save_figure(run.folder / f"{name}.png", figure)
 
 
 def until_solved(solution: Solution) -> np.ndarray:

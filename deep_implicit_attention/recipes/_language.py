@@ -11,6 +11,7 @@ from ..training import Devices, Progress, Run, TextData, Trainer
 from ..training._files import write_whole
 from ..training._progress import Columns
 from ._frame import Work, run_recipe
+from ._made import save_figure
 from ._saved import column
 from ._shakespeare import Shakespeare, check_text, has_vocabulary, save_vocabulary
 
@@ -117,4 +118,4 @@ def _draw(run: Run, history: list[dict[str, Any]]) -> None:
             yscale="log",
         ),
     )
-    figure.savefig(run.folder / "learning_curves.png", dpi=130)
+    save_figure(run.folder / "learning_curves.png", figure)

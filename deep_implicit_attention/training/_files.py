@@ -17,12 +17,23 @@ except ImportError:  # Windows
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path`, then put it in its place: a crash leaves the old file or the new one."""
     beside = unfinished(path)
-    with beside.open("wb") as file:
+    with named(path), beside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Within, an error of the system that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def unfinished(path: Path) -> Path:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ._checkpoint import Checkpoints, load_model, whole_tensors
-from ._files import locked, unfinished, write_whole
+from ._files import locked, named, unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
 # What else recipes and reports make in the folder: any other file in it is the user's.
@@ -72,7 +72,8 @@ class Run:
             path.replace(unfinished(path))
         elif not unfinished(path).exists() and self._holds_files():
             raise self._foreign(f"no {CONFIG}")
-        made = [path for path in self.folder.iterdir() if _MADE.fullmatch(path.name)]
+        names = {path: path.name.removesuffix(".part") for path in self.folder.iterdir()}
+        made = [path for path, name in names.items() if _MADE.fullmatch(name)]
         for old in (self.folder / METRICS, self.folder / WEIGHTS, *made):
             old.unlink(missing_ok=True)
         self.checkpoints.clear()
@@ -81,7 +82,8 @@ class Run:
     def log(self, **record: Any) -> None:
         """Append one line of metrics; a number that is not finite becomes null, as JSON needs."""
         finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
-        with (self.folder / METRICS).open("a") as file:
+        path = self.folder / METRICS
+        with named(path), path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -172,7 +174,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"{self.folder} cannot be a folder: there is a file") from error
+            there = "a link that leads nowhere" if self.folder.is_symlink() else "a file"
+            raise ValueError(f"{self.folder} cannot be a folder: there is {there}") from error
 
     def _lines(self) -> list[bytes]:
         path = self.folder / METRICS

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from deep_implicit_attention.training import Run
 
@@ -35,6 +39,31 @@ def test_no_picture_of_an_earlier_run_stays(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        f"train digits {TINY} --epochs 1",
+        "ising --num-spins 3 --betas 0.5 --methods naive",
+        "boltzmann --methods naive --l2 0.1",
+    ],
+)
+@pytest.mark.parametrize("where", [Figure, np])
+def test_what_is_killed_while_it_draws_leaves_nothing_half_drawn(
+    command: str, where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(*arguments: Any, **_: Any) -> None:
+        target = next(a for a in arguments if isinstance(a, Path | io.BytesIO))
+        (target.write_bytes if isinstance(target, Path) else target.write)(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, "savefig" if where is Figure else "savez", half)
+    folder = tmp_path / "run"
+    invoke(folder, *command.split(), "--run-dir", str(folder))
+    assert not [
+        path for path in folder.iterdir() if path.is_file() and path.read_bytes() == b"half"
+    ]
+
+
+@pytest.mark.parametrize(
     "command", [f"train digits {TINY}", "ising --num-spins 3 --betas 0.5", "boltzmann"]
 )
 def test_only_one_process_writes_to_a_folder(command: str, tmp_path: Path) -> None:
@@ -54,7 +83,13 @@ def test_only_one_process_writes_to_a_folder(command: str, tmp_path: Path) -> No
 def test_a_file_is_no_folder(command: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    for folder in (file, file / "run"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder, there in (
+        (file, "a file"),
+        (file / "run", "a file"),
+        (tmp_path / "link", "a link that leads nowhere"),
+    ):
         flags = (*command.split(), "--run-dir", str(folder))
-        assert f"{folder} cannot be a folder" in invoke(folder, *flags).complaint()
+        told = invoke(folder, *flags).complaint()
+        assert f"{folder} cannot be a folder: there is {there}" in told
     assert file.read_text() == "mine"

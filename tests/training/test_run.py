@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_a_crash_while_writing_leaves_the_old_files(
     assert {p.name for p in run.folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    writes = {
+        "model.safetensors": lambda: run.save_weights(layer(0), 1),
+        "metrics.jsonl": lambda: run.log(epoch=1),
+    }
+    for name, write in writes.items():
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+            write()
+        assert caught.value.filename == str(run.folder / name)
+
+
 def test_a_crash_in_the_first_write_leaves_no_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +157,7 @@ MADE = [
     *("learning_curves.png", "confusion_matrix.png", "convergence.png", "convergence_2.png"),
     *("couplings.png", "couplings_12.png", "ising.png", "completions.png", "samples.png"),
     *("couplings.gif", "report.html", "vocabulary.json", "sample.txt"),
-    *("machine.npz", "answers.npz"),
+    *("machine.npz", "answers.npz", "report.html.part"),
 ]
 OWN = ["my.npz", "holiday.png", "index.html", "my.gif", "report2.html", "couplings_of_mine.png"]
 
