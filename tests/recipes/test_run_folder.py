@@ -39,14 +39,13 @@ def test_no_picture_of_an_earlier_run_stays(
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("where", "command"),
     [
-        f"train digits {TINY} --epochs 1",
-        "ising --num-spins 3 --betas 0.5 --methods naive",
-        "boltzmann --methods naive --l2 0.1",
+        (Figure, f"train digits {TINY} --epochs 1"),
+        (np, "ising --num-spins 3 --betas 0.5 --methods naive"),
+        (Figure, "boltzmann --methods naive --l2 0.1"),
     ],
 )
-@pytest.mark.parametrize("where", [Figure, np])
 def test_what_is_killed_while_it_draws_leaves_nothing_half_drawn(
     command: str, where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

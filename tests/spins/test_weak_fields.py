@@ -84,7 +84,6 @@ def test_the_radius_is_a_unit(kind, size, power):
             response.log_partition,
             response.cavity_variance * radius**2,
             response.covariance / radius**2,
-            response.susceptibility / radius**2,
             slope / radius,
         )
 
