@@ -124,6 +124,8 @@ class Ising:
             for value in values:
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        if not self.tol > 0:
+            raise ValueError(f"tol must be above 0, got {self.tol}")
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
