@@ -170,10 +170,11 @@ def test_what_gaps_cost_where_rows_are_unlimited(at_random: str, beta: float) ->
     assert error < 1e-5 if at_random == "completely" else 0.01 < error < 0.04
 
 
+@pytest.mark.quick("10-15-*", "20-15-*", "40-24-adaptive_tap")
 @pytest.mark.parametrize("method", RESPONSES)
 @pytest.mark.parametrize(
     ("rows", "n"),
-    [(10, 15), (20, 15), (40, 24), pytest.param(25, 30, marks=pytest.mark.slow)],  # no enumeration
+    [(10, 15), (20, 15), (40, 24), (25, 30)],  # the last without enumeration
 )
 def test_few_rows_with_gaps_are_shrunk_and_said(method: str, rows: int, n: int) -> None:
     new, _ = correlated(500, n, 99, 0.0)

@@ -106,6 +106,7 @@ def test_what_the_memory_cannot_hold(
         main(["ising"])
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # so output fails at the exit, or at once
 def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(unbuffered: str) -> None:
     read, write = os.pipe()

@@ -56,6 +56,7 @@ def test_spins_order_along_a_weak_field(method, field, strength):
     assert response.magnetization.min() > field
 
 
+@pytest.mark.quick("3.2-*", "1.05-*")
 @pytest.mark.parametrize(
     ("strength", "weak"), [(3.1, 1e-3), (3.2, 1e-4), (3.3, -1e-4), (1.05, 1e-4)]
 )
