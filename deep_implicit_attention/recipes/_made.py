@@ -13,9 +13,13 @@ from ..training._files import write_whole
 
 def save_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure as a PNG file."""
+    write_whole(path, _drawn(figure))
+
+
+def _drawn(figure: Any) -> bytes:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130)
-    write_whole(path, drawn.getvalue())
+    return drawn.getvalue()
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from deep_implicit_attention import training
 from deep_implicit_attention.cli import main
-from deep_implicit_attention.recipes import _compare, report_run
+from deep_implicit_attention.recipes import _compare, _made, report_run
 from deep_implicit_attention.training import ImageData
 
 TINY = "--epochs 2 --batch-size 32 --widths 4 --strides 2 --dim 3 --threads 1 --learning-rate 0.01"
@@ -207,16 +207,17 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.node.get_closest_marker("drawn"):
         return
     savefig = Figure.savefig
+    blank = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(blank, format="png")
 
     def save(self: Figure, file: Any, *, format: str | None = None, **options: Any) -> None:
         if format == "svg":
             file.write('<svg viewBox="0 0 1 1"></svg>')
-        elif isinstance(file, Path) and file.suffix == ".png":
-            Image.new("RGB", (1, 1)).save(file)
         else:
             savefig(self, file, format=format, **options)
 
     monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(_made, "_drawn", lambda figure: blank.getvalue())
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def test_spins_that_are_all_but_fixed_begin_alone_as_in_company():
     assert together == [int(method(system, one).solution.steps) for one in x]
 
 
+@pytest.mark.quick("sequential")
 @pytest.mark.parametrize("schedule", ["sequential", "double loop"])
 def test_rounding_at_the_step_limit_is_no_divergence(schedule):
     couplings, _ = sherrington_kirkpatrick(6)
