@@ -11,7 +11,7 @@ from torch import Tensor
 from ._iterate import Map, Norms, iterate
 from ._scale import is_host, power_of_two
 from ._solution import Solution
-from ._validate import check_count, check_number
+from ._validate import check_values
 
 # A sample whose residual falls at least by this factor at every step gains nothing from a history.
 _FAST = 0.3
@@ -71,10 +71,7 @@ def anderson(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
-    check_count("m", m)
-    check_count("period", period)
-    check_number("damping", damping, minimum=0.0, below=1.0)
-    check_number("ridge", ridge, minimum=0.0)
+    check_values(m=m, period=period, damping=damping, ridge=ridge)
     history: _History | None = None
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._iterate import Map, Norms, iterate
 from ._scale import power_of_two
 from ._solution import Solution
-from ._validate import check_count
+from ._validate import check_values
 
 
 def broyden(
@@ -42,7 +42,7 @@ def broyden(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
-    check_count("memory", memory)
+    check_values(memory=memory)
     history: _Inverse | None = None
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _arnoldi
 from ._scale import BETWEEN_LOOKS, is_host, power_of_two
 from ._solution import Solution, Status
-from ._validate import check_arguments, check_count, check_same_shape
+from ._validate import check_arguments, check_same_shape, check_values
 
 
 @torch.no_grad()
@@ -48,8 +48,7 @@ def gmres(
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
     check_arguments(matvec, b, "b", tol, max_iter, preconditioner=preconditioner)
-    if restart is not None:
-        check_count("restart", restart)
+    check_values(restart=restart)
     batch, n = b.shape
     size = min(max_iter, n if restart is None else min(restart, n))
     # In float32 the squares of small numbers vanish; a power of two makes b of order one, exactly.

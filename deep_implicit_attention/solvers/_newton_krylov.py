@@ -11,7 +11,7 @@ from ._gmres import gmres
 from ._iterate import Map, Norms, iterate
 from ._scale import norm_column
 from ._solution import Solution
-from ._validate import check_count, check_number, check_same_shape
+from ._validate import check_same_shape, check_values
 
 
 def newton_krylov(
@@ -49,10 +49,7 @@ def newton_krylov(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
-    if jvp is not None and not callable(jvp):
-        raise TypeError(f"jvp must be callable or None, got {type(jvp).__name__}")
-    check_number("inner_tol", inner_tol, minimum=0.0, below=1.0)
-    check_count("inner_max_iter", inner_max_iter)
+    check_values(jvp=jvp, inner_tol=inner_tol, inner_max_iter=inner_max_iter)
     search: _LineSearch | None = None
 
     def newton_step(z: Tensor, fz: Tensor, g: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ._iterate import Map, Norms, iterate
 from ._solution import Solution
-from ._validate import check_number
+from ._validate import check_values
 
 
 def picard(
@@ -50,7 +50,7 @@ def picard(
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range.
     """
-    check_number("damping", damping, minimum=0.0, below=1.0)
+    check_values(damping=damping)
 
     def propose(k: int, z: Tensor, fz: Tensor, g: Tensor, norms: Norms) -> Tensor:
         return fz if damping == 0 else z + (1 - damping) * g

@@ -31,13 +31,9 @@ def check_arguments(
     check_tensor(name, start)
     if start.dim() != 2:
         raise ValueError(f"{name} must have shape (batch, n), got {tuple(start.shape)}")
-    check_number("tol", tol, minimum=0.0)
-    check_count("max_iter", max_iter)
-    if stop_mode not in STOP_MODES:
-        raise ValueError(f"stop_mode must be one of {STOP_MODES}, got {stop_mode!r}")
-    for option, given in (("preconditioner", preconditioner), ("rough", rough)):
-        if given is not None and not callable(given):
-            raise TypeError(f"{option} must be callable or None, got {type(given).__name__}")
+    check_values(
+        tol=tol, max_iter=max_iter, stop_mode=stop_mode, preconditioner=preconditioner, rough=rough
+    )
 
 
 def check_number(
@@ -96,6 +92,39 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
 
 
+def _check_stop_mode(name: str, value: Any) -> None:
+    if value not in STOP_MODES:
+        raise ValueError(f"{name} must be one of {STOP_MODES}, got {value!r}")
+
+
+def _check_function(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable or None, got {type(value).__name__}")
+
+
+def _check_restart(name: str, value: Any) -> None:
+    if value is not None:
+        check_count(name, value)
+
+
+# What the options of the solvers here may be, whichever solver has them.
+_VALUES: dict[str, Callable[[str, Any], None]] = {
+    "tol": functools.partial(check_number, minimum=0.0),
+    "ridge": functools.partial(check_number, minimum=0.0),
+    **dict.fromkeys(("damping", "inner_tol"), functools.partial(check_number, minimum=0, below=1)),
+    **dict.fromkeys(("max_iter", "m", "period", "memory", "inner_max_iter"), check_count),
+    **dict.fromkeys(("preconditioner", "rough", "jvp"), _check_function),
+    "restart": _check_restart,
+    "stop_mode": _check_stop_mode,
+}
+
+
+def check_values(prefix: str = "", **options: Any) -> None:
+    """Raise for options of the solvers here that are of the wrong kind or out of range."""
+    for name, value in options.items():
+        _VALUES[name](prefix + name, value)
+
+
 def check_same_shape(out: Any, like: Tensor, what: str) -> None:
     """Raise unless the map returned a tensor of the shape and dtype it was given."""
     if not isinstance(out, Tensor):
@@ -141,6 +170,7 @@ def check_options(
 ) -> None:
     """Raise `TypeError` for an option that `solver` does not have, listing those it has.
 
+    What a solver of this package has is checked for its value, too; others check by themselves.
     `prefix` is what the user writes before the solver's own name of the option
     (`solver_fwd_`), `owner` who takes it, for the message.
     """
@@ -154,3 +184,7 @@ def check_options(
             raise TypeError(
                 f"{owner or solver_name}: unknown option {prefix + name!r}; {solver_name} has {has}"
             )
+    while isinstance(solver, functools.partial):
+        solver = solver.func
+    if (getattr(solver, "__module__", None) or "").startswith("deep_implicit_attention.solvers."):
+        check_values(prefix, **options)

@@ -24,7 +24,9 @@ from deep_implicit_attention.deq import (
 from deep_implicit_attention.solvers import (
     Status,
     anderson,
+    broyden,
     gmres,
+    newton_krylov,
     picard,
 )
 
@@ -125,6 +127,8 @@ class TestOptions:
             (lambda: Implicit(max_iter=0), ValueError, "max_iter"),
             (lambda: Implicit(observe=3), TypeError, "observe"),
             (lambda: Implicit(solver="gmres"), TypeError, "solver"),
+            (lambda: Implicit(restart=0), ValueError, "restart must be at least 1, got 0"),
+            (lambda: Implicit(anderson, m=0), ValueError, "m must be at least 1"),
             (lambda: Phantom(0), ValueError, "steps"),
             (lambda: Phantom(3, 1.0), ValueError, "damping"),
         ],
@@ -132,6 +136,27 @@ class TestOptions:
     def test_bad_adjoints(self, make, error, message):
         with pytest.raises(error, match=message):
             make()
+
+    @pytest.mark.parametrize(
+        ("solver", "options", "error"),
+        [
+            (anderson, {"m": 0}, ValueError),
+            (anderson, {"period": 1.5}, TypeError),
+            (anderson, {"ridge": -1.0}, ValueError),
+            (partial(anderson, m=2), {"damping": 1.0}, ValueError),
+            (picard, {"stop_mode": "relative"}, ValueError),
+            (broyden, {"memory": 0}, ValueError),
+            (newton_krylov, {"inner_tol": "small"}, TypeError),
+            (newton_krylov, {"preconditioner": 1}, TypeError),
+        ],
+    )
+    @pytest.mark.parametrize("prefix", ["solver_fwd_", "solver_bwd_"])
+    def test_layers_know_the_values_of_solver_options(self, solver, options, error, prefix):
+        """When they are made, not only when they are called; of other solvers they know none."""
+        given = {prefix + name: value for name, value in options.items()}
+        with pytest.raises(error, match=f"{next(iter(given))} must be"):
+            DEQFixedPoint(_Linear(), solver, **given)
+        DEQFixedPoint(_Linear(), lambda f, z0, **options: picard(f, z0), **given)
 
     def test_gmres_may_be_bound_to_its_options(self, problem, w, x):
         bound = Implicit(partial(gmres, restart=2), tol=1e-12, max_iter=200)
