@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# The default of layers and models.
+ROTARY_BASE = 10_000.0
+
 
 def rotate(x: Tensor, base: float, first: int = 0) -> Tensor:
     """`x` `(..., N, k)`, component pairs (a, a + k/2) turned by i · base^(−2a/k) at site i.

@@ -15,7 +15,7 @@ from ..solvers._validate import check_number
 from ._normalize import normalized
 from ._parts import check_sources, hide, project, split_heads
 from ._pooling import softmax_couplings
-from ._rotary import rotate
+from ._rotary import ROTARY_BASE, rotate
 
 
 class Memory(NamedTuple):
@@ -52,6 +52,11 @@ class SoftmaxCouplings(DEQModule):
             check_number("scale", scale, minimum=-math.inf)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
         check_number("rotary_base", rotary_base, minimum=1.0)
+        if not rotary and rotary_base != ROTARY_BASE:
+            raise ValueError(
+                "rotary_base is of rotary positions and does nothing without them, got "
+                f"{rotary_base}"
+            )
         if rotary and dim_head % 2:
             raise ValueError(f"rotary needs an even width of a head, got {dim_head}")
         self.dim, self.heads, self.causal = dim, heads, causal

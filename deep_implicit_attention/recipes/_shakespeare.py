@@ -109,6 +109,7 @@ class Shakespeare(TrainingFlags):
 
     def model(self, num_tokens: int) -> DeepImplicitAttentionTransformer:
         """The untrained model for so many characters."""
+        rotary = {"rotary_base": self.rotary_base} if self.positions == "rotary" else {}
         return DeepImplicitAttentionTransformer(
             num_tokens=num_tokens,
             max_seq_len=self.length,
@@ -117,7 +118,7 @@ class Shakespeare(TrainingFlags):
             heads=self.heads,
             attention=self.attention,
             positions=self.positions,
-            rotary_base=self.rotary_base,
+            **rotary,
             dropout=self.dropout,
             weight_norm=self.weight_norm,
             solver=self.solver,

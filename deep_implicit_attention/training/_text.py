@@ -69,6 +69,11 @@ class TextData:
 def text_data(text: str, validation: float = 0.1) -> TextData:
     """`text` as ids, the last part `validation` of it kept for validation."""
     check_number("validation", validation, minimum=0.0, below=1.0)
+    if len(text) < 2:
+        raise ValueError(
+            "text must have at least 2 characters, one to learn from and one for validation, got "
+            f"{len(text)}"
+        )
     cut = int(len(text) * (1 - validation))
     if not 0 < cut < len(text):
         raise ValueError(

@@ -80,6 +80,8 @@ def test_masks(make, mask, error, message):
             "weight_init_std",
         ),
         (lambda: DEQMLPMixerAttention(4, 0), ValueError, "dim"),
+        (lambda: DEQVanillaSoftmaxAttention(4, 6, rotary_base=9.0), ValueError, "rotary positions"),
+        (lambda: DEQVectorSpinAttention(6, 2, rotary_base=9.0), ValueError, "rotary positions"),
     ],
 )
 def test_sizes(make, error, message):

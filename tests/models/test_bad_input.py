@@ -25,6 +25,7 @@ from .conftest import build, tokens
         ({"dropout": 1.0}, ValueError, "dropout"),
         ({"dim": 6, "positions": "rotary"}, ValueError, "rotary"),
         ({"rotary_base": 0.5}, ValueError, "rotary_base"),
+        ({"rotary_base": 100.0}, ValueError, "rotary_base is of rotary positions .*, got 100.0"),
         ({"steps": 0}, ValueError, "steps"),
         ({"solver_fwd_tolerance": 1.0}, TypeError, "solver_fwd_tolerance"),
         ({"adjoint": object()}, TypeError, "adjoint"),
