@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from .training import require
+# What takes seconds to import is imported in `_run`, where an interruption is caught.
 
 _DESCRIPTION = """Deep implicit attention: attention as the collective response of a spin system.
 
@@ -27,6 +27,16 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `dia`; returns the exit status."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("dia: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str] | None) -> int:
+    from .training import require
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the output cannot show must not end a training.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -171,9 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
         told = str(error).partition("\n")[0]
         print(f"dia: too large for the memory here: {told}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("dia: interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

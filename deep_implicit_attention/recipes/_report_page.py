@@ -18,7 +18,7 @@ from .. import __version__, plots
 from ..plots._page import Section, beside, folded, notice, page, paragraph, picture, table
 from ..solvers import Solution
 from ..training import Run
-from ..training._files import write_whole
+from ..training._files import check_writable, write_whole
 from ..training._run import CONFIG, METRICS
 from ._boltzmann import Boltzmann
 from ._image_recipe import ImageRecipe
@@ -136,6 +136,7 @@ def write_report(
     run = Run(folder)
     story = Story(run, {}, owns_files=out is None, tell=tell)
     _read_config(story)
+    check_writable(path)
     story.records = story.attempt("The metrics cannot be read", lambda: _readable(story)) or []
     sections = _sections(story)
     name = f"{story.config.get('recipe', 'run')}: {folder.resolve().name}"

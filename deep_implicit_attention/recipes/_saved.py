@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,11 @@ RECIPES: dict[str, type[Any]] = {
     "shakespeare": Shakespeare,
 }
 
+# Where data lie; what they are is told by their bytes.
+_PLACES = ("text", "data_dir")
 # What may be another when a run is resumed: it decides where and how often, not what is computed.
 _FREE = {
-    *("resume", "run_dir", "data_dir", "threads", "device"),
+    *("resume", "run_dir", *_PLACES, "threads", "device"),
     *("checkpoint_every", "keep_checkpoints", "trackers"),
 }
 
@@ -38,6 +41,9 @@ def start(run: Run, recipe: TrainingFlags, devices: Devices) -> bool:
     resume = False
     if devices.is_main:
         config = {"recipe": _name(recipe), **vars(recipe)}
+        # Found from any folder, in which a run is measured again or reported on.
+        given = {name: config[name] for name in _PLACES if config.get(name) is not None}
+        config |= {name: os.path.abspath(path) for name, path in given.items()}
         resume = recipe.resume and run.is_started()
         if resume:
             _check_same(run, plain(config))

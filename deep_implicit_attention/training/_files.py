@@ -25,6 +25,13 @@ def write_whole(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """Raise what `write_whole` would where its file cannot be begun; for before long work."""
+    beside = unfinished(path)
+    beside.open("wb").close()
+    beside.unlink()
+
+
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Within, an error of the system that names no file, as that of a full disk, names `path`."""

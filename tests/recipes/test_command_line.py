@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deep_implicit_attention import recipes
+from deep_implicit_attention import recipes, training
 from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import Digits, ImageRecipe, Mnist, MnistViT
 
@@ -106,14 +106,33 @@ def test_what_the_memory_cannot_hold(
         main(["ising"])
 
 
+def test_interrupted_before_anything_is_begun(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "require", pressed)
+    assert main(["--help"]) == 130
+    assert capsys.readouterr().err == "dia: interrupted\n"
+    # To import torch takes seconds, in which nobody would catch it before `main` is called.
+    program = "import sys, deep_implicit_attention.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=_environment()).returncode == 0
+
+
+def _environment() -> dict[str, str]:
+    """That of a process which imports the project from here."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
 @pytest.mark.quick("1")
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # so output fails at the exit, or at once
 def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "deep_implicit_attention.cli", "--help"]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": unbuffered}
+    environment = {**_environment(), "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
         command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False
     )

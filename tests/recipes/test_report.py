@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from deep_implicit_attention.models import SiteClassifier
-from deep_implicit_attention.recipes import _report_text, load_recipe, report_run
+from deep_implicit_attention.recipes import _report_page, _report_text, load_recipe, report_run
 from deep_implicit_attention.training import Run, text_data, windows
 
 from .conftest import PHRASE, Outcome, invoke
@@ -131,6 +131,15 @@ def test_where_the_page_cannot_be_written(run: Path, tmp_path: Path) -> None:
         complaint = invoke(run, "report", str(run), "--out", str(out)).complaint()
         assert f"out must be a file in a folder that exists, got {out}" in complaint
         assert why in complaint
+
+
+def test_that_a_page_cannot_be_written_is_said_before_it_is_made(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_report_page, "_sections", lambda _: pytest.fail("made all the same"))
+    out = tmp_path / f"{248 * 'x'}.html"  # too long only while it is written, as `out`.part
+    assert "File name too long" in invoke(run, "report", str(run), "--out", str(out)).complaint()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_replaces_no_file_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -443,10 +443,34 @@ def test_another_text_is_refused(train: Dia, tmp_path: Path) -> None:
     (run.folder / "metrics.jsonl").write_text("".join(lines))  # not finished
     flags = ["--text", str(own), "--iterations", "3", "--resume"]
     assert message in train(*flags).complaint()
+    (tmp_path / "moved.txt").write_text(own.read_text())
+    assert message in train(*flags, "--text", str(tmp_path / "moved.txt")).complaint()
+    (tmp_path / "moved.txt").write_text(TEXT)
+    assert train(*flags, "--text", str(tmp_path / "moved.txt")).status == 0
     # What was learned is still said, without the text.
     own.unlink()
     said = invoke(run.folder, "generate", str(run.folder), "--prompt", "t")
     assert said.status == 0, said.err
+
+
+def test_a_relative_text_is_found_from_any_folder(
+    train: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.txt").write_text(TEXT)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert train("--text", "own.txt").status == 0
+    monkeypatch.chdir("other")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["text"] == str(tmp_path / "own.txt")
+    assert invoke(tmp_path / "run", "evaluate", str(tmp_path / "run")).status == 0
+    resumed = train("--text", "../own.txt", "--resume")
+    assert "is finished" in resumed.out, resumed.err
+    # As earlier versions wrote it.
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "text": "own.txt"}))
+    monkeypatch.chdir(tmp_path)
+    assert "is finished" in train("--text", "own.txt", "--resume").out
+    assert invoke(tmp_path / "run", "evaluate", str(tmp_path / "run")).status == 0
 
 
 def test_without_a_text_it_is_tiny_shakespeare(
