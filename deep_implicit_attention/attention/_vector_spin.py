@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..solvers._validate import check_counts
+from ..solvers._validate import check_counts, check_number
 from ._normalize import normalized
 from ._parts import FeedForward, hide, merge_heads, split_heads
 from ._pooling import Couplings, couple
@@ -81,8 +80,9 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
                 f"dim must be divisible by heads with at least 3 components a head, got "
                 f"dim={dim}, heads={heads}"
             )
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be positive and finite, got {beta}")
+        check_number("beta", beta)
+        if beta <= 0:
+            raise ValueError(f"beta must be above 0, got {beta}")
         super().__init__(
             dim, heads, dim // heads, scale, causal, normalize, rotary, rotary_base, dropout
         )

@@ -60,13 +60,16 @@ class SiteClassifier(ImageClassifier):
         super().__init__()
         check_counts(image_size=image_size, num_classes=num_classes, channels=channels, dim=dim)
         check_number("dropout", dropout, minimum=0.0, below=1.0)
+        for name, sizes in (("widths", widths), ("strides", strides)):
+            if not isinstance(sizes, Sequence):
+                raise TypeError(f"{name} must be a list or tuple of integers, got {sizes!r}")
+            for size in sizes:
+                check_count(name, size)
         if len(widths) != len(strides) or not widths:
             raise ValueError(
                 "widths and strides must be as many of one as of the other, and at least one, got "
                 f"{widths} and {strides}: give both"
             )
-        for width in widths:
-            check_count("widths", width)
         if any(stride not in (1, 2) for stride in strides):
             raise ValueError(f"strides must be 1 or 2, got {strides}")
         self.stem = convolutions(channels, widths, strides, dim)

@@ -72,6 +72,7 @@ def test_masks(make, mask, error, message):
         (lambda: DEQVectorSpinAttention(6, 2, beta=0.0), ValueError, "beta"),
         (lambda: DEQVectorSpinAttention(6, 2, beta=float("nan")), ValueError, "beta"),
         (lambda: DEQVectorSpinAttention(6, 2, beta=float("inf")), ValueError, "beta"),
+        (lambda: DEQVectorSpinAttention(6, 2, beta=None), TypeError, "beta must be a number"),
         (lambda: DEQVectorSpinAttention(6, 2, scale=float("nan")), ValueError, "scale"),
         (lambda: DEQVanillaSoftmaxAttention(4, 6, scale=float("nan")), ValueError, "scale"),
         (

@@ -64,6 +64,8 @@ def test_wrong_image_shape(shape: tuple[int, ...]) -> None:
         ({"widths": (), "strides": ()}, ValueError, "widths"),
         ({"strides": (3,)}, ValueError, "strides"),
         ({"strides": (0,)}, ValueError, "strides"),
+        ({"strides": (1.0,)}, TypeError, "strides must be an integer, got float"),
+        ({"widths": 4}, TypeError, "widths must be a list or tuple of integers, got 4"),
         ({"dim": 0}, ValueError, "dim"),
         ({"num_classes": -1}, ValueError, "num_classes"),
         ({"image_size": 8.0}, TypeError, "image_size"),
