@@ -71,8 +71,8 @@ def run_ising(recipe: Ising) -> list[dict[str, Any]]:
     couplings, x = recipe.load()
     reference = _reference(len(x), recipe)
     if EXACT in reference and "gibbs" not in methods:
-        drawn = ["samples"] if recipe.couplings is None else ["samples", "seed"]
-        refuse(recipe, f"{len(x)} spins that are enumerated, without gibbs", *drawn)
+        idle = ["samples"] if recipe.draws() else ["samples", "seed"]
+        refuse(recipe, f"{len(x)} spins that are enumerated, without gibbs", *idle)
     methods = {**reference, **methods}
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

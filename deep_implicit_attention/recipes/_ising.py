@@ -147,6 +147,10 @@ class Ising:
         """The methods, by name."""
         return {name: METHODS[name](self) for name in self.methods}
 
+    def draws(self) -> bool:
+        """Whether anything of the system is drawn at random."""
+        return self.couplings is None and (self.ensemble in ("sk", "hopfield") or self.field > 0)
+
     def load(self) -> tuple[Tensor, Tensor]:
         """Couplings `(N, N)` and fields `(N,)` at β = 1, float64."""
         if self.couplings is not None and self.fields is not None:

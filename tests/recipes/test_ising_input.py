@@ -115,6 +115,7 @@ def test_a_run_that_fails_leaves_nothing_of_the_one_before(ising: Command, saved
         ("--couplings J.npy --fields x.npy --ensemble lattice", "--ensemble"),
         ("--patterns 3", "--patterns"),
         ("--samples 30", "--samples has no meaning for 12 spins that are enumerated"),
+        ("--ensemble lattice --field 0 --seed 1", "--seed has no meaning for 12 spins"),
         ("--methods gibbs --tol 1e-3", "--tol has no meaning for gibbs, which is not iterated"),
         ("--methods gibbs --max-iter 9", "--max-iter has no meaning for gibbs"),
         ("--num-spins 3 4", "num_spins"),
