@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +40,6 @@ def start(run: Run, recipe: TrainingFlags, devices: Devices) -> bool:
     resume = False
     if devices.is_main:
         config = {"recipe": _name(recipe), **vars(recipe)}
-        # Found from any folder, in which a run is measured again or reported on.
-        given = {name: config[name] for name in _PLACES if config.get(name) is not None}
-        config |= {name: os.path.abspath(path) for name, path in given.items()}
         resume = recipe.resume and run.is_started()
         if resume:
             _check_same(run, plain(config))
@@ -70,9 +66,11 @@ def load_recipe(run: Run) -> Any:
     types = typing.get_type_hints(kind)
     for problem in misfits(config, types).values():
         raise ValueError(f"{run.folder / CONFIG} is damaged: {problem}")
-    return kind(
-        **{name: typed(value, types[name]) for name, value in config.items() if name in types}
-    )
+    settings = {name: typed(value, types[name]) for name, value in config.items() if name in types}
+    for name in _PLACES:
+        if settings.get(name) is not None:
+            settings[name] = _found(settings[name], run.folder)
+    return kind(**settings)
 
 
 def evaluate_run(folder: str | Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -157,6 +155,12 @@ def _number(record: dict[str, Any], name: str, line: str) -> float:
 def _recipe_of(run: Run) -> str:
     """The name of a run's recipe, in a sentence "nothing" where there is none."""
     return str(run.config().get("recipe", "nothing"))
+
+
+def _found(path: Path, folder: Path) -> Path:
+    """`path` as it was given when the run in `folder` was started: from here or a folder above."""
+    places = (path, *(above / path for above in folder.resolve().parents))
+    return next((place for place in places if place.exists()), path)
 
 
 def _name(recipe: Any) -> str:

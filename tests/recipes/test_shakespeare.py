@@ -453,24 +453,22 @@ def test_another_text_is_refused(train: Dia, tmp_path: Path) -> None:
     assert said.status == 0, said.err
 
 
-def test_a_relative_text_is_found_from_any_folder(
+def test_a_relative_text_is_found_from_other_folders_and_with_a_project_that_moved(
     train: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own.txt").write_text(TEXT)
-    (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     assert train("--text", "own.txt").status == 0
+    (tmp_path / "other").mkdir()
     monkeypatch.chdir("other")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["text"] == str(tmp_path / "own.txt")
-    assert invoke(tmp_path / "run", "evaluate", str(tmp_path / "run")).status == 0
-    resumed = train("--text", "../own.txt", "--resume")
-    assert "is finished" in resumed.out, resumed.err
-    # As earlier versions wrote it.
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "text": "own.txt"}))
-    monkeypatch.chdir(tmp_path)
-    assert "is finished" in train("--text", "own.txt", "--resume").out
-    assert invoke(tmp_path / "run", "evaluate", str(tmp_path / "run")).status == 0
+    assert "is finished" in train("--text", "../own.txt", "--resume").out
+    (tmp_path / "moved").mkdir()
+    for name in ("run", "own.txt"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    folder = tmp_path / "moved" / "run"
+    assert invoke(folder, "evaluate", "../moved/run").status == 0
+    (tmp_path / "moved" / "own.txt").unlink()
+    assert "own.txt" in invoke(folder, "evaluate", "../moved/run").complaint()
 
 
 def test_without_a_text_it_is_tiny_shakespeare(
