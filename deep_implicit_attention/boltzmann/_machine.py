@@ -300,8 +300,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         return self.coding_ or "spins"
 
     def _theta(self) -> Tensor:
-        arrays = torch.from_numpy(self.couplings_), torch.from_numpy(self.fields_)
-        return pack(*(array.to(self.device) for array in arrays))
+        # Copies: set by hand they may be of any type, and loaded from a file not writable.
+        arrays = (np.array(array, dtype=np.float64) for array in (self.couplings_, self.fields_))
+        return pack(*(torch.from_numpy(array).to(self.device) for array in arrays))
 
     def _seed(self, random_state: Any = None) -> int:
         chosen = self.random_state if random_state is None else random_state

@@ -179,6 +179,25 @@ def test_scores_are_those_of_parameters_set_by_hand(X: np.ndarray) -> None:
     assert machine.score_samples(everything) == pytest.approx(fitted)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+def test_parameters_set_by_hand_may_be_of_any_type(kind: type, X: np.ndarray) -> None:
+    """What the type holds to the bit has the answers that it has in float64."""
+    broken = np.where(np.arange(6) == 0, np.nan, X)
+    machine = BoltzmannMachine("exact").fit(X)
+    machine.couplings_ = 2.0 * np.eye(6, k=1) + 2.0 * np.eye(6, k=-1)
+    machine.fields_ = np.ones(6)
+
+    def answers() -> list[np.ndarray]:
+        return [machine.score_samples(X), machine.sample(5), machine.complete(broken).probability]
+
+    expected = answers()
+    machine.couplings_, machine.fields_ = machine.couplings_.astype(kind), np.ones(6, kind)
+    machine.couplings_.flags.writeable = False  # as arrays are that lie in a file
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(map(np.array_equal, answers(), expected))
+
+
 def test_a_row_that_cannot_be_scored_costs_no_estimate() -> None:
     X = many(30)
     machine = BoltzmannMachine(l2=0.1).fit(X)
