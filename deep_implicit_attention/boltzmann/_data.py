@@ -150,8 +150,12 @@ def read_weights(sample_weight: Any, rows: int) -> Tensor | None:
         weights = np.full(rows, weights)
     if weights.shape != (rows,):
         raise ValueError(f"sample_weight must have shape ({rows},), got {weights.shape}")
-    if not np.isfinite(weights).all() or weights.min(initial=0.0) < 0 or not weights.sum() > 0:
-        raise ValueError("sample_weight must be finite, not negative, and not all zero")
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = weights.sum()  # infinite or nan if a weight is
+    if not 0 < total < np.inf or weights.min() < 0:
+        raise ValueError(
+            "sample_weight must be finite, its sum too, not negative, and not all zero"
+        )
     return torch.from_numpy(weights.copy())
 
 

@@ -46,7 +46,11 @@ def test_parameters_out_of_range(options, error: type, X: np.ndarray) -> None:
 
 
 def test_weights_that_are_none(X: np.ndarray) -> None:
-    for bad in (np.ones(3), -np.ones(500), np.zeros(500), np.full(500, np.nan)):
+    mixed = np.r_[np.ones(499), -1.0]
+    infinite = np.r_[np.ones(499), np.inf]
+    overflowing = np.full(500, 1e307)
+    nothing = np.zeros(500), np.full(500, np.nan)
+    for bad in (np.ones(3), -np.ones(500), mixed, infinite, overflowing, *nothing):
         with pytest.raises(ValueError, match="sample_weight"):
             BoltzmannMachine().fit(X, sample_weight=bad)
 
