@@ -36,14 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     from .training import require
+    from .training._extras import check_installed
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the output cannot show must not end a training.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for library in ("accelerate", "sklearn", "rich", "matplotlib"):
+            check_installed(library, "train")
         tyro = require("tyro", "train")
-        for module in ("accelerate", "sklearn", "rich", "matplotlib"):
-            require(module, "train")
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
