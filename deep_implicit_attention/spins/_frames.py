@@ -75,7 +75,7 @@ class _Sphere(Local):
 
 
 class _Potts(Local):
-    rounding = 1.0  # a small difference of probabilities of order 1/q, and the part of V in it
+    rounding = 2.0  # a small difference of probabilities of order 1/q, and the part of V in it
 
     def __init__(self, prior: Prior, basis: Tensor) -> None:
         super().__init__(prior)

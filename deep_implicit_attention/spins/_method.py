@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,8 +34,9 @@ class IteratedMethod:
             residuals stop falling at 1e-7 or above: pass about 1e-5. Variances do not hide small
             magnetizations: where fields are weak these count in units of their own size. What is
             small of Potts spins is the difference from 1/q. It counts as far as rounding allows,
-            which for the default is 2e-6; with `NaiveMeanField` and `TAP`, which solve for m as
-            it is, beside 1/q only: in fields of 1e-8 it is right to a per cent.
+            which for the default is 4e-6 (√(N(q − 1)) times that with `SelfAveragingTAP`, where
+            V is one number); with `NaiveMeanField` and `TAP`, which solve for m as it is, beside
+            1/q only: in fields of 1e-8 it is right to a per cent.
         max_iter: solver steps at most; in fields so weak that a second solve brings magnetizations
             to their own scale, those of either.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
@@ -90,8 +92,11 @@ class IteratedMethod:
         general = {"tol": self.options["tol"], "max_iter": self.options["max_iter"]}
         first = solve(step, start, self.options if solver is None else general | {"solver": solver})
         relative = self.options.get("stop_mode", "rel") == "rel"
-        # In a smaller unit this error would be more than the tolerance.
-        least = rounding * torch.finfo(args[0].dtype).eps / (general["tol"] or 1.0)
+        # In a smaller unit this error would be more than the tolerance. Its norm grows with the
+        # number of magnetizations, that of the state may not: V can be one number for all.
+        m, V = first.value
+        many = math.sqrt(max(1.0, m[0].numel() / V[0].numel())) if len(m) else 1.0
+        least = many * rounding * torch.finfo(m.dtype).eps / (general["tol"] or 1.0)
         unit = _unit_of_small(first, args[0], least) if relative else None
         if unit is None:
             return first

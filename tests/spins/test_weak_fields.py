@@ -67,6 +67,14 @@ def test_probabilities_of_potts_spins_are_right_to_rounding(kind, size):
     torch.testing.assert_close(response.magnetization, expected, rtol=0, atol=size**2 + 1e-15)
 
 
+def test_many_potts_spins_are_not_asked_for_less_than_their_rounding():
+    """Its norm grows with N, that of the one V does not: Newton's method found no end."""
+    fields = torch.logspace(-9, -5, 9).double()[:, None, None] * randn(9, 100, 4)
+    for couplings in (ferromagnet(100, 2.0), sherrington_kirkpatrick(100, 1.2, 0.0, 0)[0]):
+        spins = SpinSystem(couplings, PottsPrior(4))
+        SelfAveragingTAP(on_failure="raise", max_iter=200)(spins, fields)
+
+
 @pytest.mark.parametrize("kind", CONSISTENT)
 @pytest.mark.parametrize(("size", "power"), [(0.5, 10), (1e-7, -10)])
 def test_the_radius_is_a_unit(kind, size, power):
