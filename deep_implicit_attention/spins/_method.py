@@ -19,7 +19,7 @@ from ._response import Response
 from ._system import SpinSystem
 
 # Magnetizations of less than this part of the variances beside them are solved for once more.
-_SMALL = 0.01
+_SMALL = 0.1
 
 
 class IteratedMethod:

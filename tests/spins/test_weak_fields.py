@@ -53,6 +53,15 @@ def test_the_response_is_linear(kind, name, size):
     assert bool((response.solution.residual <= 1e-10).all())
 
 
+@pytest.mark.parametrize("kind", [TAP, AdaptiveTAP, SelfAveragingTAP])
+def test_variances_do_not_hide_magnetizations_of_a_few_hundredths(kind):
+    """Their errors were 50 to 420 tolerances."""
+    couplings, _ = sherrington_kirkpatrick(20, 0.6, 0.0, 0)
+    spins, x = SpinSystem(couplings, IsingPrior()), 0.01 * randn(4, 20)
+    found, right = (kind(tol=tol)(spins, x).magnetization for tol in (1e-8, 1e-12))
+    assert float(((found - right).norm(dim=1) / right.norm(dim=1)).max()) < 5e-8
+
+
 @pytest.mark.parametrize("kind", CONSISTENT)
 @pytest.mark.parametrize("size", [1e-5, 1e-8, 1e-20])
 def test_probabilities_of_potts_spins_are_right_to_rounding(kind, size):
