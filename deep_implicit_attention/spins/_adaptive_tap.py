@@ -24,7 +24,8 @@ class AdaptiveTAP(ConsistentMethod):
     Derivatives of `log_partition` are the magnetization (fields) and m_i m_jᵀ + χ_ij (couplings).
     `covariance` is χ, the response at fixed V; `susceptibility`, ∂m/∂x, also moves V and differs.
     Exact for a Gaussian prior, where nothing is iterated. Potts spins are treated in the q − 1
-    dimensions across (1, …, 1); on the sphere only the traces of C_i and χ_ii are matched.
+    dimensions across (1, …, 1); on the sphere only the traces of C_i and χ_ii are matched, and
+    the error of m is of second order in J instead of third.
 
     Damped Picard iteration, the default, converges for weak and moderate couplings (all of the SK
     systems with N = 12 up to β = 1 in the tests); where it does not, that is reported, and

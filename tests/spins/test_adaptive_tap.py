@@ -207,6 +207,22 @@ def test_halving_the_couplings_divides_the_error_of_m_by_eight():
     assert math.log2(errors[0] / errors[1]) > 2.7
 
 
+def test_on_the_sphere_the_error_of_m_is_divided_by_four():
+    """Matched traces are right to first order only; two spins on circles, against a grid."""
+    prior, J = SphericalPrior(2), symmetric(2, 2, 1.0)
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, dtype=torch.float64)
+    angle = 2 * math.pi * torch.arange(64, dtype=torch.float64) / 64
+    grid = torch.stack([angle.cos(), angle.sin()], dim=1)
+    errors = []
+    for scale in (0.02, 0.01):
+        inner = x[1] + grid @ (scale * J[0, 1])
+        p = torch.softmax(grid @ x[0] + prior.log_partition(inner), dim=0)
+        m = torch.stack([p @ grid, p @ prior.mean(inner)])
+        errors.append((TIGHT(SpinSystem(scale * J, prior), x).magnetization - m).norm().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
+
+
 def test_a_step_is_one_factorisation_and_its_inverse(monkeypatch):
     """And reading off everything else, the determinant included, one more of each."""
     calls: list[str] = []
