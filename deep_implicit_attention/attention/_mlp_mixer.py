@@ -44,6 +44,9 @@ class DEQMLPMixerAttention(DEQModule):
         lin_response: False drops f.
 
     Cost of an update: O(B N² d + B N d²).
+
+    Raises:
+        TypeError, ValueError: for sizes below 1, and for x of another shape, dtype or device.
     """
 
     def __init__(self, num_spins: int, dim: int, lin_response: bool = True) -> None:

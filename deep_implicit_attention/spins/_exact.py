@@ -30,9 +30,9 @@ class Exact:
 
         m = χ (x + Pμ),   χ = (blockdiag P − J)⁻¹
 
-    Covariance and susceptibility are the same. Cost: O(B states N d) time, O(B states N² d²) for
-    the covariance, and, with gradients, recomputation of each chunk instead of its memory; Gaussian
-    O(N³ d³).
+    Covariance and susceptibility are the same. Cost: O(states N² d² + B states N d) time,
+    O(B states N² d²) for the covariance, and, with gradients, recomputation of each chunk instead
+    of its memory; Gaussian O(N³ d³).
 
     Args:
         max_states: states at most, 2^24 by default.

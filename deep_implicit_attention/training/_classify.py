@@ -244,7 +244,10 @@ def augment(
     background: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Shift (pixels), rotate (degrees) and zoom (fraction) every image at random."""
+    """Images `(B, C, H, W)`, each shifted, turned and zoomed at random as `schedule` allows.
+
+    What comes in at the edges is `background`. Draws from `generator`, or torch's own.
+    """
     if not (schedule.shift or schedule.rotation or schedule.zoom):
         return images
     batch, (height, width) = len(images), images.shape[-2:]
