@@ -42,7 +42,8 @@ def prepare(weight: Tensor, prior: Prior, x: Tensor) -> Matched:
     """The context of a solve for fields `x` `(B, N, d)`."""
     system = spin_system(weight, prior)
     if not isinstance(prior, PottsPrior):
-        return Matched(x.reshape(len(x), system.num_spins, -1), system.matrix(), None)
+        fields = x.flatten(1).unsqueeze(-1) if isinstance(prior, IsingPrior) else x
+        return Matched(fields, system.matrix(), None)
     frame = frame_of(system, "DEQAdaTAPMeanFieldAttention")
     return Matched(frame.fields(x), frame.couplings, frame.basis)
 

@@ -112,6 +112,16 @@ def test_explicit_steps_compile_as_one_graph(name, fields):
     torch.testing.assert_close(by_weights, grad(expected.square().sum(), weights))
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("name", PRIORS)
+def test_empty_batches(name, steps, fields):
+    layer = DEQFixedPoint(make(name), steps=steps)
+    x = fields[:0].requires_grad_()
+    z = layer(x)
+    z.sum().backward()
+    assert z.shape == (0, SITES, DIM)
+
+
 @pytest.mark.parametrize("name", ITERATED)
 def test_naive_mean_field_without_the_response(name, fields):
     module = make(name, 0.4, lin_response=False)
