@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..deq import Implicit
 from ..deq._failure import OnFailure, check_on_failure
 from ..deq._fixed_point import check_fixed_point_solver, solve_and_attach
+from ..deq._step import selected, selection
 from ..solvers import Solution, newton_krylov, picard
 from ..solvers._validate import check_count, check_number, check_options
 from ._response import Response
@@ -84,34 +85,40 @@ class IteratedMethod:
         magnetizations have however small they are.
         """
 
-        def solve(step: Callable, start: tuple[Tensor, ...], options: dict[str, Any]) -> Solution:
+        def solve(
+            step: Callable, start: tuple[Tensor, ...], args: Sequence[Any], options: dict[str, Any]
+        ) -> Solution:
             return solve_and_attach(
                 step, start, args, adjoint=Implicit(), on_failure=self.on_failure, **options
             )
 
         general = {"tol": self.options["tol"], "max_iter": self.options["max_iter"]}
-        first = solve(step, start, self.options if solver is None else general | {"solver": solver})
-        relative = self.options.get("stop_mode", "rel") == "rel"
+        own = self.options if solver is None else general | {"solver": solver}
+        first = solve(step, start, args, own)
+        if self.options.get("stop_mode", "rel") != "rel" or not len(args[0]):
+            return first
+        m, V = first.value
         # In a smaller unit this error would be more than the tolerance. Its norm grows with the
         # number of magnetizations, that of the state may not: V can be one number for all.
-        m, V = first.value
-        many = math.sqrt(max(1.0, m[0].numel() / V[0].numel())) if len(m) else 1.0
+        many = math.sqrt(max(1.0, m[0].numel() / V[0].numel()))
         least = many * rounding * torch.finfo(m.dtype).eps / (general["tol"] or 1.0)
-        unit = _unit_of_small(first, args[0], least) if relative else None
-        if unit is None:
+        small = _hidden(first, args[0], least)
+        if not bool(small.any()):
             return first
-        # So weak, they are a linear response to the fields: Newton's method has a step to go.
-        measured = _InUnits(step, unit)
+        # So weak, they are a linear response to the fields: Newton's method has a step to go. Their
+        # mates would go on with theirs, those that failed to the limit.
+        rows = small.nonzero()[:, 0]
+        args = tuple(selected(selection(step), rows, args))
         with torch.no_grad():
-            start = measured.scaled(first.value)
-            second = solve(measured, start, general | {"solver": newton_krylov})
+            begin = m[rows], V[rows]
+            measured = _InUnits(step, _size(begin[0], least))
+            start = measured.scaled(begin)
+            second = solve(measured, start, args, general | {"solver": newton_krylov})
             value = measured.natural(second.value)
         if torch.is_grad_enabled():
             # Not in these units, in which derivatives by variances hide those by magnetizations.
             value = self.attached(step, value, *args)
-        second = second.with_value(value)
-        small = unit.flatten(1)[:, 0] != 1
-        return first.followed_by(second.rows(small), small)
+        return first.followed_by(second.with_value(value), small)
 
     def attached(
         self, step: Callable, solution: tuple[Tensor, ...], *args: Any
@@ -134,25 +141,23 @@ class IteratedMethod:
         return stays.value
 
 
-def _unit_of_small(solution: Solution, fields: Tensor, least: float) -> Tensor | None:
-    """The size of magnetizations that variances hide, a power of two, `(B, 1, …)`; 1 elsewhere.
+def _hidden(solution: Solution, fields: Tensor, least: float) -> Tensor:
+    """Which samples `(B,)` have magnetizations that variances hide, taken to be `least` or more.
 
-    It is at least `least`.
-
-    None where there are none. Without fields m = 0 is a solution, beside which nothing is small.
+    Without fields m = 0 is a solution, beside which nothing is small.
     """
     m, V = (part.detach().flatten(1) for part in solution.value)
-    if not m.numel():
-        return None
     size, beside = m.abs().amax(dim=1), V.abs().amax(dim=1)
-    small = solution.converged & (fields.detach() != 0).flatten(1).any(dim=1)
-    small &= size > torch.finfo(m.dtype).tiny
-    size = size.clamp_min(least)
-    small &= size < _SMALL * beside
-    if not bool(small.any()):
-        return None
-    unit = torch.where(small, torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent), 1.0)
-    return unit.view(-1, *[1] * (solution.value[0].dim() - 1))
+    hidden = solution.converged & (fields.detach() != 0).flatten(1).any(dim=1)
+    hidden &= size > torch.finfo(m.dtype).tiny
+    return hidden & (size.clamp_min(least) < _SMALL * beside)
+
+
+def _size(m: Tensor, least: float) -> Tensor:
+    """A power of two next to the largest magnetization of each sample, or `least`, `(B, 1, …)`."""
+    size = m.flatten(1).abs().amax(dim=1).clamp_min(least)
+    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
+    return unit.view(-1, *[1] * (m.dim() - 1))
 
 
 class _InUnits(nn.Module):
