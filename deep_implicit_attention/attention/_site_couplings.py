@@ -117,6 +117,12 @@ class SiteCouplings(DEQModule):
 
     def sources(self, x: Tensor, *inputs: Any) -> Tensor:
         check_no_inputs(self, inputs)
+        # As torch.nn.utils.prune leaves it. Replicas of a data-parallel module have no parameters.
+        if self._forward_pre_hooks and self._parameters and "_weight" in vars(self):
+            raise RuntimeError(
+                f"the couplings of {type(self).__name__} are made by a hook on it, which a solve "
+                "does not call: use torch.nn.utils.parametrize, or torch.nn.utils.prune.remove"
+            )
         check_sources(x, self.dim, self.num_spins, self._weight_like(x))
         return x
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from deep_implicit_attention.attention import (
+    DEQAdaTAPMeanFieldAttention,
     DEQMeanFieldAttention,
     DEQMLPMixerAttention,
     DEQVanillaSoftmaxAttention,
@@ -140,3 +142,16 @@ def test_a_hook_on_a_whole_network_inside_a_solve_is_refused(x):
     module.correction.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"FeedForward.*acts inside a solve"):
         DEQFixedPoint(module)(x)
+
+
+@pytest.mark.parametrize("kind", [DEQMeanFieldAttention, DEQAdaTAPMeanFieldAttention])
+def test_couplings_that_a_hook_makes_are_refused(kind, x):
+    """They stayed as they were when they were pruned, whatever was learned."""
+    layer = DEQFixedPoint(kind(5, 4))
+    prune.random_unstructured(layer.fun, "_weight", amount=0.5)
+    with pytest.raises(RuntimeError, match=r"made by a hook.*prune\.remove"):
+        layer(x)
+    prune.remove(layer.fun, "_weight")
+    layer(x).sum().backward()
+    layer.fun.register_forward_pre_hook(lambda *_: None)  # it makes nothing
+    layer(x)
