@@ -67,7 +67,7 @@ def test_variances_do_not_hide_magnetizations_of_a_few_hundredths(kind):
 
 
 def test_their_mates_are_not_solved_again(monkeypatch):
-    """Those that fail went on to the limit of steps with them: a batch took fifteen times as long."""
+    """Those that failed went on to the limit of steps; a batch took fifteen times as long."""
     seen = []
 
     @functools.wraps(newton_krylov)
