@@ -28,7 +28,7 @@ from ._equilibrium import (
     starts_of,
     value_of,
 )
-from ._positions import sinusoids
+from ._positions import Positioned, sinusoids
 from ._pretrained import Pretrained
 
 _POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -43,7 +43,7 @@ _ATTENTION: dict[str, Callable[..., DEQModule]] = {
 }
 
 
-class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
+class DeepImplicitAttentionTransformer(Pretrained, Positioned):
     """Token ids → logits of the next token, by the response of a causal system of vector spins.
 
     1. Embeddings of token and position, brought to components of order one, are the field x_i on
@@ -112,7 +112,7 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         if positions == "learned":
             self.positions = nn.Parameter(torch.randn(max_seq_len, dim) * _START)
         elif positions == "sinusoidal":
-            self.register_buffer("positions", sinusoids(max_seq_len, dim) / _FIELD_SCALE, False)
+            self.register_buffer("positions", self._sinusoids(), False)
         else:
             self.positions = None
         self.dropout = nn.Dropout(dropout)
@@ -331,6 +331,9 @@ class DeepImplicitAttentionTransformer(Pretrained, nn.Module):
         if self.positions is not None:
             x = x + self.positions[at]
         return self.dropout(x * _FIELD_SCALE)
+
+    def _sinusoids(self) -> Tensor:
+        return sinusoids(self.max_seq_len, self.dim) / _FIELD_SCALE
 
     def _logits(self, z: Tensor) -> Tensor:
         return F.linear(self.norm(z), self.tokens.weight)

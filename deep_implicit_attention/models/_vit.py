@@ -22,7 +22,7 @@ from ..deq import DEQModule
 from ..solvers._validate import check_count, check_counts, check_number
 from ._equilibrium import check_name, equilibrium, starts_of, value_of
 from ._image_classifier import ImageClassifier, convolutions
-from ._positions import sinusoids
+from ._positions import Positioned, sinusoids
 from ._pretrained import Pretrained
 
 # Couplings between so many sites, each pair with its own; x_i of unit length on average.
@@ -44,7 +44,7 @@ _HEADS = 4
 _START = 0.02  # standard deviation of learned positions
 
 
-class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
+class DeepImplicitAttentionViT(Pretrained, Positioned, ImageClassifier):
     """Images → class scores, by the response of a system of vector spins, one per patch.
 
     1. The stem maps the image to `dim` channels on a grid of patches; a class token is one more
@@ -154,8 +154,7 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         if positions == "learned":
             self.positions = nn.Parameter(torch.randn(sites, dim) * _START)
         elif positions == "sinusoidal":
-            waves = F.pad(_rows_and_columns(self.grid, dim), (0, 0, int(has_token), 0))
-            self.register_buffer("positions", waves, False)
+            self.register_buffer("positions", self._sinusoids(), False)
         else:
             self.positions = None
         # Fields of unit length keep the response of free couplings of order one.
@@ -222,6 +221,10 @@ class DeepImplicitAttentionViT(Pretrained, ImageClassifier):
         """The fields x `(B, N, dim)` of each block; `solutions` are those of a forward pass."""
         entering = [self.sites(images), *(value_of(part) for part in solutions[:-1])]
         return [self.fields(z, number) for number, z in enumerate(entering)]
+
+    def _sinusoids(self) -> Tensor:
+        above = int(self.token is not None)  # none for the class token
+        return F.pad(_rows_and_columns(self.grid, self.dim), (0, 0, above, 0))
 
 
 def _halving(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer, left_pad
@@ -309,6 +309,15 @@ def test_copies_and_state_dicts() -> None:
         assert torch.equal(copy.deepcopy(model)(ids), model(ids))
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(ids), model(ids))
+
+
+def test_made_on_the_meta_device_and_filled_later() -> None:
+    model, ids = build(positions="sinusoidal").eval(), tokens()
+    with torch.device("meta"):
+        empty = nn.ModuleList([build(positions="sinusoidal").eval()])
+    empty.to_empty(device="cpu")[0].load_state_dict(model.state_dict())
+    assert torch.equal(empty[0].positions, model.positions)
+    assert torch.equal(empty[0](ids), model(ids))
 
 
 def test_int32_ids_and_empty_batches() -> None:

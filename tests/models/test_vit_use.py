@@ -43,6 +43,16 @@ def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
         assert config[name] == value
 
 
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_made_on_the_meta_device_and_filled_later(pooling: str) -> None:
+    model = build(positions="sinusoidal", pooling=pooling).eval()
+    with torch.device("meta"):
+        empty = build(positions="sinusoidal", pooling=pooling).eval()
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(empty.positions, model.positions)
+    assert torch.equal(empty(images()), model(images()))
+
+
 def test_loss() -> None:
     logits = torch.randn(3, 5, dtype=torch.float64)
     labels = torch.tensor([4, 0, 2])
