@@ -74,7 +74,8 @@ def text_data(text: str, validation: float = 0.1) -> TextData:
             "text must have at least 2 characters, one to learn from and one for validation, got "
             f"{len(text)}"
         )
-    cut = int(len(text) * (1 - validation))
+    # Rounded, for 1 − 0.9 is a little less than 0.1.
+    cut = int(round(len(text) * (1 - validation), 6))
     if not 0 < cut < len(text):
         raise ValueError(
             f"text must leave characters on both sides of the split; got {len(text)} characters "

@@ -47,6 +47,11 @@ def test_split(validation: float) -> None:
     assert data.vocabulary.decode(data.validation) == TEXT[cut:]
 
 
+@pytest.mark.parametrize(("size", "validation", "learnt"), [(10, 0.9, 1), (1000, 0.8, 200)])
+def test_split_in_whole_characters(size: int, validation: float, learnt: int) -> None:
+    assert len(text_data("a" * size, validation).train) == learnt
+
+
 @pytest.mark.parametrize("validation", [0.0, 0.99])
 def test_split_that_leaves_nothing(validation: float) -> None:
     with pytest.raises(ValueError, match="both sides"):
