@@ -37,14 +37,16 @@ def run_shakespeare(recipe: Shakespeare) -> dict[str, Any]:
 
 def _work(recipe: Shakespeare) -> Work:
     data = recipe.load()
+    before = Run(recipe.run_dir)
+    # Here, since a run that is finished does not come to be trained.
+    if recipe.resume and before.is_started() and has_vocabulary(before):
+        check_text(before, data)
     model = recipe.model(len(data.vocabulary))
     task, plan = recipe.task(data), recipe.plan()
     optimizer = training.language_optimizer(model, recipe.learning_rate, recipe.weight_decay)
 
     def train(run: Run, progress: Progress, devices: Devices, resume: bool) -> str:
-        if resume and has_vocabulary(run):
-            check_text(run, data)
-        elif devices.is_main:
+        if devices.is_main and not has_vocabulary(run):  # a new run has none
             save_vocabulary(run, data)
         generator = torch.Generator().manual_seed(recipe.seed)
         trainer = Trainer(

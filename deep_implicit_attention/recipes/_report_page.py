@@ -24,7 +24,7 @@ from ._boltzmann import Boltzmann
 from ._image_recipe import ImageRecipe
 from ._images import until_solved
 from ._ising import Ising
-from ._saved import RECIPES
+from ._saved import RECIPES, found
 from ._settings import checked, usable
 from ._shakespeare import Shakespeare
 
@@ -223,7 +223,7 @@ def _recipe(story: Story) -> Any:
         return None
     recipe = story.attempt(
         "The settings cannot be used",
-        lambda: kind(**usable(story.config, kind, story.missing)),
+        lambda: kind(**found(usable(story.config, kind, story.missing), story.run)),
     )
     if recipe is not None:
         story.attempt("Settings are out of range", lambda: checked(recipe))

@@ -14,7 +14,7 @@ from ._flags import TrainingFlags
 from ._image_recipe import Digits, Mnist
 from ._mnist_vit import MnistViT
 from ._settings import misfits, typed
-from ._shakespeare import Shakespeare
+from ._shakespeare import Shakespeare, has_vocabulary
 
 RECIPES: dict[str, type[Any]] = {
     "digits": Digits,
@@ -67,10 +67,21 @@ def load_recipe(run: Run) -> Any:
     for problem in misfits(config, types).values():
         raise ValueError(f"{run.folder / CONFIG} is damaged: {problem}")
     settings = {name: typed(value, types[name]) for name, value in config.items() if name in types}
-    for name in _PLACES:
-        if settings.get(name) is not None:
-            settings[name] = _found(settings[name], run.folder)
-    return kind(**settings)
+    return kind(**found(settings, run))
+
+
+def found(settings: dict[str, Any], run: Run) -> dict[str, Any]:
+    """`settings` of a run with the places of its data as they are now.
+
+    They were given from where the run was started: from here, or from a folder above its own.
+    """
+    above = [Path(), *run.folder.resolve().parents]
+
+    def place(path: Path) -> Path:
+        return next((there for there in (top / path for top in above) if there.exists()), path)
+
+    known = {name: settings[name] for name in _PLACES if settings.get(name) is not None}
+    return {**settings, **{name: place(path) for name, path in known.items()}}
 
 
 def evaluate_run(folder: str | Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -157,12 +168,6 @@ def _recipe_of(run: Run) -> str:
     return str(run.config().get("recipe", "nothing"))
 
 
-def _found(path: Path, folder: Path) -> Path:
-    """`path` as it was given when the run in `folder` was started: from here or a folder above."""
-    places = (path, *(above / path for above in folder.resolve().parents))
-    return next((place for place in places if place.exists()), path)
-
-
 def _name(recipe: Any) -> str:
     return next(name for name, kind in RECIPES.items() if type(recipe) is kind)
 
@@ -174,10 +179,12 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
             f"{run.folder} is a run of {_recipe_of(run)}, not of {config['recipe']}: name the "
             "folder of one, or leave out --resume and start anew in another"
         )
+    # Which text it was the vocabulary tells; where that is lost, only the name does.
+    free = _FREE if has_vocabulary(run) else _FREE - {"text"}
     changed = [
         f"{name} {before.get(name)} (now {value})"
         for name, value in config.items()
-        if name not in _FREE and before.get(name) != value
+        if name not in free and before.get(name) != value
     ]
     if changed:
         raise ValueError(

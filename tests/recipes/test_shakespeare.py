@@ -439,9 +439,10 @@ def test_another_text_is_refused(train: Dia, tmp_path: Path) -> None:
     own.write_text(TEXT.replace("green", "brown"))
     message = "the text is not the one"
     assert message in invoke(run.folder, "evaluate", str(run.folder)).complaint()
+    flags = ["--text", str(own), "--iterations", "3", "--resume"]
+    assert message in train(*flags).complaint()
     *lines, _ = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run.folder / "metrics.jsonl").write_text("".join(lines))  # not finished
-    flags = ["--text", str(own), "--iterations", "3", "--resume"]
     assert message in train(*flags).complaint()
     (tmp_path / "moved.txt").write_text(own.read_text())
     assert message in train(*flags, "--text", str(tmp_path / "moved.txt")).complaint()
@@ -451,6 +452,10 @@ def test_another_text_is_refused(train: Dia, tmp_path: Path) -> None:
     own.unlink()
     said = invoke(run.folder, "generate", str(run.folder), "--prompt", "t")
     assert said.status == 0, said.err
+    # Where it is not known which text it was, one of another name may be another.
+    (run.folder / "vocabulary.json").unlink()
+    moved = train(*flags, "--text", str(tmp_path / "moved.txt"))
+    assert f"was started with text {own} (now {tmp_path / 'moved.txt'})" in moved.complaint()
 
 
 def test_a_relative_text_is_found_from_other_folders_and_with_a_project_that_moved(
@@ -467,6 +472,8 @@ def test_a_relative_text_is_found_from_other_folders_and_with_a_project_that_mov
         (tmp_path / name).rename(tmp_path / "moved" / name)
     folder = tmp_path / "moved" / "run"
     assert invoke(folder, "evaluate", "../moved/run").status == 0
+    assert invoke(folder, "report", "../moved/run").status == 0
+    assert "The text cannot be read" not in (folder / "report.html").read_text()
     (tmp_path / "moved" / "own.txt").unlink()
     assert "own.txt" in invoke(folder, "evaluate", "../moved/run").complaint()
 
