@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,5 +187,8 @@ def check_options(
             )
     while isinstance(solver, functools.partial):
         solver = solver.func
-    if (getattr(solver, "__module__", None) or "").startswith("deep_implicit_attention.solvers."):
+    home = getattr(solver, "__module__", None) or ""
+    # What wraps a solver by functools.wraps has its module and name, but may take more.
+    ours = home.startswith("deep_implicit_attention.solvers.")
+    if ours and getattr(sys.modules[home], solver.__name__, None) is solver:
         check_values(prefix, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -157,6 +157,8 @@ class TestOptions:
         with pytest.raises(error, match=f"{next(iter(given))} must be"):
             DEQFixedPoint(_Linear(), solver, **given)
         DEQFixedPoint(_Linear(), lambda f, z0, **options: picard(f, z0), **given)
+        disguised = wraps(solver)(lambda f, z0, **options: picard(f, z0))
+        DEQFixedPoint(_Linear(), disguised, **given)
 
     def test_gmres_may_be_bound_to_its_options(self, problem, w, x):
         bound = Implicit(partial(gmres, restart=2), tol=1e-12, max_iter=200)
