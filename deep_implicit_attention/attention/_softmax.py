@@ -28,6 +28,7 @@ from ._parts import (
 )
 from ._pooling import Couplings, couple
 from ._products import linear, linear_by_bias, linear_by_weight, narrow_pays, narrowed, plus
+from ._rotary import ROTARY_BASE
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 # Of the weights behind a normalised state at the start, relative to a Linear's own; below 32
@@ -110,7 +111,7 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         normalize: bool = False,
         correction_width: int | None = None,
         rotary: bool = False,
-        rotary_base: float = 10_000.0,
+        rotary_base: float = ROTARY_BASE,
         dropout: float = 0.0,
     ) -> None:
         check_counts(num_spins=num_spins, dim=dim, heads=heads)

@@ -12,6 +12,7 @@ from ..solvers._validate import check_counts, check_number
 from ._normalize import normalized
 from ._parts import FeedForward, hide, merge_heads, split_heads
 from ._pooling import Couplings, couple
+from ._rotary import ROTARY_BASE
 from ._softmax_couplings import Memory, SoftmaxCouplings
 
 
@@ -71,7 +72,7 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         causal: bool = False,
         normalize: bool = False,
         rotary: bool = False,
-        rotary_base: float = 10_000.0,
+        rotary_base: float = ROTARY_BASE,
         dropout: float = 0.0,
     ) -> None:
         check_counts(dim=dim, heads=heads)

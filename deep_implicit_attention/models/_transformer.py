@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..attention import DEQVanillaSoftmaxAttention, DEQVectorSpinAttention
 from ..attention._normalize import LayerNorm
+from ..attention._rotary import ROTARY_BASE
 from ..attention._softmax_couplings import check_key_mask
 from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
@@ -92,7 +93,7 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
         heads: int = 4,
         attention: str = "softmax",
         positions: str = "learned",
-        rotary_base: float = 10_000.0,
+        rotary_base: float = ROTARY_BASE,
         dropout: float = 0.0,
         weight_norm: bool = False,
         solver: str = "anderson",
