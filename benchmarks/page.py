@@ -13,14 +13,33 @@ from typing import Any
 
 import torch
 
+from deep_implicit_attention.training._files import check_writable
 
-def parse_out(description: str | None) -> Path:
-    """The page to write to, from the command line."""
-    parser = argparse.ArgumentParser(
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A command line with `--out`, the page to write to."""
+    made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
-    return parser.parse_args().out
+    made.add_argument("--out", type=_writable, default="docs/benchmarks.md", help="the page")
+    return made
+
+
+def parse_out(description: str | None) -> Path:
+    """The page to write to, from a command line that has no more than that."""
+    return command_line(description).parse_args().out
+
+
+def _writable(name: str) -> Path:
+    """The path `name`, refused here if it could not be written after minutes of measuring."""
+    page = Path(name)
+    if page.is_dir():
+        raise argparse.ArgumentTypeError(f"{page} is a folder: give a file, {page / 'page.md'}")
+    try:
+        check_writable(page)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{page} cannot be written: {error.strerror}") from None
+    return page
 
 
 def provenance(command: str = "make bench") -> str:

@@ -20,7 +20,6 @@ docs/benchmarks.json; `--title` keeps those of several processors apart. Trained
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from deep_implicit_attention.deq import DEQFixedPoint, DEQModule
 from deep_implicit_attention.solvers import Solution
 
 from . import literal
-from .page import machine, provenance, write_results, write_section
+from .page import command_line, machine, provenance, write_results, write_section
 from .rivals import PEERS, explicit, products, torchdeq_on_our_map
 from .timing import Respond, both, forward, peak_bytes, saved_bytes, take_turns
 
@@ -288,10 +287,7 @@ def random_weights(page: Path, turns: int, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser = command_line(__doc__)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--title", default="Speed", help="heading of the table of times")
     flags = parser.parse_args()

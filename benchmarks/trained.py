@@ -12,7 +12,6 @@ program that needs as many hardly goes below.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from deep_implicit_attention.recipes import load_recipe
 from deep_implicit_attention.solvers import Solution, anderson
 from deep_implicit_attention.training import Run, windows
 
-from .page import machine, provenance, write_results, write_section
+from .page import command_line, machine, provenance, write_results, write_section
 from .rivals import PEERS, products, torchdeq_on_our_map
 from .timing import Respond, both, take_turns
 
@@ -114,10 +113,7 @@ def row(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    parser = command_line(__doc__)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--vit", type=Path, help="a run of mnist-vit")
     parser.add_argument("--shakespeare", type=Path, help="a run of shakespeare")

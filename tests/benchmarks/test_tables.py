@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import cuda, evaluations, horizon, importing, scaling, speed, trained
-from benchmarks.page import write_results
+from benchmarks.page import command_line, write_results
 from deep_implicit_attention.attention import DEQMeanFieldAttention
 from deep_implicit_attention.training import Split
 
@@ -194,3 +194,16 @@ def test_a_horizon_is_measured_over_all_images(steps: int | None) -> None:
     name = "4" if steps else "equilibrium (6.0 solver steps)"  # of two blocks
     line = horizon.row(model, split, steps)  # type: ignore
     assert cells(line) == [name, "83.33%", "1.5000", "1.0e-03", "1.0e-01"]
+
+
+@pytest.mark.parametrize("there", ["folder", "no/folder/page.md"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    there: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        command_line("").parse_args(["--out", str(tmp_path / there)])
+    assert str(tmp_path / there) in capsys.readouterr().err
+    kept = command_line("").parse_args(["--out", str(tmp_path / "page.md")]).out
+    assert kept == tmp_path / "page.md"
+    assert not kept.exists()
