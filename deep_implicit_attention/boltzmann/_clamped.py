@@ -24,6 +24,7 @@ from ..spins import (
     SpinSystem,
 )
 from ._data import Data
+from ._enumeration import Enumeration
 from ._parameters import rows_with_one, unpack
 from ._warnings import warn
 
@@ -37,6 +38,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 # Rows that must share what is clamped, on average, for groups of them to be faster than one batch.
 _SHARED = 8
+# So many states of a row take as long as to set up the enumeration for a group of rows.
+_STATES = 2**16
 # Numbers in the matrices of a batch of rows.
 _NUMBERS = 2**22
 _TOL, _MAX_ITER, _DAMPING = 1e-9, 500, 0.9
@@ -176,6 +179,25 @@ def filled(kind: Kind, theta: Tensor, data: Data) -> Tensor:
             ConvergenceWarning,
         )
     return torch.where(data.observed, data.spins, spins)
+
+
+def clamped_phase(kind: Kind, data: Data, n: int) -> Callable[[Tensor, Data], Tensor]:
+    """`clamped_moments` of `n` spins, for `data` or parts of it: the faster way, chosen once."""
+    if kind == "exact" and data.observed is not None:
+        patterns, _ = patterns_of(data.observed)
+        if len(data) << n <= len(patterns) * _STATES:
+            states = Enumeration(n, data.spins.device)
+            return lambda theta, part: _enumerated_moments(states, theta, part)
+    return lambda theta, part: clamped_moments(kind, theta, part)
+
+
+def _enumerated_moments(states: Enumeration, theta: Tensor, data: Data) -> Tensor:
+    """`clamped_moments` by the states of all spins, for all rows together."""
+    spins = torch.nn.functional.pad(data.spins, (0, states.n - data.spins.shape[1]))
+    weights = data.weights if data.weights is not None else torch.ones(len(data)).to(spins)
+    second = states.second_moments(states.posterior(theta, spins, weights / weights.sum()))
+    second.diagonal().fill_(1.0)
+    return second
 
 
 def clamped_moments(kind: Kind, theta: Tensor, data: Data) -> Tensor:

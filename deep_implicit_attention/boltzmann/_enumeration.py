@@ -58,6 +58,20 @@ class Enumeration:
         mean = 0.5 * (moments * direction).sum()
         return self.second_moments(exponent.sub_(mean).mul_(probabilities))
 
+    def posterior(self, theta: Tensor, spins: Tensor, weights: Tensor) -> Tensor:
+        """Σ_rows w p(S | the row) for the states in the table, rows `(B, n)` with 0 for a gap.
+
+        Cost: O(B 2^n).
+        """
+        table = self._exponent(theta, 0, len(self.left))
+        out, size = torch.zeros_like(table), max(1, _CHUNK // table.numel())
+        for some, w in zip(spins.split(size), weights.split(size), strict=True):
+            left = _agreement(some[:, : self.split - 1], self.left[:, 1:])
+            right = _agreement(some[:, self.split - 1 :], self.right)
+            exponent = table + left[:, :, None] + right[:, None, :]
+            out += (w @ exponent.flatten(1).softmax(dim=1)).view_as(table)
+        return out
+
     def states(self, index: Tensor) -> Tensor:
         """Spins `(len(index), n)` of states by their place in the flattened table."""
         row, column = index // len(self.right), index % len(self.right)
@@ -71,6 +85,12 @@ class Enumeration:
         other = 0.5 * ((self.right @ theta[k:, k:]) * self.right).sum(dim=1)
         table = (left @ theta[:k, k:]) @ self.right.mT
         return table.add_(own[:, None]).add_(other)
+
+
+def _agreement(spins: Tensor, states: Tensor) -> Tensor:
+    """0 for the `states` that a row of `spins` may be, −∞ for the others."""
+    known = spins.abs().sum(dim=1, keepdim=True)
+    return torch.where(spins @ states.mT == known, 0.0, -torch.inf)
 
 
 def _states(n: int, device: torch.device | str) -> Tensor:

@@ -14,7 +14,7 @@ from ..deq import ConvergenceWarning
 from ._adaptive_tap import adaptive_tap
 from ._ascent import FreePhase, ascend, with_hidden
 from ._best import Best
-from ._clamped import Kind, clamped_moments, means
+from ._clamped import Kind, clamped_phase, means
 from ._data import Data
 from ._enumeration import Enumeration
 from ._exact import MAX_SPINS, exact
@@ -98,9 +98,10 @@ def _fill_and_learn(settings: Settings, data: Data) -> Learned:
     kind = RESPONSES[settings.method]
     theta = _fields_only(data, settings.pseudocount)
     count = data.total() + settings.pseudocount
+    clamped = clamped_phase(kind, data, data.spins.shape[1])
     learned, old = None, None
     for step in range(settings.max_iter):
-        second = clamped_moments(kind, theta, data)
+        second = clamped(theta, data)
         second = second * (data.total() / count)
         second.diagonal().fill_(1.0)
         # Without couplings the rows that are filled in do not depend on each other.
@@ -166,9 +167,9 @@ def _ascend(settings: Settings, data: Data, rows: int) -> Learned:
         free = _Response(RESPONSES[settings.method])
         if Best.possible(data, rows):
             best = Best(data, rows, start, settings.l2, settings.num_updates, settings.seed)
-    kind = RESPONSES[settings.method]
+    clamped = clamped_phase(RESPONSES[settings.method], data, len(start) - 1)
     return ascend(
-        data, start, lambda theta, part, _: clamped_moments(kind, theta, part), free,
+        data, start, lambda theta, part, _: clamped(theta, part), free,
         settings.schedule(), generator, best,
     )  # fmt: skip
 

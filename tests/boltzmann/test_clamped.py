@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
-from deep_implicit_attention.boltzmann import _clamped, _learn
-from deep_implicit_attention.boltzmann._clamped import Means, clamp, means
+from deep_implicit_attention.boltzmann import _clamped, _enumeration, _learn
+from deep_implicit_attention.boltzmann._clamped import (
+    Means,
+    clamp,
+    clamped_moments,
+    clamped_phase,
+    means,
+)
+from deep_implicit_attention.boltzmann._data import Data
 from deep_implicit_attention.boltzmann._learn import _Response
 from deep_implicit_attention.boltzmann._parameters import pack
 from deep_implicit_attention.spins import (
@@ -53,6 +61,29 @@ def test_covariances_are_those_of_the_inference_method(kind: Any, method: Any) -
     assert covariance is not None
     expected = method(SpinSystem(J, IsingPrior()), fields).covariance
     torch.testing.assert_close(covariance(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("strong", [1.0, 1e3])
+def test_rows_with_gaps_are_averaged_over_what_they_may_be(
+    strong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all states together or by those of the gaps, also of rows that are next to impossible."""
+    monkeypatch.setattr(_enumeration, "_CHUNK", 100)
+    generator = torch.Generator().manual_seed(0)
+    J, h = sherrington_kirkpatrick(5, strong, strong, seed=1)
+    rows = torch.randint(-1, 2, (9, 4), generator=generator).double()  # 0 is a gap
+    rows[0] = 1.0
+    weights = torch.rand(9, generator=generator).double()
+    data, theta = Data(rows, rows != 0, weights), pack(J, h)
+    expected = torch.zeros(6, 6).double()
+    for row, weight in zip(rows.tolist(), weights / weights.sum(), strict=True):
+        choices = [(s,) if s else (-1.0, 1.0) for s in [*row, 0.0]]
+        states = torch.tensor(list(product([1.0], *choices))).double()
+        p = (0.5 * (states @ theta * states).sum(dim=1)).softmax(dim=0)
+        expected += weight * (states.mT * p) @ states
+    together, apart = clamped_phase("exact", data, 5), clamped_moments("exact", theta, data)
+    torch.testing.assert_close(together(theta, data), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(apart, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["tap", "adaptive_tap"])
