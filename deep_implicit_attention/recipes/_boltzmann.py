@@ -41,8 +41,7 @@ class Boltzmann:
     """
 
     methods: tuple[str, ...] = METHODS
-    """methods to learn by: naive, tap, adaptive-tap, pseudolikelihood, and pcd, which has hidden
-    units"""
+    """methods to learn by: naive, tap, adaptive-tap, pseudolikelihood, pcd (with hidden units)"""
     l2: tuple[float, ...] = (0.001, 0.01, 0.1)
     """penalties (l2/2) sum J^2 to choose from"""
     num_hidden: int = 64

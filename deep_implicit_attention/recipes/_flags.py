@@ -27,8 +27,7 @@ class TrainingFlags:
     weight_decay: float
     """decoupled weight decay of AdamW"""
     tol: float
-    """relative residual at which a sample's equilibrium counts as found, forward and backward;
-    float32 reaches nothing below about 1e-6 reliably"""
+    """relative residual of a solved sample, forward and backward; float32 reaches about 1e-6"""
     max_iter: int
     """solver steps at most, forward and backward"""
     threads: int

@@ -81,15 +81,13 @@ class Ising:
     betas: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     """further inverse temperatures, for the figure's error against beta"""
     methods: tuple[str, ...] = tuple(name for name in METHODS if name != "gibbs")
-    """methods to compare: naive, tap, adaptive-tap, self-averaging-tap, expectation-propagation and
-    gibbs, a sampler"""
+    """naive, tap, adaptive-tap, self-averaging-tap, expectation-propagation, gibbs (a sampler)"""
     samples: int = 2000
     """draws of each of the 16 chains of the Gibbs sampler"""
     tol: float = 1e-10
     """relative residual at which a method's equations count as solved"""
     max_iter: int = 2000
-    """solver steps at most; expectation-propagation has two solvers, the second for what the first
-    leaves"""
+    """solver steps at most, for each of the two solvers of expectation-propagation"""
     run_dir: Path = Path("runs/ising")
     """folder for metrics, answers and figure: new, empty, or an earlier run's to overwrite"""
     threads: int = 1

@@ -40,8 +40,7 @@ class MnistViT(ImageRecipe):
     attention: Literal["mean-field", "mlp-mixer", "adaptive-tap", "softmax", "vector-spin"] = (
         "mean-field"
     )
-    """mechanism: the first three have couplings for this number of sites, the others couplings
-    from queries and keys"""
+    """mechanism: the first three are for this number of sites only, the others for any"""
     patch_size: int = 7
     """height and width of a patch, a divisor of 28"""
     dim: int = 10
@@ -51,8 +50,7 @@ class MnistViT(ImageRecipe):
     heads: int | None = None
     """heads of the last two mechanisms, 4 if not given"""
     widths: tuple[int, ...] = (12, 24, 24, 32)
-    """channels of the convolutions before the sites, of which the last ones halve the map until it
-    is the grid of patches; none (--widths alone) for one linear map of each patch"""
+    """channels of the convolutions before the sites; --widths alone: a linear map of each patch"""
     pooling: Literal["token", "mean"] = "token"
     """what is read: a class token, or the mean over sites"""
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"

@@ -63,6 +63,25 @@ def test_help_breaks_no_line_before_a_bracket(
 
 
 @pytest.mark.parametrize(
+    "command", ["train digits", "train mnist-vit", "train shakespeare", "ising", "boltzmann"]
+)
+def test_what_is_said_of_a_flag_is_one_paragraph(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tyro takes an indented line for a new one: a description stands on a single line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    ends = [number for number, line in enumerate(lines) if "(default" in line]
+    assert len(ends) > 5
+    for number in ends:  # beside the flag, or below one that is too long
+        above = lines[number - 1]
+        beside = lines[number].startswith("--")
+        assert beside or (above.startswith("--") and "  " not in above), lines[number]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["train", "digits", "--no-such-flag", "1"],
