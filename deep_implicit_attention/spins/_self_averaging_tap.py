@@ -162,7 +162,7 @@ def _variance(mean_chi: Tensor, couplings: Tensor, spectrum: Tensor) -> Tensor:
         # (One spin has no others, however small χ̄ is.)
         others = len(spectrum) - 1
         V = spectrum[-1] - (others / len(spectrum) / mean_chi if others else 0 * mean_chi)
-        V = torch.maximum(V, spectrum.mean())
+        V = V.clamp(min=0)  # the mean of the spectrum
         for _ in range(_NEWTON_STEPS):
             before = V
             V = torch.maximum(newton(V), V)  # a sample that stands still does not move again
@@ -178,7 +178,8 @@ def _traces(
     positive definite: elsewhere they mean nothing.
 
     Sums over eigenvalues, but for couplings with a graph: eigenvalues that are equal have no second
-    derivatives, although the traces have.
+    derivatives, although the traces have. As tr J = 0, tr JR is tr J(R − 1), in which nothing
+    cancels however weak the couplings are.
     """
     if _attached(couplings):
         factor, sound = _factor(mean_chi, V, couplings)
@@ -187,7 +188,7 @@ def _traces(
     else:
         w = 1 / (1 + mean_chi * (V - spectrum))
         sound = (w > 0).all(dim=1, keepdim=True)
-        terms = w, w.square(), w * spectrum
+        terms = w, w.square(), mean_chi * (spectrum - V) * w * spectrum
     mean, square, pulled = (t.flatten(1).sum(dim=1, keepdim=True) / len(spectrum) for t in terms)
     return mean, square, pulled, sound
 

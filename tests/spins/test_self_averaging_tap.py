@@ -276,3 +276,22 @@ def test_float32():
         for quantity in ("magnetization", "log_partition", "energy", "covariance"):
             close = getattr(mine, quantity).double()
             torch.testing.assert_close(close, getattr(wide, quantity), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strength"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["single", "double"]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_weak_couplings_without_fields(seed, dtype, strength):
+    """V = ⟨e²⟩ + ⟨e³⟩ + … at m = 0: eigenvalues cancel in ⟨e⟩ = 0, and with them V was lost.
+
+    Backward, which sums no eigenvalues, took what was left for another map and said so.
+    """
+    couplings = strength * sherrington_kirkpatrick(5, 1.0, seed=seed)[0].to(dtype)
+    couplings.requires_grad_()
+    x = torch.zeros(5, dtype=dtype, requires_grad=True)
+    method = SelfAveragingTAP(tol=1e-5, on_failure="raise")
+    response = method(SpinSystem(couplings, IsingPrior()), x)
+    V = (couplings.square().sum() / 5).expand(5)
+    torch.testing.assert_close(response.cavity_variance, V, rtol=2e-5, atol=0)
+    grad(response.log_partition, (x, couplings))
