@@ -61,7 +61,10 @@ class DEQMLPMixerAttention(DEQModule):
 
     def sources(self, x: Tensor, *inputs: Any) -> Tensor:
         check_no_inputs(self, inputs)
-        check_sources(x, self.dim, self.num_spins, self.sum_over_couplings.expand.weight)
+        # A raw parameter, as a parametrised weight is made once, by `prepare`; replicas of a
+        # data-parallel module have none.
+        own = next(self.sum_over_couplings.expand.parameters(), x)
+        check_sources(x, self.dim, self.num_spins, own)
         return x
 
     def couplings(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd import grad
 from deep_implicit_attention.attention import (
     DEQAdaTAPMeanFieldAttention,
     DEQMeanFieldAttention,
+    DEQMLPMixerAttention,
     DEQVanillaSoftmaxAttention,
 )
 from deep_implicit_attention.deq import (
@@ -153,8 +154,14 @@ def test_a_parametrisation_is_evaluated_once_a_call():
             calls.append(1)
             return weight
 
-    for module in (DEQMeanFieldAttention(5, 4), DEQAdaTAPMeanFieldAttention(5, 4)):
-        nn.utils.parametrize.register_parametrization(module, "_weight", Counting())
+    for module, name in (
+        (DEQMeanFieldAttention(5, 4), "_weight"),
+        (DEQAdaTAPMeanFieldAttention(5, 4), "_weight"),
+        (DEQMLPMixerAttention(5, 4), "sum_over_couplings.expand.weight"),
+    ):
+        owner, _, last = name.rpartition(".")
+        part = module.get_submodule(owner)
+        nn.utils.parametrize.register_parametrization(part, last, Counting())
         calls.clear()
         DEQFixedPoint(module)(torch.randn(2, 5, 4)).sum().backward()
         assert len(calls) == 1
