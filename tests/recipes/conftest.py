@@ -23,6 +23,15 @@ from deep_implicit_attention.cli import main
 from deep_implicit_attention.recipes import _compare, _made, report_run
 from deep_implicit_attention.training import ImageData
 
+TEXT = "".join(
+    f"{number} green bottles, hanging on the wall; and if one should accidentally fall,\n"
+    for number in ["ten", "nine", "eight", "seven", "six", "five", "four", "three"]
+)
+BOTTLES = (
+    "--dim 8 --heads 2 --length 12 --batch-size 4 --iterations 6 --warmup 2 --evaluate-every 2 "
+    "--depth 1 --relax 3 --learn 2 --tol 1e-5 --max-iter 200 --sample 14 --evaluate-windows 3 "
+    "--jacobian-penalty 0 --positions learned --solver anderson"
+)
 TINY = "--epochs 2 --batch-size 32 --widths 4 --strides 2 --dim 3 --threads 1 --learning-rate 0.01"
 
 
@@ -45,6 +54,9 @@ class Outcome:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("dia: ")
         return lines[0]
+
+
+Dia = Callable[..., Outcome]
 
 
 def call(folder: Path, recipe: str, *flags: str) -> Outcome:
@@ -121,6 +133,33 @@ def saved(tmp_path: Path) -> Callable[[Any, Any], list[str]]:
         return ["--couplings", str(tmp_path / "J.npy"), "--fields", str(tmp_path / "x.npy")]
 
     return save
+
+
+# --- a text of a few hundred characters -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "bottles.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def call_on_text(folder: Path, text: Path, *flags: str) -> Outcome:
+    """`dia train shakespeare` with tiny settings; `flags` have the last word."""
+    own = ["--text", str(text), "--run-dir", str(folder)]
+    return invoke(folder, "train", "shakespeare", *BOTTLES.split(), *own, *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Outcome:
+    """A run on it to the end."""
+    return call_on_text(tmp_path_factory.mktemp("runs") / "text", text, "--seed", "3")
+
+
+@pytest.fixture
+def train(tmp_path: Path, text: Path) -> Dia:
+    return lambda *flags: call_on_text(tmp_path / "run", text, *flags)
 
 
 # --- runs that are reported on, made once -----------------------------------------------------
