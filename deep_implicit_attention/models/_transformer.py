@@ -113,7 +113,7 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
         if positions == "learned":
             self.positions = nn.Parameter(torch.randn(max_seq_len, dim) * _START)
         elif positions == "sinusoidal":
-            self.register_buffer("positions", self._sinusoids(), False)
+            self.register_buffer("positions", self._sinusoids().to(self.tokens.weight), False)
         else:
             self.positions = None
         self.dropout = nn.Dropout(dropout)

@@ -148,13 +148,14 @@ class DeepImplicitAttentionViT(Pretrained, Positioned, ImageClassifier):
             self.stem: nn.Module = nn.Conv2d(channels, dim, patch_size, patch_size)
         else:
             self.stem = _halving(channels, dim, image_size, self.grid, widths)
+        like = next(self.stem.parameters())
         has_token = pooling == "token"
         sites = self.grid**2 + has_token
         self.token = nn.Parameter(torch.randn(1, 1, dim)) if has_token else None
         if positions == "learned":
             self.positions = nn.Parameter(torch.randn(sites, dim) * _START)
         elif positions == "sinusoidal":
-            self.register_buffer("positions", self._sinusoids(), False)
+            self.register_buffer("positions", self._sinusoids().to(like), False)
         else:
             self.positions = None
         # Fields of unit length keep the response of free couplings of order one.

@@ -320,6 +320,20 @@ def test_made_on_the_meta_device_and_filled_later() -> None:
     assert torch.equal(empty[0](ids), model(ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sinusoids_have_the_default_type(dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 8, "dim": 8}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = DeepImplicitAttentionTransformer(**options, positions="sinusoidal")
+    finally:
+        torch.set_default_dtype(before)
+    later = DeepImplicitAttentionTransformer(**options, positions="sinusoidal").to(dtype)
+    assert torch.equal(model.positions, later.positions)
+    assert model(tokens()).dtype == model.positions.dtype == dtype
+
+
 def test_int32_ids_and_empty_batches() -> None:
     model = build().eval()
     ids = tokens()

@@ -53,6 +53,20 @@ def test_made_on_the_meta_device_and_filled_later(pooling: str) -> None:
     assert torch.equal(empty(images()), model(images()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sinusoids_have_the_default_type(dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"image_size": 6, "patch_size": 3, "num_classes": 2, "dim": 8}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = DeepImplicitAttentionViT(**options, positions="sinusoidal")
+    finally:
+        torch.set_default_dtype(before)
+    later = DeepImplicitAttentionViT(**options, positions="sinusoidal").to(dtype)
+    assert torch.equal(model.positions, later.positions)
+    assert model(torch.randn(2, 3, 6, 6, dtype=dtype)).dtype == model.positions.dtype == dtype
+
+
 def test_loss() -> None:
     logits = torch.randn(3, 5, dtype=torch.float64)
     labels = torch.tensor([4, 0, 2])
