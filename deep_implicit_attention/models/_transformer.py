@@ -344,8 +344,8 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
         check_integers("ids", ids)
         if ids.dim() != 2:
             raise ValueError(f"ids must have shape (batch, tokens), got {tuple(ids.shape)}")
-        # A compiler cannot branch on data.
-        if not torch.compiler.is_compiling() and ids.numel():
+        # A compiler cannot branch on data, and on the meta device there is none.
+        if not (torch.compiler.is_compiling() or ids.is_meta) and ids.numel():
             low, high = torch.stack(ids.aminmax()).tolist()  # an accelerator is asked once
             if low < 0 or high >= self.num_tokens:
                 wrong = low if low < 0 else high

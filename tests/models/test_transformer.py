@@ -320,6 +320,14 @@ def test_made_on_the_meta_device_and_filled_later() -> None:
     assert torch.equal(empty[0](ids), model(ids))
 
 
+@pytest.mark.parametrize("attention", ["softmax", "vector-spin"])
+def test_on_the_meta_device_explicit_steps_have_shapes(attention: str) -> None:
+    with torch.device("meta"):
+        model = build(attention=attention, positions="sinusoidal")
+        ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.bool)
+    assert model(ids, steps=2).shape == model(ids, mask, steps=2).shape == (2, 7, 11)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sinusoids_have_the_default_type(dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 8, "dim": 8}
