@@ -151,6 +151,11 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
         for key in sorted(own.keys() | weights.keys())
         if key not in own or key not in weights or own[key].shape != weights[key].shape
     ]
+    wrong += [
+        f"{key} {own[key].dtype} {weights[key].dtype}"
+        for key in sorted(own.keys() & weights.keys())
+        if own[key].is_floating_point() != weights[key].is_floating_point()
+    ]
     if wrong:
         raise ValueError(
             f"{path} does not fit the config beside it; {len(wrong)} tensors differ (name, in the "

@@ -253,6 +253,18 @@ def test_what_is_computed_and_not_saved_has_the_precision_of_the_weights(
     torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=1e-6)
 
 
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    for dtype in (torch.int32, torch.bool, torch.complex64):
+        tokens = weights["tokens.weight"].to(dtype)
+        metadata = {"model": "DeepImplicitAttentionTransformer"}
+        save_file({**weights, "tokens.weight": tokens}, path, metadata)
+        with pytest.raises(ValueError, match=rf"tokens.weight torch.float32 {dtype}"):
+            DeepImplicitAttentionTransformer.from_pretrained(tmp_path)
+
+
 def test_blocks_that_share_their_weights_come_back_as_equal_ones(tmp_path: Path) -> None:
     model = build(depth=3, weight_norm=True).eval()
     model.blocks[2] = model.blocks[0]
