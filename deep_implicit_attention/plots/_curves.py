@@ -79,13 +79,14 @@ def curves(*panels: Panel, reference: Sequence[str] = ("exact",)) -> Figure:
 
 
 def _draw(axes: Axes, panel: Panel, styles: dict[str, dict[str, Any]], black: set[str]) -> None:
+    # Scales first: a logarithmic axis whose lines are all gaps would keep limits below zero.
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
     for name, (x, y) in panel.lines.items():
         plain = name in black or name in panel.points or len(np.asarray(x)) > _MARKED
         own = {**styles[name], "marker": "None"} if plain else styles[name]
         axes.plot(x, y, label=name, linewidth=1.3, zorder=3 if name in black else 2, **own)
     for name, (x, y) in panel.points.items():
         axes.plot(x, y, label=name, **{**styles[name], "linestyle": "None"})
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
     if panel.xscale == "log":
         decades = np.diff(np.log10(axes.get_xlim()))[0]
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))

@@ -96,6 +96,12 @@ def test_ticks_of_a_logarithmic_axis_are_numbers_and_apart() -> None:
         assert float(label.get_text()) == pytest.approx(label.get_position()[0])
 
 
+def test_a_panel_of_gaps_on_logarithmic_axes_is_drawn() -> None:
+    figure = curves(Panel("x", "y", {"a": (X, [np.nan] * 3)}, xscale="log", yscale="log"))
+    figure.draw_without_rendering()
+    assert min(*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim()) > 0
+
+
 def test_more_names_than_can_be_told_apart() -> None:
     seven = Panel("x", "y", {str(k): (X, X) for k in range(7)})
     with pytest.raises(ValueError, match="at most 6 names"):
