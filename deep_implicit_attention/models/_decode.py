@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deq._state import full_precision
-from ..solvers._validate import check_count, check_number
+from ..solvers._validate import check_count, check_integer, check_number
 
 
 def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,18 +52,39 @@ def check_left_padding(mask: Tensor) -> None:
         )
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     """Raise for settings of `sample` that are out of range."""
     check_count("max_new_tokens", max_new_tokens)
     check_number("temperature", temperature, minimum=0.0)
     if top_k is not None:
         check_count("top_k", top_k)
+    if top_p is not None:
+        check_number("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def stop_ids(stop: int | Sequence[int], num_tokens: int, like: Tensor) -> Tensor:
+    """The ids `stop` as a tensor; raises for what are no ids of tokens."""
+    ids = list(stop) if isinstance(stop, Sequence) else [stop]
+    for one in ids:
+        check_integer("stop", one)
+        if not 0 <= one < num_tokens:
+            raise ValueError(f"stop must hold ids from 0 to {num_tokens - 1}, got {one}")
+    return torch.tensor([int(one) for one in ids], dtype=like.dtype, device=like.device)
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Ids `(B, 1)` from softmax(`logits` / temperature) over the `top_k` likeliest.
+    """Ids `(B, 1)` from softmax(`logits` / temperature) over the `top_k` likeliest, and of these
+    over the fewest likeliest whose probabilities sum to `top_p`.
 
     The likeliest itself at temperature 0.
 
@@ -83,4 +104,11 @@ def sample(
         # By their places, as several may be equal to the last.
         likeliest = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, *likeliest[::-1])
+    if top_p is not None and top_p < 1:
+        ordered, places = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        likelier = p.cumsum(dim=-1) - p  # the probability of those before it
+        likelier[:, 0] = 0.0  # not what rounding leaves
+        ordered = ordered.masked_fill(likelier >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, ordered)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -18,7 +18,7 @@ from ..deq import DEQModule, StateCache, spectral_radius
 from ..deq._state import State
 from ..solvers._validate import check_counts, check_number
 from ._count import count_params
-from ._decode import check_left_padding, check_sampling, sample
+from ._decode import check_left_padding, check_sampling, sample, stop_ids
 from ._equilibrium import (
     check_classes,
     check_integers,
@@ -178,12 +178,14 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
         temperature: float = 1.0,
         top_k: int | None = None,
         *,
+        top_p: float | None = None,
+        stop: int | Sequence[int] | None = None,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         cache: bool = True,
         **overrides: Any,
     ) -> Tensor:
-        """`ids` `(B, T)` continued, `(B, T + max_new_tokens)`.
+        """`ids` `(B, T)` continued, `(B, T + max_new_tokens)`, or shorter with `stop`.
 
         The equilibrium of what has been said does not depend on what comes next, so each new token
         costs the solve of one site against the cached states of the others, O(t). Beyond
@@ -194,6 +196,10 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
             max_new_tokens: tokens to add.
             temperature: of the softmax that is drawn from; 0 takes the likeliest.
             top_k: draw from the likeliest k only.
+            top_p: draw from the fewest likeliest whose probabilities sum to this (Holtzman et al.
+                2020, arXiv:1904.09751); of the `top_k` likeliest, if both are given.
+            stop: ids of tokens that end a text. A row that has said one repeats it, until all rows
+                have or `max_new_tokens` are added.
             mask: boolean `(B, T)`, False at the left padding of shorter prompts, each of which is
                 continued as it would be alone.
             generator: of the draws.
@@ -201,8 +207,10 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
                 there the states of the prefix at every step would be needed.
             **overrides: options of the blocks.
         """
-        check_sampling(max_new_tokens, temperature, top_k)
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         self._check(ids, mask)
+        ends = None if stop is None else stop_ids(stop, self.num_tokens, ids)
+        over = torch.zeros_like(ids[:, :1], dtype=torch.bool)
         for name in ("state", "return_solution"):
             if name in overrides:
                 raise TypeError(f"generate solves many times and takes no {name!r}")
@@ -225,9 +233,14 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
                     caches = self._extend([] if slid else caches, window, seen, overrides)
                     last = caches[-1].solution.value[:, -1]
                     logits = self._logits(last.to(self.tokens.weight.dtype))
-                ids = torch.cat([ids, sample(logits, temperature, top_k, generator).to(ids)], dim=1)
+                said = sample(logits, temperature, top_k, top_p, generator).to(ids)
+                ids = torch.cat([ids, torch.where(over, ids[:, -1:], said)], dim=1)
                 if mask is not None:
                     mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                if ends is not None:
+                    over = torch.isin(ids[:, -1:], ends)
+                    if bool(over.all()):
+                        break
         finally:
             self.train(before[0][1])
             for module, training in before:  # parts may have been in another mode

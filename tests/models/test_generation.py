@@ -122,6 +122,48 @@ def test_sampling() -> None:
     )
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("top_p", [0.3, 0.4, 0.41, 0.8, 0.95, 1.0])
+def test_the_fewest_likeliest_that_sum_to_top_p(top_p: float, top_k: int | None) -> None:
+    """In the proportion that softmax at the temperature gives them."""
+    p = torch.tensor([0.15, 0.4, 0.1, 0.35])
+    share, total = torch.zeros(4), 0.0
+    likeliest = p.argsort(descending=True)[:top_k].tolist()
+    for token in likeliest:
+        if total < top_p:
+            share[token] = p[token]
+            total += p[token].item() / p[likeliest].sum().item()
+    logits = (0.5 * p.log()).expand(4000, 4)
+    drawn = sample(logits, 0.5, top_k, top_p, torch.Generator().manual_seed(0))
+    often = drawn.flatten().bincount(minlength=4) / 4000
+    assert torch.equal(often > 0, share > 0)
+    torch.testing.assert_close(often, share / share.sum(), rtol=0, atol=4 * (0.25 / 4000) ** 0.5)
+
+
+def test_a_text_ends_with_a_token_that_stops_it() -> None:
+    """What others say does not depend on it, nor what they draw."""
+    model, ids = build(depth=1), tokens(4, 3)
+
+    def say(**options: Any) -> Tensor:
+        return model.generate(ids, 12, generator=torch.Generator().manual_seed(0), **options)
+
+    whole = say()
+    first = whole[:, 3:]
+    stop = [first[0, 2].item(), first[1, 4].item()]
+    assert all(any(token in row for token in stop) for row in first.tolist())
+    for cache in (True, False):
+        ended = say(stop=stop, cache=cache)
+        expected, lengths = first.clone(), []
+        for row in expected:
+            at = int(torch.isin(row, torch.tensor(stop)).nonzero()[0])
+            row[at:] = row[at].item()
+            lengths.append(at + 1)
+        assert len(set(lengths)) > 1
+        assert torch.equal(ended, torch.cat([ids, expected[:, : max(lengths)]], dim=1))
+    assert torch.equal(say(stop=[]), whole)
+    assert torch.equal(say(stop=range(11)), whole[:, :4])
+
+
 def test_generation_leaves_the_mode_and_uses_no_dropout() -> None:
     model = build(dropout=0.5).train()
     ids = tokens(1, 3)
@@ -163,6 +205,14 @@ def test_wrong_prompts() -> None:
         model.generate(ids, 2, temperature=-1.0)
     with pytest.raises(ValueError, match="top_k"):
         model.generate(ids, 2, top_k=0)
+    for top_p in (0.0, 1.1, -0.5):
+        with pytest.raises(ValueError, match="top_p must be above 0 and at most 1"):
+            model.generate(ids, 2, top_p=top_p)
+    for stop in (11, -1, [0, 11]):
+        with pytest.raises(ValueError, match="stop must hold ids from 0 to 10, got"):
+            model.generate(ids, 2, stop=stop)
+    with pytest.raises(TypeError, match="stop"):
+        model.generate(ids, 2, stop="ab")
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(ids, 0)
     with pytest.raises(ValueError, match="from 0 to 10, got 11"):
@@ -211,10 +261,10 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float) ->
 def test_the_likeliest_is_drawn_at_a_temperature_of_almost_zero() -> None:
     """Divided by it the largest would be infinite, so it is subtracted first."""
     logits = torch.tensor([[0.0, 50.0, 30.0], [30.0, 0.0, -50.0]])
-    assert sample(logits, 1e-37, None, None).tolist() == [[1], [0]]
+    assert sample(logits, 1e-37, None, None, None).tolist() == [[1], [0]]
 
 
 def test_logits_whose_sum_is_not_finite_are_drawn_from() -> None:
     logits = torch.full((64, 2), 3e38)
-    drawn = sample(logits, 1.0, None, torch.Generator().manual_seed(0))
+    drawn = sample(logits, 1.0, None, None, torch.Generator().manual_seed(0))
     assert set(drawn.flatten().tolist()) == {0, 1}
