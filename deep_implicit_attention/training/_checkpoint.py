@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ._files import write_whole
+from ._files import check_readable, write_whole
 
 _FORMAT = "deep-implicit-attention training 1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -80,10 +80,13 @@ class Checkpoints:
     def read(self, step: int) -> Checkpoint:
         """The checkpoint of a step; `ValueError` for a file that is damaged or something else."""
         path = self.path(step)
+        check_readable(path)
         try:
             with safe_open(path, "pt") as file:
                 content = json.loads((file.metadata() or {}).get("training", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if not isinstance(content, dict):
+                raise ValueError(f"its metadata must be an object, got {type(content).__name__}")
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged, or no checkpoint: {error}; delete it to go on from the one "

@@ -148,9 +148,10 @@ def _cached(download: bool) -> Path:
 def _read(folder: Path, name: str) -> bytes:
     path = _find(folder, name)
     assert path is not None
+    content = path.read_bytes()
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path} is not a whole gzip file: {error}; delete it and get it anew"
         ) from error

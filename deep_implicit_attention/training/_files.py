@@ -17,11 +17,17 @@ except ImportError:  # Windows
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside `path`, then put it in its place: a crash leaves the old file or the new one."""
     beside = unfinished(path)
-    with named(path), beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    found = beside.exists()  # that of a configuration marks the folder of a run, and stays
+    try:
+        with named(path), beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:  # a full disk, Ctrl-C
+        if not found:
+            beside.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -30,6 +36,11 @@ def check_writable(path: Path) -> None:
     beside = unfinished(path)
     beside.open("wb").close()
     beside.unlink()
+
+
+def check_readable(path: Path) -> None:
+    """Raise the system's error for a file that cannot be read; safetensors tells another one."""
+    path.open("rb").close()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ._checkpoint import Checkpoints, load_model, whole_tensors
-from ._files import locked, named, unfinished, write_whole
+from ._files import check_readable, locked, named, unfinished, write_whole
 
 CONFIG, WEIGHTS, METRICS = "config.json", "model.safetensors", "metrics.jsonl"
 # What else recipes and reports make in the folder: any other file in it is the user's.
@@ -164,6 +164,7 @@ class Run:
         path = self.folder / WEIGHTS
         if not path.exists():
             raise FileNotFoundError(f"{self.folder} has no checkpoint ({WEIGHTS})")
+        check_readable(path)
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -200,15 +201,19 @@ class Run:
         path = self.folder / WEIGHTS
         if not path.exists():
             return None
+        check_readable(path)
         try:
             with safe_open(path, "pt") as file:
-                saved = (file.metadata() or {}).get("saved", "{}")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        return json.loads(saved).get(name)
+                saved = _object((file.metadata() or {}).get("saved", "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; delete it, and a training that is resumed makes it "
+                "anew from its checkpoint"
+            ) from error
+        return saved.get(name)
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that `text` is; `ValueError` for anything else."""
     found = json.loads(text)
     if not isinstance(found, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -119,6 +120,20 @@ def test_weights_are_no_checkpoint(
     checkpoints.folder.mkdir()
     save_file({"weight": torch.ones(2)}, checkpoints.path(5), metadata)
     with pytest.raises(ValueError, match="is not a checkpoint of a training"):
+        checkpoints.read(5)
+
+
+def test_a_checkpoint_that_cannot_be_read_or_has_strange_metadata(
+    checkpoints: Checkpoints,
+) -> None:
+    path = checkpoints.path(5)
+    path.mkdir(parents=True)
+    with pytest.raises(OSError, match=os.strerror(errno.EISDIR)) as caught:
+        checkpoints.read(5)
+    assert caught.value.filename == str(path)
+    path.rmdir()
+    save_file({"weight": torch.ones(2)}, path, {"training": "[]"})
+    with pytest.raises(ValueError, match=r"is damaged.*must be an object, got list; delete it"):
         checkpoints.read(5)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gzip
 import hashlib
 import http.server
+import os
 import struct
 import threading
 from collections import Counter
@@ -264,6 +266,20 @@ def test_damaged_files_are_named(how: str, tmp_path: Path, contents: dict[str, b
         mnist(tmp_path, 1 / 3, 0)
     assert str(tmp_path) in str(caught.value)
     assert "delete it" in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in contents.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        mnist(tmp_path, 0.5, 0)
 
 
 def test_the_right_bytes_under_the_wrong_name(tmp_path: Path, contents: dict[str, bytes]) -> None:

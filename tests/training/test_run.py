@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer
@@ -111,6 +112,36 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
             write()
         assert caught.value.filename == str(run.folder / name)
+    assert not list(run.folder.glob("*.part"))
+
+
+def test_a_full_disk_leaves_the_mark_of_a_run_that_is_started_anew(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (run.folder / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            run.start({})
+    run.start({})  # notes alone would be a folder of something else
+    assert {p.name for p in run.folder.iterdir()} == {"config.json", "notes.txt"}
+
+
+def test_weights_that_cannot_be_read_or_say_nothing_of_their_step(run: Run) -> None:
+    path = run.folder / "model.safetensors"
+    path.mkdir()
+    for read in (run.saved_step, lambda: run.load_weights(layer(0))):
+        with pytest.raises(OSError, match=os.strerror(errno.EISDIR)) as caught:
+            read()
+        assert caught.value.filename == str(path)
+    path.rmdir()
+    for saved in ("null", "half"):
+        path.write_bytes(save({}, {"saved": saved}))
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*; delete it"):
+            run.saved_step()
 
 
 def test_a_crash_in_the_first_write_leaves_no_checkpoint(
