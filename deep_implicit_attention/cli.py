@@ -23,6 +23,8 @@ _DESCRIPTION = """Deep implicit attention: attention as the collective response 
   dia ising              mean-field methods beside the exact answer, on a system drawn or your own
   dia boltzmann          machines that learn binarised digits, and complete the lower half
 """
+_TOO_MUCH = "allocate memory|out of memory|size calculation overflowed"
+_TOO_LARGE = "int too (large|big) to convert|Overflow when unpacking|to type .* without overflow"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,13 +176,15 @@ def _run(arguments: list[str] | None) -> int:
         message = f"{error.filename}: {error.strerror}" if named else str(error)  # type: ignore
         print(f"dia: {message}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        # torch has no error of its own for the memory of the host.
-        known = re.search("allocate memory|out of memory", str(error))
-        if isinstance(error, RuntimeError) and not known:
-            raise
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # torch has no errors of its own for the memory of the host, and numbers that none holds.
         told = str(error).partition("\n")[0]
-        print(f"dia: too large for the memory here: {told}", file=sys.stderr)
+        if isinstance(error, MemoryError) or re.search(_TOO_MUCH, str(error)):
+            print(f"dia: too large for the memory here: {told}", file=sys.stderr)
+        elif re.search(_TOO_LARGE, told):
+            print(f"dia: a number is too large to compute with: {told}", file=sys.stderr)
+        else:
+            raise
         return 1
 
 

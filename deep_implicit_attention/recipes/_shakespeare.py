@@ -84,6 +84,7 @@ class Shakespeare(TrainingFlags):
 
     def check(self) -> None:
         super().check()
+        check_count("iterations", self.iterations)
         if not 0 <= self.warmup < self.iterations:
             raise ValueError(
                 f"warmup must be at least 0 and below iterations = {self.iterations}, got "

@@ -123,6 +123,30 @@ def test_what_the_memory_cannot_hold(
     error = RuntimeError("a mistake of the program")
     with pytest.raises(RuntimeError, match="mistake"):
         main(["ising"])
+    error = TypeError("a mistake of the program")
+    with pytest.raises(TypeError, match="mistake"):
+        main(["ising"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("train digits --dim 4611686018427387904", "too large for the memory here"),
+        ("train digits --dim 99999999999999999999", "a number is too large to compute with"),
+        ("train digits --learning-rate 1e300", "a number is too large to compute with"),
+        ("ising --num-spins 2 --max-iter 99999999999999999999", "a number is too large"),
+    ],
+)
+def test_numbers_beyond_what_can_be_computed_with(
+    flags: str,
+    told: str,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(flags.split()) == 1
+    assert re.fullmatch(f"dia: {told}.*: .*\n", capsys.readouterr().err)
 
 
 def test_interrupted_before_anything_is_begun(

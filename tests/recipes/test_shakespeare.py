@@ -316,7 +316,7 @@ def test_generate_refuses(flags: list[str], part: str, trained: Outcome) -> None
     [
         ("--heads 3", "heads"),
         ("--warmup 6", "warmup must be at least 0 and below iterations = 6"),
-        ("--iterations 0", "iterations"),
+        ("--iterations 0 --warmup 0", "iterations must be at least 1, got 0"),
         ("--learn -1", "learn"),
         ("--relax -1", "relax must be at least 0, got -1"),
         ("--jacobian-penalty -1", "jacobian_penalty"),
