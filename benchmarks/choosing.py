@@ -188,7 +188,7 @@ _FORWARD = [
     "**Solver and tolerance.** One solve of all 360 test images by the solvers alone (the layer's "
     "own solves are preconditioned and take fewer): evaluations of F; the largest "
     "distance of a sample from the equilibrium at tolerance 1e-7, relative to its length; how many "
-    "predictions are others there; time, as a multiple of the first line's.",
+    "predictions differ from those there; time, as a multiple of the first line's.",
     "",
     "| solver | tolerance | evaluations | largest error of z | predictions changed | time |",
     "|---|---|---|---|---|---|",
