@@ -64,13 +64,13 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
     which is the exact mean of the Gaussian system; V never changes z, and is computed only if it
     is among the output elements. `update` iterates the equations themselves and is the reference
     for it. There is a distribution behind the fixed point only if the couplings have both
-    symmetries and P − J is positive definite; where it is not, the layer still returns the
-    solution of the equations and says so as `on_failure` tells it.
+    symmetries and P − J is positive definite; where they are not, the layer still returns the
+    solution of the equations and reports it as `on_failure` says.
 
     With any other prior V depends on the sample and the equations are iterated: `IsingPrior()`
     makes every component a spin (N·d scalar spins, V diagonal), `PottsPrior(d)` and
-    `SphericalPrior(d, R)` live on the vector, the last with V = v·1 and only the traces of C_i and
-    χ_ii matched. These priors need both symmetries.
+    `SphericalPrior(d, R)` are for the whole vector, the latter with V = v·1 and only the traces of
+    C_i and χ_ii matched. These priors need both symmetries.
 
     Wrap it in `DEQFixedPoint`; x is `(B, N, d)`, the state is (z `(B, N, d)`, V `(B, N, d, d)`).
 
@@ -78,11 +78,11 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         num_spins: number of sites N.
         dim: components d of a spin.
         weight_init_std: standard deviation of the raw couplings at the start, default 1/√(N d²);
-            each symmetry makes that of the couplings about 1/√2 of it.
+            each symmetry divides that of the couplings by about √2.
         weight_training: False makes the couplings a buffer.
         weight_sym_internal: symmetrise each J_ij.
-        weight_sym_sites: symmetrise J_ij = J_ji. With both P − J is read in one half only, so a
-            subclass whose own `weight()` lacks a symmetry has to say so here.
+        weight_sym_sites: symmetrise J_ij = J_ji. With both symmetries only one half of P − J is
+            read, so a subclass whose own `weight()` lacks one has to say so here.
         lin_response: False is naive mean field, V = 0 (for a Gaussian prior the same z).
         prior: prior of a spin, shared by all sites; its parameters are trained with the module. By
             default N(0, 1), kept as the buffer `spin_prior_inv_var` `(N, d, d)` of the P_i.
@@ -231,8 +231,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
         measure, so −log Z is 0 without couplings and fields. Autocast has no effect.
 
         Raises:
-            TypeError: if the couplings do not have both symmetries: there is no distribution; for
-                a `method` that is none.
+            TypeError: if the couplings do not have both symmetries: there is no distribution; for a
+                `method` that is not one.
             ValueError: if P − J is not positive definite, naming the smallest eigenvalue; if a
                 sample of x is not finite; for a `method` where −log Z is exact.
         """
@@ -278,8 +278,8 @@ class DEQAdaTAPMeanFieldAttention(SiteCouplings):
 
         Gradients reach x and not the weights. Changing a weight, the prior or an option inside, by
         whatever means, makes the next call raise `RuntimeError`: every call compares the weights
-        with a copy. Contexts may be nested and may overlap in threads: what is frozen is theirs
-        together, until the last is left. It stays with this module, copies of it have none.
+        with a copy. Contexts may be nested and may overlap in threads: they share what is frozen
+        until the last is left. Copies of the module have none of it.
         """
         with _entering:
             frozen = self._freeze() if self._frozen is None else self._unchanged(self._frozen)

@@ -61,7 +61,7 @@ class DEQMeanFieldAttention(SiteCouplings):
         num_spins: number of sites N.
         dim: components d of a spin.
         weight_init_std: standard deviation of the raw couplings at the start, default 1/√(N d²);
-            each symmetry makes that of the couplings about 1/√2 of it.
+            each symmetry divides that of the couplings by about √2.
         weight_training: False makes the couplings a buffer.
         weight_sym_internal: symmetrise each J_ij.
         weight_sym_sites: symmetrise J_ij = J_ji.

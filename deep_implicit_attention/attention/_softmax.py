@@ -74,8 +74,8 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
         scale: factor of the logits, default 1/√dim_head.
         lin_response: False drops f.
         causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
-            solve returns does within its tolerance: it stops by the residual of the whole sample).
-            Then `append` adds sites one by one.
+            solve returns does, within the tolerance, since it stops by the residual of the whole
+            sample). Then `append` adds sites one by one.
         normalize: queries and keys of the normalised x, and z normalised where the couplings and
             f act on it (mean 0, variance 1 over the components):
 
@@ -84,11 +84,12 @@ class DEQVanillaSoftmaxAttention(SoftmaxCouplings):
             One step from z = x is then the pre-normalised block, and what the sum and f add is
             bounded whatever the size of z. Sources should have components of order one.
         correction_width: hidden width of f, default 4d.
-        rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
-        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
-            only near sites matter.
+        rotary: queries and keys are rotated by an angle that grows with their site, so that J_ij
+            depends on i − j as well as x.
+        rotary_base: the slowest pair turns by about 1 / base per site, the fastest by 1. Choose a
+            low one where only near sites matter.
         dropout: of the components of the pooled states and of f(z_i), while training. Drawn once
-            for a solve, in which the update stays a function.
+            for each solve, so that its map does not change.
 
     Cost: O(B N² d) for the couplings and for each update; memory O(B heads N²). From 2,048
     sites on, without a mask and with the default `dim_head`, it is O(B N d), gradients included.

@@ -46,12 +46,13 @@ class DEQVectorSpinAttention(SoftmaxCouplings):
         beta: inverse temperature, > 0; it multiplies couplings and fields.
         scale: factor of the logits, default 1/√(dim / heads).
         causal: J_ij = 0 for j > i, so that no site's equilibrium depends on later ones (what a
-            solve returns does within its tolerance: it stops by the residual of the whole sample).
-            Then `append` adds sites one by one.
+            solve returns does, within the tolerance, since it stops by the residual of the whole
+            sample). Then `append` adds sites one by one.
         normalize: queries, keys and f of the normalised x (mean 0, variance 1 over components).
-        rotary: queries and keys turned by their site, so that J_ij depends on i − j beside x.
-        rotary_base: the slowest pair turns by about 1 / base a site, the fastest by 1. Low, where
-            only near sites matter.
+        rotary: queries and keys are rotated by an angle that grows with their site, so that J_ij
+            depends on i − j as well as x.
+        rotary_base: the slowest pair turns by about 1 / base per site, the fastest by 1. Choose a
+            low one where only near sites matter.
         dropout: of the components of f(x_i), while training.
 
     Cost: O(B N² dim) for the couplings and for each update; memory O(B heads N²). From

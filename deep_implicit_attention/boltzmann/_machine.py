@@ -52,9 +52,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
     Entries of X are −1 and 1; or 0 and 1, or boolean, which are mapped to −1 and 1 (`coding_` says
     which it was, and `sample` and `complete` answer in it; J and h are always those of ±1). nan is
-    a missing entry: in the learning the clamped response stands for it (the linear one in naive,
-    tap and adaptive_tap), rounds of expectation and maximisation until it settles; pseudolikelihood
-    and pcd draw it by clamped Gibbs chains.
+    a missing entry: rounds of expectation and maximisation replace it by the clamped response (the
+    linear one in naive, tap and adaptive_tap) until it settles; pseudolikelihood and pcd draw it by
+    clamped Gibbs chains.
 
     Methods (M rows):
 
@@ -67,39 +67,39 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
     - ``"pseudolikelihood"``: joint maximum pseudolikelihood (Besag 1975). O(M N²) a step.
     - ``"pcd"``: persistent contrastive divergence (Tieleman 2008), Gibbs chains.
 
-    Of complete rows, and without hidden units, all but pseudolikelihood need means and covariances
-    only, which cost O(M N²) once.
+    From complete rows, and without hidden units, all but pseudolikelihood need means and
+    covariances only, which cost O(M N²) once.
 
     With `num_hidden` units, coupled to the visible spins and not to each other, every method but
-    ``"independent"`` and ``"pseudolikelihood"`` ascends the likelihood, its responses (or chains)
-    in the place of the averages. They are the last rows of `couplings_` and `fields_`. Responses
-    can lead away from likely parameters: naive, tap and adaptive_tap return the likeliest on the
-    way.
+    ``"independent"`` and ``"pseudolikelihood"`` ascends the likelihood, with its responses (or
+    chains) in place of the averages. Hidden units are the last rows of `couplings_` and `fields_`.
+    Responses can lead away from likely parameters: naive, tap and adaptive_tap return the likeliest
+    on the way.
 
     Args:
         method: see above.
         num_hidden: hidden units.
         l2: penalty (l2/2) Σ_{i<j} J_ij² on the log-likelihood per row; naive, tap and adaptive_tap
-            penalise V as well (`inverse_covariance`), pseudolikelihood counts it twice, as it does
-            a coupling. Nothing for independent, which has no couplings.
+            penalise V as well (`inverse_covariance`); pseudolikelihood counts it twice, as it does
+            each coupling. Nothing for independent, which has no couplings.
         pseudocount: weight of further rows in which all states are equally frequent, in units of
-            `sample_weight`. For pseudolikelihood and hidden units, which see more of the rows than
-            means and covariances, beyond 10 columns only those are the ones of all states: the rows
-            are a few with higher correlations of their own, so that what is learned depends,
-            somewhat, on the order of the columns and on which state is called up.
+            `sample_weight`. Beyond 10 columns pseudolikelihood and hidden units, which see more of
+            the rows than means and covariances, get a few rows that match all states in these only:
+            they have higher correlations of their own, so that what is learned depends, somewhat,
+            on the order of the columns and on which state is called up.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
-            has an inverse and what Schäfer and Strimmer (2005) estimate where it has not, or where
-            entries are missing and pairs of spins are observed fewer than 2N times. Not of hidden
-            units, which are learned from rows.
-        tol: largest difference of moments (exact), or gradient (pseudolikelihood), that is left;
+            has an inverse, and the estimate of Schäfer and Strimmer (2005) where it has not, or
+            where entries are missing and pairs of spins are observed fewer than 2N times. No part
+            in hidden units, which are learned from rows.
+        tol: largest difference of moments (exact) or gradient (pseudolikelihood) that may be left;
             without hidden units.
         max_iter: Newton steps of these two, and rounds of filling in missing entries; without
             hidden units.
         num_updates: steps of gradient ascent (pcd and hidden units).
         learning_rate: of these.
         num_chains: of pcd.
-        batch_size: rows in a step of gradient ascent with hidden units or, of pcd, missing entries,
-            drawn in proportion to their weights; None for all.
+        batch_size: rows in a step of gradient ascent with hidden units or, for pcd, missing
+            entries, drawn in proportion to their weights; None for all.
         random_state: seed of all randomness; equal ones give equal results, bit for bit.
         device: where torch computes, in float64.
 
@@ -110,9 +110,9 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
         constant_columns_: columns that never change, `(n_features,)`.
         shrinkage_: ρ that was used.
         n_iter_: steps or rounds; 1 for a formula.
-        residual_: largest difference of the two sides of the method's equation that is left; of
-            gradient ascent, noise of the chains included, at what it returns; where that is its
-            end, before the last update.
+        residual_: largest remaining difference between the two sides of the method's equation. For
+            gradient ascent it is that at the parameters returned (before the last update, if they
+            are the last), noise of the chains included.
     """
 
     # Set by a fit.
@@ -230,8 +230,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
 
         Enumeration up to 24 spins; beyond, annealed importance sampling from the model of
         independent spins with `particles` (500, at least 2) and `steps` (1000). Without either it
-        is the estimate that `score_samples` uses, made once for its parameters; with, one that
-        scores do not know of unless `keep` puts it in that one's place.
+        is the estimate that `score_samples` uses, made once for its parameters; with one of them, a
+        new estimate, which scores use only with `keep`.
         """
         check_is_fitted(self)
         asked = {"particles": particles, "steps": steps}

@@ -75,17 +75,16 @@ class Implicit(Adjoint):
     the parameters of an f that is a module; second derivatives that involve tensors f merely
     closes over raise `RuntimeError`.
 
-    Approximates nothing but to `tol`. Costs one evaluation of f with a graph (none where f is a
-    module that knows its own derivatives) and one vector–Jacobian product per solver step; memory
-    is that of one evaluation, however many steps forward or backward take (and the solver's
-    history).
+    Exact up to `tol`. Costs one evaluation of f with a graph (none where f is a module that knows
+    its own derivatives) and one vector–Jacobian product per solver step; memory is that of one
+    evaluation, however many steps forward or backward take (and the solver's history).
 
     Args:
         solver: `gmres`, which needs the fewest products, or any fixed-point solver.
         tol: tolerance of the backward solve; by default that of the forward solve.
         max_iter: its step limit; by default that of the forward solve.
-        observe: called with the `Solution` of each backward solve, of the gradient scaled to
-            order one by a power of two for each sample where that is needed.
+        observe: called with the `Solution` of each backward solve; where needed, its gradient is
+            scaled to order one by a power of two for each sample.
         **options: further options of `solver`.
 
     A backward solve that fails warns or raises as the forward solve's `on_failure` says.

@@ -40,9 +40,9 @@ def jacobian_norm(
 ) -> Tensor:
     """Spectral norm of ∂f/∂z at `z`, `(B,)`: the local Lipschitz constant of f.
 
-    Lanczos on (∂f/∂z)ᵀ(∂f/∂z) from a random vector (of `seed`), from below. Costs `max_iter`
-    products with the Jacobian and as many with its transpose. Raises `RuntimeError` in inference
-    mode.
+    Lanczos on (∂f/∂z)ᵀ(∂f/∂z) from a random vector (of `seed`), an estimate from below. Costs
+    `max_iter` products with the Jacobian and as many with its transpose. Raises `RuntimeError` in
+    inference mode.
     """
     flat, product = _linearise(f, z)
     with torch.enable_grad(), without_autocast(flat):

@@ -56,9 +56,9 @@ def fixed_point(
         the same with and without gradients. Tensors in `args` and the parameters of an f that is
         a module are differentiable to any order; tensors that f merely closes over get first
         derivatives, and an attempt at second ones raises. Backward evaluates f again, so names that
-        f closes over must mean the same then, unlike those of a loop; where z is no solution any
-        more, it warns or raises as `on_failure` says. Floating types narrower than float32 are
-        widened for the solve, and autocast is off inside it.
+        f closes over must still mean the same, which the variable of a loop does not; where z is no
+        solution any more, it warns or raises as `on_failure` says. Floating types narrower than
+        float32 are widened for the solve, and autocast is off inside it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong kind, shape or range, and unknown

@@ -43,8 +43,8 @@ class DEQFixedPoint(nn.Module):
     with shared weights.
 
     A module that has its fixed point in closed form (`solve`, see `DEQModule`) is not iterated to
-    equilibrium: gradients are exact, and the solver, `adjoint`, where to start from and options
-    but the forward tolerance, by which it is judged, change nothing.
+    equilibrium: gradients are exact, and solver, `adjoint`, initial state and options change
+    nothing, except the forward tolerance, by which the solution is judged.
 
     Args:
         fun: the module; kept as `.fun`.
@@ -59,7 +59,7 @@ class DEQFixedPoint(nn.Module):
         solver_fwd_max_iter, solver_fwd_tol, solver_bwd_max_iter, solver_bwd_tol: step limits
             (default 30) and tolerances (default 1e-4), forward and backward.
         **options: ``solver_fwd_NAME`` and ``solver_bwd_NAME`` for any other keyword NAME of
-            `solver`. Those of a layer are `solver`'s own but for ``period=3`` of `anderson`.
+            `solver`. Their defaults are `solver`'s own, except ``period=3`` for `anderson`.
 
     Raises:
         TypeError: for an unknown option, or `adjoint` together with ``solver_bwd_*``.
@@ -68,8 +68,8 @@ class DEQFixedPoint(nn.Module):
     Cost: that of the solve. Memory for backward is that of one update, however many steps the
     solver takes; of `steps` updates for an explicit horizon.
 
-    Forward and backward hooks on `fun` are not called, its methods are. If a batch has samples that
-    are not finite, `prepare` runs a second time, without them.
+    The layer calls the methods of `fun`, so forward and backward hooks on it do not run. If a batch
+    has samples that are not finite, `prepare` runs a second time, without them.
     """
 
     fun: Any  # an nn.Module, of which methods are asked for by name
@@ -150,9 +150,9 @@ class DEQFixedPoint(nn.Module):
             float32; narrow x without autocast gives narrow values, rounded after the residual was
             measured.
 
-        A sample whose x is not finite, or whose map is not at a finite x, is NaN in the output and
-        leaves the others, and their gradients, as they would be without it. Further inputs have to
-        be finite for that.
+        A sample whose x, or whose map at a finite x, is not finite is NaN in the output and leaves
+        the others, and their gradients, as they would be without it. For that, further inputs have
+        to be finite.
         """
         settings = self._settings
         if overrides:

@@ -32,10 +32,10 @@ class Pullback(NamedTuple):
     """v ↦ (∂F/∂z)ᵀ v, with (∂F/∂θ)ᵀ v for the tensors of a context: what `vjp` of a `DEQModule`
     returns.
 
-    `by_context(v, needed)` takes the context with booleans in place of its tensors, whether a
-    derivative by each is wanted, and returns it with the derivatives in it; of several arguments
-    each has its own. `remainder` is v ↦ (∂R/∂z)ᵀ v for the remainder R of the preconditioner, if
-    that has any.
+    In `by_context(v, needed)`, `needed` is the context with booleans in place of its tensors, True
+    where a derivative is wanted; the result has the derivatives in their place. With several
+    arguments each has its own. `remainder` is v ↦ (∂R/∂z)ᵀ v for the remainder R of the
+    preconditioner, if that has any.
     """
 
     by_state: Callable[[Any], Any]

@@ -23,18 +23,18 @@ class DEQModule(nn.Module):
     differentiable; only the state elements whose indices are in `wanted` need to be computed,
     others are `None`. With it may go ``residual(context, state) -> (relative, absolute)``, each
     `(B,)`, of what `solve` returned (without it, all elements are computed and an update is spent),
-    and ``judge(context) -> str``, what is wrong with a system whose equations have a solution that
-    no distribution stands behind (empty if nothing is).
+    and ``judge(context) -> str``, what is wrong with a system whose equations have a solution but
+    no distribution behind it (empty if nothing is).
 
-    What makes solves faster, and changes no answer, is optional, too:
+    These are optional, too; they make solves faster and change no answer:
 
     - ``preconditioner(context) -> r ↦ P r``, on states, linear, for every sample by itself: an
-      approximation of (1 − ∂F/∂z)⁻¹ for solvers that take one, or None. As a
-      `LinearMap` it knows its transpose, which backward needs and autograd finds otherwise; it may
-      know its `remainder`, too, by which solves from zeros begin a step nearer, and that of the
-      `Pullback` (see `vjp`) backward ones. It sees no gradients. Residuals stay those of the plain
-      map, and a sample of whose residual the first preconditioned step leaves more than 0.8 goes
-      on without it.
+      approximation of (1 − ∂F/∂z)⁻¹ for solvers that take one, or None. As a `LinearMap` it knows
+      its transpose, which backward needs and autograd finds otherwise. It may have a `remainder`,
+      by which solves from zeros begin a step nearer, as backward ones do by that of the `Pullback`
+      (see `vjp`). It is computed without gradients. Residuals stay those of the plain map, and if
+      the first preconditioned step leaves more than 0.8 of a sample's residual, the sample goes on
+      without it.
     - ``rough(context) -> context``: a context whose update is cheap and close to the update, for
       the first steps of solvers that take a `rough` map, forward and, where there is a `vjp`,
       backward; or None. The last steps, and the residuals of what is returned, are those of the
@@ -42,27 +42,27 @@ class DEQModule(nn.Module):
       narrower than float32 do without.
     - ``first_step(context) -> state``: update(0, context), where that is cheaper than an update.
       The solve from zeros starts there.
-    - ``select_samples(index, context) -> context``: that of the samples `index` `(b,)`. When half
-      of a batch are done, and then half of what is left, the solve goes on with the others alone,
-      forward and backward, on the host and without a preconditioner. Where `prepare` was
-      overridden since, it is not used.
-    - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in the place of autograd's.
-      Derivatives of second and higher order take the plain path. What it returns may use tensors
-      of the context and of `vjp` itself, but not read parameters of the module. As a
-      `Pullback` it knows the derivatives by the context as well, so that backward needs no
-      evaluation with a graph; `update` must then depend on nothing but z and the context.
+    - ``select_samples(index, context) -> context``: that of the samples `index` `(b,)`. Once half
+      of a batch are done, and again half of the rest, the solve goes on with the others alone,
+      forward and backward, on the host and without a preconditioner. Not used where a subclass has
+      overridden `prepare` since.
+    - ``vjp(z, context) -> v ↦ (∂F/∂z)ᵀ v``: for the backward solve, in place of autograd's.
+      Derivatives of second and higher order take the plain path. The map it returns may use tensors
+      of the context and of `vjp` itself, but not read parameters of the module. As a `Pullback` it
+      knows the derivatives by the context as well, so that backward needs no evaluation with a
+      graph; `update` must then depend on nothing but z and the context.
 
-    Where a subclass or an instance has another `update`, none of these (nor `append`) is used that
-    was written for the one that it replaces.
+    Where a subclass or an instance replaces `update`, none of these (nor `append`) is used that was
+    written for the old one.
 
     A causal mechanism may have ``append(context, state, x_new) -> context``: given the equilibrium
     `state` of the sites that `context` solves for, the context of the one site that `x_new` drives.
     `StateCache` calls it, with the elements of the state that the layer returns
     (`output_elements`).
 
-    Nothing may be stored on the module while it is called: all that is constant during a solve
-    goes into the context, which `prepare` returns, and neither `update` nor `prepare` may change
-    its arguments. `prepare` runs twice for a batch with samples that are not finite.
+    Calls must store nothing on the module: all that is constant during a solve goes into the
+    context, which `prepare` returns. Neither `update` nor `prepare` may change its arguments.
+    `prepare` runs twice for a batch with samples that are not finite.
     """
 
     def initial_state(self, x: Tensor) -> State:

@@ -42,8 +42,8 @@ class StateCache:
 
         Raises:
             TypeError: if the layer's module cannot append sites.
-            ValueError: for a fixed number of steps. States after K steps are not final: at an
-                earlier step they were others, and a new site would need those.
+            ValueError: for a fixed number of steps. States after K steps are not final: a new site
+                would need those of earlier steps as well.
         """
         if of_its_update(layer.fun, "append") is None:
             raise TypeError(

@@ -74,8 +74,8 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
         rotary_base: of rotary positions: pairs of components turn by 1 to about 1 / base a site.
         dropout: of the components of x and, in every block, of what the sum over couplings and f
             add (of vector spins, f only), while training; drawn once for a solve.
-        weight_norm: magnitude and direction of every weight that acts on x or z apart
-            (`torch.nn.utils.parametrizations.weight_norm`), put together once for a solve.
+        weight_norm: separate magnitude and direction for every weight that acts on x or z
+            (`torch.nn.utils.parametrizations.weight_norm`), put together once for each solve.
         solver: ``"anderson"``, ``"broyden"``, ``"newton_krylov"`` or ``"picard"``.
         **options: options of `DEQFixedPoint` but for `adjoint` and `initial_state`; `adjoint` is
             an option of a call.
@@ -203,8 +203,8 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
             mask: boolean `(B, T)`, False at the left padding of shorter prompts, each of which is
                 continued as it would be alone.
             generator: of the draws.
-            cache: False solves for all sites at every token. So does a fixed number of steps:
-                there the states of the prefix at every step would be needed.
+            cache: False solves for all sites at every token. So does a fixed number of steps, which
+                would need the states of the prefix at every step.
             **overrides: options of the blocks.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)

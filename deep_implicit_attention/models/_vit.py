@@ -77,19 +77,19 @@ class DeepImplicitAttentionViT(Pretrained, Positioned, ImageClassifier):
         stem: ``"patch"``, one linear map of each patch (Dosovitskiy et al. 2021,
             arXiv:2010.11929); ``"convolution"``, 3×3 convolutions with batch normalisation and
             GELU, of which the last ones halve the map until it is the grid of patches, then a 1×1
-            convolution. It spares parameters; its grid is rounded up, so patches may overlap.
+            convolution. It saves parameters; its grid is rounded up, so patches may overlap.
         widths: channels of these convolutions, default `dim` for one at full resolution and one
             for each halving.
         pooling: ``"token"`` or ``"mean"``.
         positions: ``"learned"`` or ``"sinusoidal"`` (half of the components for the row, half for
             the column; none for the class token), added to the sites; ``"rotary"``, in the
-            softmax couplings only, by the number of the site row by row; ``"none"``, for free
+            softmax couplings only, by the number of the site row by row; ``"none"``, since free
             couplings know their sites.
         dropout: of the fields of every block and, for softmax couplings, of what the sum over
             couplings and f add (of vector spins, f only), while training; drawn once for a solve.
-        weight_norm: magnitude and direction of the weights of every linear layer in the blocks
-            apart (`torch.nn.utils.parametrizations.weight_norm`), put together once for a solve;
-            ``"adaptive-tap"`` has none.
+        weight_norm: separate magnitude and direction for the weights of every linear layer in the
+            blocks (`torch.nn.utils.parametrizations.weight_norm`), put together once for each
+            solve; ``"adaptive-tap"`` has none.
         solver: ``"anderson"``, ``"broyden"``, ``"newton_krylov"`` or ``"picard"``.
         **options: options of `DEQFixedPoint` but for `adjoint` and `initial_state`; `adjoint` is
             an option of a call.

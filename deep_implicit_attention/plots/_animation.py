@@ -14,7 +14,7 @@ _LONGEST = 600
 
 
 def animation(figures: Iterable[Figure], seconds: float = 0.4, dpi: int = 80) -> bytes:
-    """A GIF of figures of one size, each shown for `seconds`, the last for a while; repeated.
+    """A GIF of figures of one size, each shown for `seconds`, the last for longer; it repeats.
 
     The figures are drawn and left as they are.
 

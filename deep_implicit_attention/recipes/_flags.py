@@ -67,7 +67,7 @@ class TrainingFlags:
         check_count("max_iter", self.max_iter)
 
     def check_idle(self) -> None:
-        """Raise `ValueError` for settings that would do nothing, of a run that is to be started."""
+        """Raise `ValueError` for settings that would do nothing in a new run."""
 
     def plan_options(self) -> dict[str, Any]:
         """The part of the settings that is the same for every `Plan`."""

@@ -45,23 +45,22 @@ def anderson(
 
         γ = argmin ‖g − Σ_j γ_j Δg_j‖² + ridge Σ_j γ_j² ‖Δg_j‖²,   z ← f(z) − Σ_j γ_j Δf_j
 
-    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715). A sample forgets its history where that left
-    three times the residual, and more than there was at the start. The ridge is relative to the
-    residual differences themselves, so it does not stall the iteration as they shrink, and it keeps
-    the problem solvable where they are dependent (m > n, equal iterates); a sample whose problem
-    still cannot be solved takes a Picard step. So does one whose residual has fallen more than
-    threefold at every step so far, which acceleration would not help.
+    (Walker, Ni 2011, SIAM J. Numer. Anal. 49, 1715). A sample forgets its history when a step
+    leaves three times the residual, and more than there was at the start. The ridge is relative to
+    the residual differences themselves, so it does not stall the iteration as they shrink, and it
+    keeps the problem solvable where they are dependent (m > n, equal iterates); a sample whose
+    problem still cannot be solved takes a Picard step. So does one that acceleration would not
+    help, whose residual has fallen more than threefold at every step so far.
 
     Args:
         f, z0, tol, max_iter, stop_mode, preconditioner, rough: as for `picard`.
         m: length of the history.
-        period: γ in every so many steps, with plain ones between them (Banerjee, Suryanarayana,
-            Pask 2016, Chem. Phys. Lett. 647, 31), which enlarge the history as well and cost no
-            products with it. A sample has more steps with γ where a plain one did not make its
-            residual smaller, and as long as they leave less than half of what the last plain one
-            left.
+        period: one step in so many uses γ; those between are plain (Banerjee, Suryanarayana, Pask
+            2016, Chem. Phys. Lett. 647, 31), enlarge the history as well and cost no products with
+            it. A sample takes further steps with γ after a plain one that did not make its residual
+            smaller, and as long as they leave less than half of what the last plain one left.
         ridge: regularisation relative to ‖Δg_j‖². The default costs no evaluations where the
-            differences are independent and keeps noise out of γ where they nearly are not.
+            differences are independent and keeps noise out of γ where they are nearly dependent.
         damping: part of the old (averaged) state kept at each step, in [0, 1).
 
     Returns:

@@ -29,18 +29,18 @@ def picard(
     Args:
         f: `(B, n) -> (B, n)`, each row a function of the same row only. It may have
             ``f.of_samples``, index ↦ the map of these samples alone: on the host, without a
-            preconditioner, it is asked for once half of all samples are done, and when half of
-            what was left then are.
+            preconditioner, it is used once half of all samples are done, and again once half of the
+            rest are.
         z0: initial state `(B, n)`, float32 or float64.
         tol: bound on the residual of each sample.
         max_iter: evaluations of f at most.
         stop_mode: ``"rel"``, ‖f(z) − z‖ / ‖f(z)‖, or ``"abs"``, ‖f(z) − z‖.
         damping: part of the old state kept at each step.
         preconditioner: r ↦ P r on `(B, n)`, an approximation of (1 − ∂f/∂z)⁻¹: f(z) − z is
-            replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. A
-            sample of whose residual the first step leaves more than 0.8 goes on without P.
-        rough: z ↦ a cheap approximation of f(z), in narrower numbers for instance. It is asked in
-            the place of f as long as a sample's residual falls and is above 1e-2 and 5 `tol` (with
+            replaced by P (f(z) − z), which has the same zeros. Residuals stay those of f. If the
+            first step leaves more than 0.8 of a sample's residual, the sample goes on without P.
+        rough: z ↦ a cheap approximation of f(z), in narrower numbers for instance. It takes the
+            place of f as long as a sample's residual falls and is above 1e-2 and 5 `tol` (with
             "rel"; on an accelerator up to three steps longer). `trace` then holds residuals of
             `rough`.
 

@@ -77,17 +77,17 @@ class Solution:
         value: the solution; `(B, n)` from a solver, the structure of `z0` from `fixed_point`.
         residual: `(B,)`, of exactly this `value` on the plain (undamped) map:
             ‖f(z) − z‖ / ‖f(z)‖ with ``stop_mode="rel"``, ‖f(z) − z‖ with ``"abs"``; for `gmres`
-            ‖b − A x‖ / ‖b‖. Infinite where the map was never finite, NaN where that of a fixed
-            number of steps was not measured.
+            ‖b − A x‖ / ‖b‖. Infinite where the map was never finite, NaN where it was not measured
+            after a fixed number of steps.
         steps: `(B,)`, iterates at which the map was evaluated until the sample was done (for
             `gmres`: Krylov vectors).
         converged: `(B,)`, boolean. A state whose residual is small only beside its own length, far
             out where f(z) − z is bounded, does not count.
         codes: `(B,)`, the integer codes behind `status`.
         trace: `(steps, B)`, residual at each step; a finished sample repeats its last entry.
-            Infinite for a sample that a layer has left out because it is not finite.
+            Infinite for a sample that a layer left out because it is not finite.
         residual_norm: `(B,)`, the absolute ‖f(z) − z‖ (‖b − A x‖), whatever the stop mode.
-        note: what else there is to say about a failure, for the warning.
+        note: further text on a failure, for the warning.
     """
 
     value: Any

@@ -29,8 +29,8 @@ class AdaptiveTAP(ConsistentMethod):
 
     Damped Picard iteration, the default, converges for weak and moderate couplings (all of the SK
     systems with N = 12 up to β = 1 in the tests); where it does not, that is reported, and
-    `ExpectationPropagation` has a descent to the same equations, for systems without spins that are
-    all but fixed. Cost: O(B N³ d³) a step, one Cholesky factorisation and its inverse.
+    `ExpectationPropagation` descends to a solution of the same equations, unless some spins are all
+    but fixed. Cost: O(B N³ d³) a step, one Cholesky factorisation and its inverse.
 
     Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``.
     """

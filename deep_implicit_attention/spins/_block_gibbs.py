@@ -33,7 +33,7 @@ class BlockGibbs:
 
     Cost: O(N²) a sweep and state (d² as much with couplings `(N, N, d, d)`), in as many steps as
     there are blocks. The field on a block is summed afresh from the spins, which costs no more than
-    keeping local fields up to date and cannot drift. There is no graph.
+    keeping local fields up to date and cannot drift. No gradients.
 
     Args:
         system: couplings and prior.
@@ -42,7 +42,7 @@ class BlockGibbs:
         blocks: the sites of each block, in the order of the sweep.
 
     Raises:
-        TypeError: for a prior that has no `sample`, or a `log_partition` of its own beside the
+        TypeError: for a prior that has no `sample`, or overrides `log_partition` but not the
             `sample` of its base class.
     """
 

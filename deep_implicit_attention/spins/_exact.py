@@ -31,13 +31,13 @@ class Exact:
         m = χ (x + Pμ),   χ = (blockdiag P − J)⁻¹
 
     Covariance and susceptibility are the same. Cost: O(states N² d² + B states N d) time,
-    O(B states N² d²) for the covariance, and, with gradients, recomputation of each chunk instead
-    of its memory; Gaussian O(N³ d³).
+    O(B states N² d²) for the covariance, and, with gradients, each chunk is computed again instead
+    of kept; Gaussian O(N³ d³).
 
     Args:
         max_states: states at most, 2^24 by default.
-        chunk: states at a time; fewer where there are so many fields that the table of both would
-            have more than 2^22 entries, or that of states and pairs of components.
+        chunk: states at a time; fewer where the table of states and fields, or of states and pairs
+            of components, would have more than 2^22 entries.
 
     Raises:
         ValueError: for more states than that, and for a Gaussian system with P − J not positive

@@ -47,10 +47,10 @@ class ExpectationPropagation(ConsistentMethod):
         schedule: how to get there.
             ``"parallel"``: all terms at once.
             ``"sequential"``: one spin after the other.
-            ``"double loop"``: the free energy of expectation consistency is minimised, going
-            downhill at every step (`Response.objective`), which solves a convex problem.
+            ``"double loop"``: the free energy of expectation consistency is minimised; every step
+            solves a convex problem and goes downhill (`Response.objective`).
             ``"auto"``: at most 300 parallel updates, then the double loop for the samples on which
-            they failed; of both answers that with the smaller residual.
+            they failed; the answer with the smaller residual is returned.
         damping: part of the old terms kept in parallel and sequential updates.
         tol: relative residual of the equations of `AdaptiveTAP` at which a sample is solved. The
             default is for float64; in float32 residuals stop falling at 1e-7 or above: pass about
@@ -58,10 +58,10 @@ class ExpectationPropagation(ConsistentMethod):
         max_iter: updates of all terms at most, of each schedule.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.
 
-    Sequential updates and the double loop work with the terms, which of an Ising spin in a field h
+    Sequential updates and the double loop work with the terms. Those of an Ising spin in a field h
     grow as e^{2|h|}, and V_i = Λ_i − (χ_ii)⁻¹ loses as many digits: in a field from about 8 on in
-    float64, 4 in float32, where the spin is as good as fixed, they end above the tolerance and say
-    so. Parallel updates do not.
+    float64, 4 in float32, where the spin is as good as fixed, these schedules end above the
+    tolerance and say so. Parallel updates do not.
 
     Cost: O(B N³ d³) a step, for the double loop with a larger constant that grows as d⁶, since it
     works with all second moments of a spin of d components.

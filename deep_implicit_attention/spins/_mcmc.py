@@ -131,9 +131,9 @@ def effective_sample_size(draws: Tensor) -> Tensor:
     with autocorrelations ρ_t = 1 − (W − γ_t)/var⁺ of all chains, cut in halves, together, γ_t their
     mean autocovariance and var⁺ the numerator of R̂² (`split_r_hat`): chains that disagree count
     little. The sum ends before the first pair that is not positive, and pairs may not rise (Geyer
-    1992, Stat. Sci. 7, 473, the initial monotone sequence; Vehtari et al. 2021). At most
-    samples · chains · log10 of that. All draws where none differs from another, NaN where one is
-    not finite. Cost: O(draws log draws).
+    1992, Stat. Sci. 7, 473, the initial monotone sequence; Vehtari et al. 2021). At most samples ·
+    chains · log10(samples · chains). Where no draw differs from another all of them count; NaN
+    where one is not finite. Cost: O(draws log draws).
 
     Raises:
         ValueError: for fewer than 4 samples, and without a chain.

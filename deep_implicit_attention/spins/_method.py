@@ -33,13 +33,13 @@ class IteratedMethod:
     Args:
         tol: relative residual at which a sample is solved. The default is for float64; in float32
             residuals stop falling at 1e-7 or above: pass about 1e-5. Variances do not hide small
-            magnetizations: where fields are weak these count in units of their own size. What is
-            small of Potts spins is the difference from 1/q. It counts as far as rounding allows,
-            which for the default is 4e-6 (√(N(q − 1)) times that with `SelfAveragingTAP`, where
-            V is one number); with `NaiveMeanField` and `TAP`, which solve for m as it is, beside
-            1/q only: in fields of 1e-8 it is right to a per cent.
-        max_iter: solver steps at most; in fields so weak that a second solve brings magnetizations
-            to their own scale, those of either.
+            magnetizations: where fields are weak these count in units of their own size. For Potts
+            spins it is the difference from 1/q that is small. It counts in its own units down to
+            the rounding limit, for the default 4e-6 (√(N(q − 1)) times that with
+            `SelfAveragingTAP`, where V is one number); with `NaiveMeanField` and `TAP`, which solve
+            for m itself, it counts relative to 1/q: in fields of 1e-8 it is right to a per cent.
+        max_iter: solver steps at most, of each solve; there is a second one where fields are so
+            weak that magnetizations must be solved for in their own units.
         solver: a solver of `deep_implicit_attention.solvers`; by default the method's own, for
             most damped Picard iteration, which settles in stable solutions.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``.

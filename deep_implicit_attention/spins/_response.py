@@ -21,13 +21,13 @@ class Response:
 
     Everything is differentiable with respect to couplings, fields and prior parameters that carry
     gradients; of a sampled response only `log_partition` is, once (`GibbsSampler`). What is
-    computed when asked for raises `RuntimeError` if they were changed in place after the call.
-    Pickling and `copy.deepcopy` ask for it.
+    computed on demand raises `RuntimeError` if they were changed in place after the call. Pickling
+    and `copy.deepcopy` compute it.
 
     Attributes:
         magnetization: m_i = ⟨S_i⟩, `(*batch, N, *event)`.
         log_partition: log Z, `(*batch,)`, with priors that are probability measures. J_ij and J_ji
-            change together: autograd's gradient has half of the derivative by them at each.
+            change together: autograd's gradient has half of that derivative at each.
         energy: ⟨−½ Σ_ij S_iᵀ J_ij S_j − Σ_i x_i·S_i⟩, `(*batch,)`.
         cavity_variance: V_i, `(*batch, N, *event, *event)`, or None if the method has none.
         solution: evidence of the solve, or None if nothing was iterated.

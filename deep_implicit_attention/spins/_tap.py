@@ -92,11 +92,11 @@ class TAP(Closure):
     (couplings); χ is its second derivative, ∂m/∂x. Fails, and says so, at strong couplings. Cost:
     O(B N² d³) a step; `covariance` one backward solve for every component.
 
-    Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``. By
-    default 300 damped Picard steps, which settle in stable solutions, and up to half of all where
-    they are still on their way; samples on which they fail go on by `anderson`, whose options can
-    be given. With ``solver=anderson`` there are fewer steps, and where spins order, saddles. Raises
-    `TypeError` for a `SphericalPrior`.
+    Options are those of `IteratedMethod`; call it as ``method(system, fields, start=None)``. The
+    default takes 300 damped Picard steps, which settle in stable solutions, and up to half of
+    `max_iter` for samples still on their way; those on which they fail go on by `anderson`, whose
+    options can be given. ``solver=anderson`` takes fewer steps, but where spins order may find
+    saddles. Raises `TypeError` for a `SphericalPrior`.
     """
 
     default_solver: ClassVar[dict[str, Any]] = {"solver": damped_then_anderson}

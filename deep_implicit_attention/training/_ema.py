@@ -20,10 +20,9 @@ class MovingAverage:
 
     θ are the parameters and the buffers of real numbers, such as the running statistics of batch
     normalisation: those of other weights would not fit the averaged ones. Holds a copy of each, in
-    float32 where the model is narrower: of bfloat16 weights a small part of the way to others is
-    lost in rounding, and the average would stand still.
-    Works on sharded parameters, too, which `torch.optim.swa_utils.AveragedModel`, a deep copy of
-    the model, does not.
+    float32 where the model is narrower: in bfloat16 a small step of the average is lost in
+    rounding, and it would stand still. Works on sharded parameters, too, which
+    `torch.optim.swa_utils.AveragedModel`, a deep copy of the model, does not.
 
     Args:
         model: the model that is averaged.
@@ -47,7 +46,7 @@ class MovingAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The average in the place of the model's own, which comes back unchanged at the end."""
+        """The average in place of the model's weights, which come back unchanged at the end."""
         own = [t.detach().clone() for t in self._live]
         self._fill(self._average)
         try:

@@ -39,10 +39,11 @@ class Run:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, no other process may be, on systems that lock folders; makes the folder.
+        """A context in which no other process may write, on systems that lock folders; makes the
+        folder.
 
         Raises:
-            ValueError: if another process is, or the folder is a file.
+            ValueError: if another process writes, or the folder is a file.
         """
         self._make_folder()
         with locked(self.folder) as got:

@@ -82,7 +82,7 @@ class Trainer:
 
         Raises:
             RuntimeError: called again, when weights and optimizer are no longer those of a start.
-            FloatingPointError: the loss or a weight is no number; metrics and checkpoints are as
+            FloatingPointError: the loss or a weight is not finite; metrics and checkpoints are as
                 they were after the last evaluation.
             ValueError: a checkpoint that is damaged, or of another model; batches that cannot be
                 cut into equal parts.

@@ -19,9 +19,9 @@ class Watch:
     signs, each told once in a training:
 
     - More than half of the solves end above the tolerance, after 3 steps or more.
-    - The loss is a tenth above its mean over the first 20 steps, or has lost half of what it had
-      gained since, where that was more than a fifth; or the loss of a single step is more than ten
-      times that of the first, for a training may blow up within a few steps.
+    - The loss is a tenth above its mean over the first 20 steps, or has risen by half of what it
+      had fallen since, where that was more than a fifth; or the loss of a single step is more than
+      ten times that of the first, since a training may blow up within a few steps.
     - The spectral radius at an evaluation is above 0.98: at 1 plain iteration no longer contracts
       and the gradient, which holds (1 − ∂F/∂z)⁻¹, can grow without bound.
     """
