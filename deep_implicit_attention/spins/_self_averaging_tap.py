@@ -56,12 +56,12 @@ class SelfAveragingTAP(IteratedMethod):
                 "SelfAveragingTAP has no equations for GaussianPrior: use AdaptiveTAP, which is "
                 "exact there"
             )
+        frame = frame_of(system, "SelfAveragingTAP")
         if system.couplings.dim() != 2:
             raise TypeError(
                 "SelfAveragingTAP needs couplings (N, N), the same for all components, got "
                 f"{tuple(system.couplings.shape)}: use AdaptiveTAP"
             )
-        frame = frame_of(system, "SelfAveragingTAP")
         system.check_fields(fields)
         check_start(start, fields)
         batch = fields.shape[: fields.dim() - 1 - len(system.event_shape)]

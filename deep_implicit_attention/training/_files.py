@@ -97,8 +97,8 @@ def data_folder(data_dir: str | Path | None) -> tuple[str, Path | None]:
     """Where data lies, if that is said, and what says it."""
     if data_dir is not None:
         return "data_dir", Path(data_dir)
-    folder = os.environ.get("DIA_DATA")
-    return "the variable DIA_DATA", None if folder is None else Path(folder)
+    folder = os.environ.get("DIA_DATA")  # an empty one is how shells unset it
+    return "the variable DIA_DATA", Path(folder) if folder else None
 
 
 def check_sha256(path: Path, content: bytes, expected: str) -> None:

@@ -233,9 +233,11 @@ class Unknown(Prior):
     ids=lambda value: type(value).__name__,
 )
 def test_priors_without_equations(method, message):
-    system = SpinSystem(ferromagnet(3), Unknown())
-    with pytest.raises(TypeError, match=message):
-        method(system, torch.zeros(3, 2, dtype=torch.float64))
+    scalar = ferromagnet(3)
+    blocks = scalar[:, :, None, None] * torch.eye(2, dtype=torch.float64)
+    for couplings in (scalar, blocks):
+        with pytest.raises(TypeError, match=message):
+            method(SpinSystem(couplings, Unknown()), torch.zeros(3, 2, dtype=torch.float64))
 
 
 def test_tap_on_the_sphere():

@@ -206,6 +206,11 @@ def test_the_folder_given_goes_before_the_variable(
     check(mnist(full, 1 / 3, 0), arrays)
     with pytest.raises(FileNotFoundError, match="empty"):
         mnist(None, 1 / 3, 0)
+    monkeypatch.setenv("DIA_DATA", "")  # names none, not the folder in which one is
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(full)
+    with pytest.raises(FileNotFoundError, match="cache"):
+        mnist(None, 1 / 3, 0, download=False)
 
 
 @pytest.mark.parametrize("missing", NAMES)
