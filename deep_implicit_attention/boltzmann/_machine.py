@@ -89,8 +89,8 @@ class BoltzmannMachine(DensityMixin, BaseEstimator):
             on the order of the columns and on which state is called up.
         shrinkage: ρ of (1 − ρ) C + ρ diag C for naive, tap and adaptive_tap; None takes 0 where C
             has an inverse, and the estimate of Schäfer and Strimmer (2005) where it has not, or
-            where entries are missing and pairs of spins are observed fewer than 2N times. No part
-            in hidden units, which are learned from rows.
+            where entries are missing and pairs of spins are observed fewer than 2N times. Not used
+            for hidden units, which are learned from rows.
         tol: largest difference of moments (exact) or gradient (pseudolikelihood) that may be left;
             without hidden units.
         max_iter: Newton steps of these two, and rounds of filling in missing entries; without
