@@ -84,7 +84,7 @@ def sample(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Ids `(B, 1)` from softmax(`logits` / temperature) over the `top_k` likeliest, and of these
-    over the fewest likeliest whose probabilities sum to `top_p`.
+    over the fewest likeliest whose probabilities reach `top_p` together.
 
     The likeliest itself at temperature 0.
 

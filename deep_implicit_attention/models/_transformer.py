@@ -196,8 +196,8 @@ class DeepImplicitAttentionTransformer(Pretrained, Positioned):
             max_new_tokens: tokens to add.
             temperature: of the softmax that is drawn from; 0 takes the likeliest.
             top_k: draw from the likeliest k only.
-            top_p: draw from the fewest likeliest whose probabilities sum to this (Holtzman et al.
-                2020, arXiv:1904.09751); of the `top_k` likeliest, if both are given.
+            top_p: draw from the fewest likeliest whose probabilities reach this together (Holtzman
+                et al. 2020, arXiv:1904.09751); of the `top_k` likeliest, if both are given.
             stop: ids of tokens that end a text. A row that has said one repeats it, until all rows
                 have or `max_new_tokens` are added.
             mask: boolean `(B, T)`, False at the left padding of shorter prompts, each of which is

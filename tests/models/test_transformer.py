@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deep_implicit_attention.models import DeepImplicitAttentionTransformer, left_pad
 
-from .conftest import build, tokens
+from .conftest import build, default_type, tokens
 
 ATTENTION = ("softmax", "softmax-plain", "vector-spin")
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -331,12 +331,8 @@ def test_on_the_meta_device_explicit_steps_have_shapes(attention: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sinusoids_have_the_default_type(dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"num_tokens": 11, "max_seq_len": 8, "dim": 8}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_type(dtype):
         model = DeepImplicitAttentionTransformer(**options, positions="sinusoidal")
-    finally:
-        torch.set_default_dtype(before)
     later = DeepImplicitAttentionTransformer(**options, positions="sinusoidal").to(dtype)
     assert torch.equal(model.positions, later.positions)
     assert model(tokens()).dtype == model.positions.dtype == dtype

@@ -11,6 +11,7 @@ import torch
 
 from deep_implicit_attention.models import DeepImplicitAttentionViT
 
+from .conftest import default_type
 from .vit import ATTENTION, build, images
 
 
@@ -56,12 +57,8 @@ def test_made_on_the_meta_device_and_filled_later(pooling: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sinusoids_have_the_default_type(dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"image_size": 6, "patch_size": 3, "num_classes": 2, "dim": 8}
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with default_type(dtype):
         model = DeepImplicitAttentionViT(**options, positions="sinusoidal")
-    finally:
-        torch.set_default_dtype(before)
     later = DeepImplicitAttentionViT(**options, positions="sinusoidal").to(dtype)
     assert torch.equal(model.positions, later.positions)
     assert model(torch.randn(2, 3, 6, 6, dtype=dtype)).dtype == model.positions.dtype == dtype
